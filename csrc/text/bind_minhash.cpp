@@ -1,0 +1,4 @@
+#include <pybind11/pybind11.h>
+namespace herdkern::text {
+void bind_minhash(pybind11::module_&) {}
+}  // namespace herdkern::text

@@ -1,0 +1,44 @@
+// Threads for the text kernels: work is cut into numbered tasks whose results do not depend on who runs them.
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace herdkern::text {
+
+// Calls task(index) once for every index in [0, num_tasks) on at most num_threads threads (the caller is one of them).
+// The first exception of a task is thrown again here after all threads have ended. Threads live for this call only, so a
+// forked child never waits for threads that it does not have.
+template <typename Task>
+void parallel_for(int64_t num_tasks, int num_threads, Task&& task) {
+  if (num_threads <= 1 || num_tasks <= 1) {
+    for (int64_t i = 0; i < num_tasks; ++i) task(i);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  std::exception_ptr error;
+  std::mutex error_mutex;
+  auto work = [&] {
+    for (int64_t i; (i = next.fetch_add(1)) < num_tasks;) {
+      try {
+        task(i);
+      } catch (...) {
+        std::lock_guard<std::mutex> lock(error_mutex);
+        if (!error) error = std::current_exception();
+        next.store(num_tasks);
+      }
+    }
+  };
+  std::vector<std::thread> threads;
+  const int64_t extra = std::min<int64_t>(num_threads, num_tasks) - 1;
+  for (int64_t i = 0; i < extra; ++i) threads.emplace_back(work);
+  work();
+  for (auto& thread : threads) thread.join();
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace herdkern::text
