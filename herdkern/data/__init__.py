@@ -1,0 +1,1 @@
+"""Raw records to documents to token shards: reading, extraction, language, filters, packing."""
