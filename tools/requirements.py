@@ -1,4 +1,4 @@
-"""Prints the requirements of pyproject.toml, one a line: those of the package, then of each extra named as an argument."""
+"""Prints the requirements of pyproject.toml, one a line: the package's, then those of each extra named."""
 
 import re
 import sys
