@@ -46,6 +46,6 @@ def write_report(run_dir: Path | str, out: Path | str | None = None) -> Path:
     """
     path = Path(out) if out is not None else Path(run_dir) / "report.html"
     text = render(read_run(run_dir))
-    with atomic_file(path, "w") as file:
-        file.write(text)
+    with atomic_file(path) as file:
+        file.write(text.encode("utf-8", "replace"))  # a lone surrogate in a metrics file is no reason to fail
     return path

@@ -5,13 +5,16 @@ itself scripts, frames and every load (Content-Security-Policy), so a slip would
 """
 
 import difflib
+import html
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 
 STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+
+_PICTURES = {i: 0x2400 + i for i in range(32) if chr(i) not in "\n\t"} | {0x7F: 0x2421}
+_PICTURES |= dict.fromkeys((*range(128, 160), *range(8234, 8239), *range(8294, 8298)), 65533)  # C1, direction
 
 
 def page(title: str, lead: str, sections: Sequence[tuple[str, str, str]], footer: str) -> str:
@@ -68,12 +71,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numeric: Sequen
 def text_block(text: str, limit: int = 1200) -> str:
     """`text` as it is, in a scrolling box; what lies past `limit` characters is counted, not shown."""
     rest = f"\n… {len(text) - limit:,} more characters" if len(text) > limit else ""
-    return f'<div class="text">{escape(clean(text[:limit]) + rest)}</div>'
+    return f'<div class="text">{escape(text[:limit] + rest)}</div>'
 
 
 def clean(text: str) -> str:
     """`text` with control characters shown as their pictures, so that a page cannot be upset by them."""
-    return "".join(c if c in "\n\t" or (c >= " " and c != "\x7f") else chr(0x2400 + ord(c) % 0x80 % 0x21) for c in text)
+    return text.translate(_PICTURES)
+
+
+def escape(text: str) -> str:
+    """`text` as HTML that shows exactly that text, in an element or a quoted attribute."""
+    return html.escape(clean(text))
 
 
 def details(summary: str, note: str, body: str, *, is_open: bool = False) -> str:
@@ -84,7 +92,7 @@ def details(summary: str, note: str, body: str, *, is_open: bool = False) -> str
 
 def side_by_side(left: str, right: str, limit: int = 1500) -> tuple[str, str]:
     """Two texts as HTML with the words that differ marked: removed on the left, added on the right."""
-    a, b = _words(clean(left[:limit])), _words(clean(right[:limit]))
+    a, b = _words(left[:limit]), _words(right[:limit])
     out_a, out_b = [], []
     for kind, a0, a1, b0, b1 in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         piece_a, piece_b = escape("".join(a[a0:a1])), escape("".join(b[b0:b1]))

@@ -1,13 +1,12 @@
 """The sections of a report: each takes the run's record and returns HTML, or "" when the run holds nothing for it."""
 
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 import numpy as np
 
 from herdkern.report.figures import Series, bars, compact, histogram, line_chart
-from herdkern.report.html import cards, details, grid, panel, side_by_side, table, text_block
+from herdkern.report.html import cards, details, escape, grid, panel, side_by_side, table, text_block
 from herdkern.report.record import RunRecord, TokenStats, finite
 
 
