@@ -29,7 +29,11 @@ LEVELS = [
     ("avx512", ["-march=x86-64-v4", "-mprefer-vector-width=512"]),
     ("amx", ["-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]),
 ]
-UNLEVELLED = {"module.cpp", "isa.cpp"}  # of csrc/cpu: built once, for the baseline
+
+
+def is_levelled(source):
+    """Of csrc/cpu: is it a kernel? What binds or probes (module.cpp, isa.cpp, bind_*.cpp) is built once, for the baseline."""
+    return source.name not in ("module.cpp", "isa.cpp") and not source.name.startswith("bind_")
 
 
 def cpu_units():
@@ -37,12 +41,12 @@ def cpu_units():
     library function the linker keeps the first, so code built for a newer level never enters the baseline path."""
     sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
     levels = LEVELS if IS_X86 else [BASELINE]
-    once = [(s, ["-DHK_ISA=baseline"], s.stem) for s in sources if s.name in UNLEVELLED]
+    once = [(s, ["-DHK_ISA=baseline"], s.stem) for s in sources if not is_levelled(s)]
     kernels = [
         (s, [*flags, f"-DHK_ISA={level}", f"-DHK_ISA_{level.upper()}=1"], f"{s.stem}.{level}")
         for level, flags in levels
         for s in sources
-        if s.name not in UNLEVELLED
+        if is_levelled(s)
     ]
     return [(s, [*flags, "-fopenmp", *(["-DHK_X86=1"] if IS_X86 else [])], name) for s, flags, name in once + kernels]
 

@@ -1,0 +1,116 @@
+// The matrix products inside an attention tile: C (+)= A B on operands that lie in cache, in 32-bit accumulators.
+//   A: (rows, depth) row-major, leading dimension lda.
+//   B: (depth / kPair, cols, kPair): kPair neighbours in depth lie side by side; ldb elements from one such row to the
+//   next. C: (rows, cols) fp32 row-major.
+// An engine is a way to multiply: FloatEngine anywhere, DotEngine (attention_dot.h) and AmxEngine (attention_amx.h) for
+// bf16.
+#pragma once
+#include <cstdint>
+
+#include "common/simd.h"
+
+namespace herdkern::cpu::HK_ISA {
+
+template <typename Elem>
+struct Gemm {
+  int64_t rows, cols, depth;
+  const Elem* a;
+  int64_t lda;
+  const Elem* b;
+  int64_t ldb;
+  float* c;
+  int64_t ldc;
+};
+
+// Registers of one micro-tile: as many accumulators as fit beside a row of B and one broadcast element of A.
+#if defined(HK_VEC_AVX512)
+constexpr int kMicroRows = 8, kMicroVecs = 2;
+#elif defined(HK_VEC_AVX2)
+constexpr int kMicroRows = 6, kMicroVecs = 1;
+#else
+constexpr int kMicroRows = 2, kMicroVecs = 1;
+#endif
+
+template <typename Math, int kRows, int kVecs, bool kAccumulate>
+HK_INLINE void micro_tile(const Gemm<typename Math::Elem>& g, int64_t row, int64_t col) {
+  const auto* a = g.a + row * g.lda;
+  const auto* b = g.b + col * Math::kPair;
+  float* c = g.c + row * g.ldc + col;
+  Vec sums[kRows][kVecs];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) sums[i][j] = kAccumulate ? Vec::load(c + i * g.ldc + 16 * j) : Vec(0.0f);
+  for (int64_t k = 0; k < g.depth; k += Math::kPair, b += g.ldb) {
+    Vec right[kVecs];
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) right[j] = Math::load(b + 16 * j * Math::kPair);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const Vec left = Math::broadcast(a + i * g.lda + k);
+#pragma GCC unroll 2
+      for (int j = 0; j < kVecs; ++j) sums[i][j] = Math::multiply_add(left, right[j], sums[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < kVecs; ++j) sums[i][j].store(c + i * g.ldc + 16 * j);
+}
+
+// All rows of one panel of 16 * kVecs columns: the panel of B stays in the first-level cache.
+template <typename Math, int kVecs, bool kAccumulate>
+inline void gemm_panel(const Gemm<typename Math::Elem>& g, int64_t col) {
+  int64_t row = 0;
+  for (; row + kMicroRows <= g.rows; row += kMicroRows) micro_tile<Math, kMicroRows, kVecs, kAccumulate>(g, row, col);
+  if constexpr (kMicroRows > 4) {
+    if (row + 4 <= g.rows) {
+      micro_tile<Math, 4, kVecs, kAccumulate>(g, row, col);
+      row += 4;
+    }
+  }
+  if constexpr (kMicroRows > 2) {
+    if (row + 2 <= g.rows) {
+      micro_tile<Math, 2, kVecs, kAccumulate>(g, row, col);
+      row += 2;
+    }
+  }
+  if (row < g.rows) micro_tile<Math, 1, kVecs, kAccumulate>(g, row, col);
+}
+
+// cols: a multiple of 16.  depth: a multiple of kPair.
+template <typename Math, bool kAccumulate>
+inline void vector_gemm(const Gemm<typename Math::Elem>& g) {
+  int64_t col = 0;
+  for (; col + 16 * kMicroVecs <= g.cols; col += 16 * kMicroVecs) gemm_panel<Math, kMicroVecs, kAccumulate>(g, col);
+  if constexpr (kMicroVecs > 1) {
+    if (col < g.cols) gemm_panel<Math, 1, kAccumulate>(g, col);
+  }
+}
+
+struct FloatMath {
+  using Elem = float;
+  static constexpr int kPair = 1;
+  static HK_INLINE Vec load(const float* p) { return Vec::load(p); }
+  static HK_INLINE Vec broadcast(const float* p) { return Vec(*p); }
+  static HK_INLINE Vec multiply_add(const Vec& a, const Vec& b, const Vec& c) { return fma(a, b, c); }
+};
+
+// fp32 products at every level; bf16 storage is widened when a tile is loaded.
+struct FloatEngine {
+  using Elem = float;
+  static constexpr int kPair = 1;
+  static constexpr int64_t kDimStep = 16;                            // head_dim is padded to a multiple
+  static constexpr int64_t kRowStep = 1;                             // and the rows of A
+  static constexpr int64_t kForwardRows = 128, kForwardKeys = 128;   // tile of the forward pass
+  static constexpr int64_t kBackwardRows = 64, kBackwardKeys = 128;  // tile of the backward pass
+  struct Session {};  // what a thread must hold while it multiplies: nothing
+
+  template <bool kAccumulate>
+  static void gemm(const Gemm<float>& g) {
+    vector_gemm<FloatMath, kAccumulate>(g);
+  }
+  static HK_INLINE void store(float* p, const Vec& x) { x.store(p); }
+};
+
+}  // namespace herdkern::cpu::HK_ISA

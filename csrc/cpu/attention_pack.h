@@ -1,0 +1,138 @@
+// Operands of attention tiles: rows copied out of strided tensors into dense, zero-padded tiles, and the layouts that
+// attention_gemm.h asks for. Zero padding matters: a NaN in a neighbouring document must not reach a product by way of
+// 0 * NaN.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "common/attention_tiles.h"
+#include "cpu/attention_gemm.h"
+
+namespace herdkern::cpu::HK_ISA {
+
+// tile[r, :dim] = src[r * stride, :dim] in the type of the tile, zero up to (padded_rows, ld).
+template <typename Elem, typename In>
+inline void load_row(const In* src, int64_t dim, Elem* dst, int64_t ld) {
+  if constexpr (sizeof(Elem) == sizeof(In)) {
+    std::memcpy(dst, src, static_cast<size_t>(dim) * sizeof(Elem));
+  } else {
+    for_each_vec(
+        dim, [&](int64_t c) { Vec::load(src + c).store(dst + c); },
+        [&](int64_t c, int n) { Vec::load_partial(src + c, n).store_partial(dst + c, n); });
+  }
+  if (dim < ld) std::memset(dst + dim, 0, static_cast<size_t>(ld - dim) * sizeof(Elem));
+}
+
+template <typename Elem, typename In>
+inline void load_rows(const In* src, int64_t stride, int64_t rows, int64_t dim, Elem* tile, int64_t padded_rows,
+                      int64_t ld) {
+  for (int64_t r = 0; r < rows; ++r) load_row(src + r * stride, dim, tile + r * ld, ld);
+  std::memset(tile + rows * ld, 0, static_cast<size_t>((padded_rows - rows) * ld) * sizeof(Elem));
+}
+
+#ifdef HK_VEC_AVX512
+HK_INLINE void transpose_16x16(const uint32_t* src, int64_t src_ld, uint32_t* dst, int64_t dst_ld) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(src + i * src_ld);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {  // within each 128-bit lane: pairs of rows
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // fours of rows: a[i + c] holds column 4 * lane + c
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {  // gather the lanes
+    const __m512i low02 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88),
+                  low13 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
+    const __m512i high02 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
+    const __m512i high13 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
+    _mm512_storeu_si512(dst + c * dst_ld, _mm512_shuffle_i32x4(low02, high02, 0x88));
+    _mm512_storeu_si512(dst + (4 + c) * dst_ld, _mm512_shuffle_i32x4(low13, high13, 0x88));
+    _mm512_storeu_si512(dst + (8 + c) * dst_ld, _mm512_shuffle_i32x4(low02, high02, 0xdd));
+    _mm512_storeu_si512(dst + (12 + c) * dst_ld, _mm512_shuffle_i32x4(low13, high13, 0xdd));
+  }
+}
+#else
+HK_INLINE void transpose_16x16(const uint32_t* src, int64_t src_ld, uint32_t* dst, int64_t dst_ld) {
+  for (int64_t r = 0; r < 16; ++r)
+    for (int64_t c = 0; c < 16; ++c) dst[c * dst_ld + r] = src[r * src_ld + c];
+}
+#endif
+
+// tile (rows, ld) row-major -> B operand for tile^T: (ld / kPair, rows, kPair). rows: a multiple of 16.
+template <typename Elem>
+inline void transpose_tile(const Elem* tile, int64_t rows, int64_t ld, Elem* dst) {
+  const int64_t words = ld * static_cast<int64_t>(sizeof(Elem)) / 4;
+  const auto* src = reinterpret_cast<const uint32_t*>(tile);
+  auto* out = reinterpret_cast<uint32_t*>(dst);
+  for (int64_t w = 0; w < words; w += 16)
+    for (int64_t r = 0; r < rows; r += 16) transpose_16x16(src + r * words + w, words, out + w * rows + r, rows);
+}
+
+// What transpose_tile wrote -> A operand for tile^T: (ld, rows) row-major. Returns where it is.
+inline const float* transposed_rows(const float* transposed, int64_t, int64_t, float*) { return transposed; }
+
+// tile (rows, ld) row-major -> B operand for the tile itself: (rows / kPair, ld, kPair). Returns where it is.
+inline const float* paired_rows(const float* tile, int64_t, int64_t, float*) { return tile; }
+
+#ifdef HK_VEC_AVX512
+inline const bf16* transposed_rows(const bf16* transposed, int64_t rows, int64_t ld, bf16* dst) {
+  for (int64_t pair = 0; pair < ld / 2; ++pair)
+    for (int64_t r = 0; r < rows; r += 16) {
+      const __m512i words = _mm512_loadu_si512(transposed + (pair * rows + r) * 2);
+      bf16* out = dst + 2 * pair * rows + r;
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(words));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + rows), _mm512_cvtepi32_epi16(_mm512_srli_epi32(words, 16)));
+    }
+  return dst;
+}
+
+// 16 elements of two neighbouring rows -> 16 pairs.
+HK_INLINE void pair_vectors(const bf16* even, const bf16* odd, bf16* dst) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)));
+  _mm512_storeu_si512(dst, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+
+inline const bf16* paired_rows(const bf16* tile, int64_t rows, int64_t ld, bf16* dst) {
+  for (int64_t r = 0; r < rows; r += 2)
+    for (int64_t c = 0; c < ld; c += 16) pair_vectors(tile + r * ld + c, tile + (r + 1) * ld + c, dst + r * ld + 2 * c);
+  return dst;
+}
+#endif
+
+// Memory of one tile operand, 64-byte aligned: grown when needed and kept, so that a task costs no page faults.
+template <typename T>
+class TileBuffer {
+ public:
+  TileBuffer() = default;
+  ~TileBuffer() { std::free(data_); }
+  TileBuffer(const TileBuffer&) = delete;
+  TileBuffer& operator=(const TileBuffer&) = delete;
+
+  T* at_least(int64_t count) {
+    if (count > capacity_) {
+      std::free(data_);
+      capacity_ = 0;
+      data_ = static_cast<T*>(std::aligned_alloc(64, static_cast<size_t>(round_up(count * sizeof(T), 64))));
+      if (data_ == nullptr) throw std::bad_alloc();
+      capacity_ = count;
+    }
+    return data_;
+  }
+
+ private:
+  T* data_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+}  // namespace herdkern::cpu::HK_ISA

@@ -1,0 +1,50 @@
+// The softmax between the two products of an attention tile, and its derivative. One row at a time, fp32.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/attention_gemm.h"
+
+namespace herdkern::cpu::HK_ISA {
+
+constexpr float kNegInfinity = -INFINITY;
+
+// Running softmax of one query: max of scale * score so far and the sum of exp(scale * score - max).
+struct RowState {
+  float max, sum;
+};
+
+// One block of keys of a query, of which it sees the first `visible` (>= 1): turns scores into weights exp(scale * s - max),
+// zero from `visible` up to `width`, and rescales what acc holds from earlier blocks. scores: (width,), overwritten; weights
+// may be the same array. width: a multiple of 16.
+template <typename Engine>
+inline void online_softmax(float* scores, int64_t visible, int64_t width, float scale, RowState& row,
+                           typename Engine::Elem* weights, float* acc, int64_t acc_dim) {
+  const int64_t used = (visible + 15) / 16 * 16;
+  for (int64_t j = visible; j < used; ++j) scores[j] = scale < 0 ? INFINITY : kNegInfinity;
+  const Vec factor(scale);
+  Vec top = Vec(kNegInfinity);
+  for (int64_t j = 0; j < used; j += 16) top = max(Vec::load(scores + j) * factor, top);
+  if (used > visible && scale == 0.0f) top = max(Vec(0.0f), top);  // 0 * infinity above is NaN
+  const float new_max = std::fmax(row.max, max_lane(top));
+  const float shift = new_max == kNegInfinity ? 0.0f : new_max;  // every score -inf: weights 0, not NaN
+  Vec total(0.0f);
+  const Vec minus_shift(-shift);
+  for (int64_t j = 0; j < used; j += 16) {
+    Vec weight = exp(fma(Vec::load(scores + j), factor, minus_shift));
+    total = total + weight;
+    Engine::store(weights + j, weight);
+  }
+  std::memset(static_cast<void*>(weights + visible), 0, static_cast<size_t>(width - visible) * sizeof(*weights));
+  if (new_max != row.max) {
+    const float keep = row.max == kNegInfinity ? 0.0f : std::exp(row.max - shift);
+    row.sum *= keep;
+    row.max = new_max;
+    const Vec factor_acc(keep);
+    for (int64_t c = 0; c < acc_dim; c += 16) (Vec::load(acc + c) * factor_acc).store(acc + c);
+  }
+  row.sum += sum(total);
+}
+
+}  // namespace herdkern::cpu::HK_ISA

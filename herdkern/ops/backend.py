@@ -1,0 +1,107 @@
+"""Which implementation an op call takes, and why not another: the only place that probes the machine."""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+_ops: ModuleType | None
+try:
+    from herdkern import _ops
+
+    _NO_NATIVE_CPU = ""
+except ImportError as error:
+    _ops = None
+    _NO_NATIVE_CPU = f"herdkern._ops cannot be imported ({error}); reinstall with a C++17 compiler"
+
+Backend = Literal["auto", "native", "triton", "reference"]
+
+
+def choose(op: str, backend: Backend, why_not: dict[str, str | None]) -> str:
+    """Return the first backend of `why_not` (best first) whose reason is None; an explicit `backend` never falls back.
+
+    Raises: NotImplementedError with every reason if no backend can run the call.
+    """
+    asked = _DEFAULT_BACKEND if backend == "auto" else backend
+    candidates = why_not if asked == "auto" else {asked: why_not.get(asked, f"{op} has no such backend")}
+    refused = []
+    for name, reason in candidates.items():
+        if reason is None:
+            if refused:
+                warnings.warn(f"{op}: using {name!r} because " + "; ".join(refused), stacklevel=3)
+            return name
+        refused.append(f"{name}: {reason}")
+    raise NotImplementedError(f"{op}: no backend can run this call (asked for {asked!r}): " + "; ".join(refused))
+
+
+def why_not_native(x: Tensor, *dtypes: torch.dtype) -> str | None:
+    """Return None if the native kernels can run on `x`, else the reason: its device, its dtype or a missing build."""
+    if x.dtype not in dtypes:
+        return f"dtype must be {' or '.join(map(dtype_name, dtypes))}, got {dtype_name(x.dtype)}"
+    if x.device.type == "meta" or x.is_cpu:
+        return _NO_NATIVE_CPU or None
+    return f"no native kernels for device {x.device.type}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the dtype as error messages write it, for example "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def native_module() -> ModuleType:
+    """Return the extension module herdkern._ops.
+
+    Raises: ImportError with the loader's own reason if it is missing.
+    """
+    if _ops is None:
+        raise ImportError(_NO_NATIVE_CPU)
+    return _ops
+
+
+def num_threads(requested: int | None = None) -> int:
+    """Return the threads a kernel may use: `requested`, else torch.get_num_threads()."""
+    return torch.get_num_threads() if requested is None else requested
+
+
+def active_isa() -> str | None:
+    """Return the instruction set level that the CPU kernels run at (baseline, avx2, avx512, amx); None if not built."""
+    return None if _ops is None else cast(str, _ops.active_isa())
+
+
+def available_isas() -> list[str]:
+    """Return the levels that this machine runs, lowest first; empty if the CPU kernels are not built."""
+    levels = ["baseline", "avx2", "avx512", "amx"]
+    return [] if _ops is None else levels[: levels.index(_ops.detected_isa()) + 1]
+
+
+@contextlib.contextmanager
+def forced_isa(level: str) -> Iterator[None]:
+    """Run the body at a lower instruction set level; for tests, and not while another thread runs a kernel.
+
+    Raises: ValueError for an unknown level, RuntimeError for one that the machine lacks.
+    """
+    module = native_module()
+    before = module.active_isa()
+    module.set_isa(level)
+    try:
+        yield
+    finally:
+        module.set_isa(before)
+
+
+def _default_backend() -> Backend:
+    """The backend that "auto" stands for: HERDKERN_BACKEND, else the best one for each call."""
+    value = os.environ.get("HERDKERN_BACKEND") or "auto"
+    if value not in get_args(Backend):
+        raise ValueError(f"HERDKERN_BACKEND must be one of {', '.join(get_args(Backend))}, got {value!r}")
+    return cast(Backend, value)
+
+
+_DEFAULT_BACKEND: Backend = _default_backend()
+if _ops is not None:
+    _ops.set_isa(os.environ.get("HERDKERN_ISA", ""))
