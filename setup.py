@@ -3,8 +3,8 @@
 _ops   csrc/cpu   kernels behind herdkern.ops; no torch, one build serves every torch version
 _text  csrc/text  tokenizer, MinHash and clustering
 
-Every kernel source of _ops is compiled once for each level of LEVELS with HK_ISA set to the level's name; csrc/cpu/isa.cpp
-picks a level when the module is loaded. MAX_JOBS limits the compiler jobs.
+Every kernel source of _ops is compiled once for each level of LEVELS with HK_ISA set to the level's name;
+csrc/cpu/isa.cpp picks a level when the module is loaded. MAX_JOBS limits the compiler jobs.
 """
 
 import os
@@ -20,7 +20,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-# -ffp-contract=off: a product is rounded before it is added unless a kernel asks for fma, so levels agree where the source does.
+# -ffp-contract=off: a product is rounded before it is added unless a kernel asks for fma, so that levels agree where the
+# source does.
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-g0"]
 BASELINE = ("baseline", [])
 LEVELS = [
@@ -32,13 +33,14 @@ LEVELS = [
 
 
 def is_levelled(source):
-    """Of csrc/cpu: is it a kernel? What binds or probes (module.cpp, isa.cpp, bind_*.cpp) is built once, for the baseline."""
+    """Is this source of csrc/cpu a kernel? What binds or probes (module, isa, bind_*) is built once, for the baseline."""
     return source.name not in ("module.cpp", "isa.cpp") and not source.name.startswith("bind_")
 
 
 def cpu_units():
-    """(source, flags, object name) of _ops. Baseline objects come first on purpose: when two objects carry the same inline
-    library function the linker keeps the first, so code built for a newer level never enters the baseline path."""
+    """(source, flags, object name) of _ops. Baseline objects come first on purpose: when two objects carry the same
+    inline library function the linker keeps the first, so code built for a newer level never enters the baseline path.
+    """
     sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
     levels = LEVELS if IS_X86 else [BASELINE]
     once = [(s, ["-DHK_ISA=baseline"], s.stem) for s in sources if not is_levelled(s)]

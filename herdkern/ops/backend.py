@@ -1,6 +1,7 @@
 """Which implementation an op call takes, and why not another: the only place that probes the machine."""
 
 import contextlib
+import importlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -10,13 +11,11 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
-_ops: ModuleType | None
+_ops: ModuleType | None = None
+_NO_NATIVE_CPU = ""
 try:
-    from herdkern import _ops
-
-    _NO_NATIVE_CPU = ""
+    _ops = importlib.import_module("herdkern._ops")
 except ImportError as error:
-    _ops = None
     _NO_NATIVE_CPU = f"herdkern._ops cannot be imported ({error}); reinstall with a C++17 compiler"
 
 Backend = Literal["auto", "native", "triton", "reference"]
@@ -29,7 +28,7 @@ def choose(op: str, backend: Backend, why_not: dict[str, str | None]) -> str:
     """
     asked = _DEFAULT_BACKEND if backend == "auto" else backend
     candidates = why_not if asked == "auto" else {asked: why_not.get(asked, f"{op} has no such backend")}
-    refused = []
+    refused: list[str] = []
     for name, reason in candidates.items():
         if reason is None:
             if refused:
