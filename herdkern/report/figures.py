@@ -160,7 +160,7 @@ def _band(axes: Axes, band: tuple[float, float, str]) -> str:
     left, width = axes.x(begin), axes.x(end) - axes.x(begin)
     return (
         f'<rect class="band" x="{left:.1f}" y="{TOP}" width="{width:.1f}" height="{HEIGHT - TOP - BOTTOM}"/>'
-        f'<text class="tick" text-anchor="middle" x="{left + width / 2:.1f}" y="{TOP + 12}">{label}</text>'
+        f'<text class="tick" text-anchor="middle" x="{left + width / 2:.1f}" y="{TOP - 4}">{label}</text>'
     )
 
 

@@ -19,11 +19,11 @@ def size(num_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A number of seconds as a person writes it: 0.4 s, 52 s, 3 min 05 s, 2 h 10 min."""
+    """A number of seconds as a person writes it: 0.4 s, 52 s, 3:05 min, 2:10 h."""
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes}:{rest:02d} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02d} h"
 
 
 def words(name: str) -> str:
@@ -296,9 +296,7 @@ def evaluation(record: RunRecord) -> str:
     if "bits_per_byte" not in found:
         return ""
     rows = [("unigram baseline", float(found.get("unigram_bits_per_byte", 0.0)))]
-    rows += [(str(name), float(value)) for name, value in (found.get("models") or {}).items()]
-    if not found.get("models"):
-        rows.append(("model", float(found["bits_per_byte"])))
+    rows += [(str(name), float(value)) for name, value in found.get("models") or [("model", found["bits_per_byte"])]]
     chart = bars([(name, value, f"{value:.3f}") for name, value in rows if value])
     note = str(
         found.get(

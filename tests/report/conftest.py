@@ -94,7 +94,7 @@ def run_dir(tmp_path: Path) -> Path:
         "unigram_loss": 6.9,
         "num_parameters": 5_012_345,
     }
-    evaluation |= {"models": {"pretrained": 1.49, "annealed": 1.44, "averaged": 1.42}}
+    evaluation |= {"models": [["pretrained", 1.49], ["annealed", 1.44], ["averaged", 1.42]]}
     evaluation["by_source"] = {"web": {"bits_per_byte": 1.3, "unigram_bits_per_byte": 2.5, "num_tokens": 40_000}}
     write_json_atomic(run / "evaluation.json", evaluation)
     write_json_atomic(run / "config.json", {"name": "demo " + HOSTILE, "train": {"steps": 300, "lr": 3e-3}})
