@@ -94,6 +94,7 @@ HK_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
 HK_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
 HK_INLINE Vec round(Vec a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 HK_INLINE Vec ldexp(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
+HK_INLINE Vec swap_pairs(Vec a) { return _mm512_permute_ps(a.v, 0xb1); }
 
 #elif defined(HK_VEC_AVX2)
 
@@ -172,6 +173,7 @@ HK_INLINE __m256 ldexp(__m256 a, __m256 n) {  // in two halves, so that denormal
   return _mm256_mul_ps(_mm256_mul_ps(a, power_of_two(half)), power_of_two(_mm256_sub_epi32(exponent, half)));
 }
 HK_INLINE Vec ldexp(Vec a, Vec n) { return {ldexp(a.lo, n.lo), ldexp(a.hi, n.hi)}; }
+HK_INLINE Vec swap_pairs(Vec a) { return {_mm256_permute_ps(a.lo, 0xb1), _mm256_permute_ps(a.hi, 0xb1)}; }
 
 #else  // four 4-float vectors of the compiler: SSE2, NEON or whatever the target has
 
@@ -242,11 +244,13 @@ HK_INLINE Float4 ldexp(Float4 a, Float4 n) {  // in two halves, so that denormal
   return a * power_of_two(half) * power_of_two(exponent - half);
 }
 HK_INLINE Vec ldexp(const Vec& a, const Vec& n) { HK_EACH_QUARTER(ldexp(a.q[i], n.q[i])); }
+HK_INLINE Vec swap_pairs(const Vec& a) { HK_EACH_QUARTER((Float4{a.q[i][1], a.q[i][0], a.q[i][3], a.q[i][2]})); }
 
 #undef HK_EACH_QUARTER
 #endif
 
-// max and min return b where either argument is NaN.
+// max and min return b where either argument is NaN. round expects |a| < 2^22. swap_pairs exchanges lanes 2i and 2i
+// + 1.
 
 // Calls step(lane_count) with 16 for each full vector of [0, count) and once with what is left; step gets the offset
 // too.

@@ -10,6 +10,8 @@ namespace py = pybind11;
 
 namespace herdkern::cpu {
 void bind_rms_norm(py::module_& m);  // bind_rms_norm.cpp
+void bind_rope(py::module_& m);      // bind_rope.cpp
+void bind_swiglu(py::module_& m);    // bind_swiglu.cpp
 }  // namespace herdkern::cpu
 
 PYBIND11_MODULE(_ops, m) {
@@ -20,4 +22,6 @@ PYBIND11_MODULE(_ops, m) {
   m.def("set_isa", [](const std::string& name) { set_active_isa(name.c_str()); });
   m.def("has_avx512_bf16", &has_avx512_bf16);
   bind_rms_norm(m);
+  bind_rope(m);
+  bind_swiglu(m);
 }

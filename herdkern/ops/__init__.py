@@ -1,5 +1,16 @@
 """Attention, RMSNorm, SwiGLU, RoPE and the fused linear cross entropy, each with its plain reference."""
 
 from herdkern.ops.rms_norm import rms_norm, rms_norm_reference
+from herdkern.ops.rope import RopeScaling, rope, rope_reference, rope_table
+from herdkern.ops.swiglu import swiglu, swiglu_reference
 
-__all__ = ["rms_norm", "rms_norm_reference"]
+__all__ = [
+    "RopeScaling",
+    "rms_norm",
+    "rms_norm_reference",
+    "rope",
+    "rope_reference",
+    "rope_table",
+    "swiglu",
+    "swiglu_reference",
+]
