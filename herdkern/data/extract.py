@@ -1,0 +1,178 @@
+"""Main content of web pages as plain text: boilerplate out, code and maths kept, no markup of any kind left.
+
+Every block gets a score from its length, links, punctuation and the names around it; the content is the subtree of the
+page with the highest sum, less the parts inside it whose own sum is negative.
+Source: Kohlschütter et al. 2010 (block features); the Llama 3 report, section 3.1.1 (what to keep).
+"""
+
+import re
+from dataclasses import dataclass
+
+from herdkern.data.html_blocks import Block, blocks_of, join_blocks
+from herdkern.data.html_tree import FlatTree, PageError, decode_html, parse_html
+
+_UNLIKELY = re.compile(
+    r"(?:^|[-_\s])(?:nav|navbar|navigation|menu|submenu|foot|footer|footnav|sidebar|side-?bar|rail|breadcrumbs?|share|shares"
+    r"|sharing|sharebar|social|socials|related|relatedposts|recommend\w*|promo\w*|ads?|advert\w*|adsense|sponsor\w*|cookies?"
+    r"|consent|gdpr|newsletter|subscribe|subscription|signup|sign-up|signin|login|popup|modal|overlay|comments?|commentlist"
+    r"|disqus\w*|respond|replies|pagination|pager|widgets?|toolbar|masthead|skip|skip-?link|noprint|tags|taglist|tag-links"
+    r"|banner|outbrain|taboola|teasers?|trending|popular|most-?read|more-?stories|read-?more|see-?also|upsell|paywall"
+    r"|copyright|legal|disclaimer|postmeta|post-?meta|entry-?meta|article-?meta|byline|author-?bio|author-?box|authorbox"
+    r"|about-?author|biography|bio|credits?|rating|ratings|prevnext|prev-?next|post-?nav|post-?navigation|sphinxsidebar"
+    r"|toc|table-of-contents|catlinks|editsection|mw-editsection|navbox|printfooter|jump|shoutbox|syndication|tools|topbar"
+    r"|site-?header|page-?header|dateline|timestamp|metadata|job-?alert|download-?links?|hatnote|noticebox)(?:[-_\s]|$)",
+    re.IGNORECASE,
+)
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+_LIKELY = re.compile(
+    r"(?:^|[-_\s])(?:article|articlebody|article-?body|story|storybody|story-?body|body|content|contents|main|maincontent|post"
+    r"|postbody|post-?body|entry|entry-?content|text|blog|page-?content|document|documentwrapper|markdown-?body|hentry"
+    r"|rst-content|highlight|node)(?:[-_\s]|$)",
+    re.IGNORECASE,
+)
+_SENTENCE_END = re.compile(r"[.!?…:;。！？؟।][\"'”’»)\]]*\s*$")
+_PAUSES = re.compile(r"[,;،、，.!?。！？]")
+_BOILERPLATE_TEXT = re.compile(
+    r"^(?:share|tweet|print|email|advertis\w+|sponsored|read more|continue reading|related|follow us|subscribe|sign up"
+    r"|log in|copyright|©|all rights reserved|comments?|leave a reply|tags?:|filed under|posted (?:in|on|by)|previous|next"
+    r"|skip to|back to top|loading|click here|view comments|photo:|more:|topics:)\b",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """max_page_bytes: larger pages are refused.  min_characters: shorter results count as empty.  keep_alt: see blocks_of."""
+
+    max_page_bytes: int = 16 << 20
+    max_nodes: int = 2_000_000
+    min_characters: int = 40
+    keep_alt: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Extraction:
+    """text: the main content, "" if there is none, then `reason` says why.  title: of the page."""
+
+    text: str
+    title: str
+    reason: str = ""
+
+
+def extract(html: str | bytes, config: ExtractConfig | None = None, *, http_charset: str = "") -> Extraction:
+    """The main content of one page as plain text.
+
+    html: text, or bytes that are decoded by byte order mark, `http_charset`, <meta charset>.
+    Returns: paragraphs separated by blank lines, items and table rows on lines of their own, cells by tabs, code as it
+    stands, formulas as TeX between dollars. Never raises for a page: `reason` is empty_page, page_too_large,
+    nested_too_deep, too_many_nodes, mostly_links or too_short.
+    """
+    config = config or ExtractConfig()
+    if len(html) > config.max_page_bytes:
+        return Extraction("", "", "page_too_large")
+    page = decode_html(html, http_charset) if isinstance(html, bytes) else html
+    if not page.strip():
+        return Extraction("", "", "empty_page")
+    try:
+        tree = parse_html(page, max_nodes=config.max_nodes)
+        text = _content(tree, config)
+        if len(text) < config.min_characters:
+            shown = parse_html(page, max_nodes=config.max_nodes, keep_hidden=True)
+            text = _content(shown, config)
+    except PageError as error:
+        return Extraction("", "", error.reason)
+    if len(text) >= config.min_characters:
+        return Extraction(text, tree.title)
+    has_blocks = sum(block.length for block in blocks_of(tree, keep_alt=False)) >= config.min_characters
+    return Extraction("", tree.title, "mostly_links" if has_blocks else "too_short")
+
+
+def _content(tree: FlatTree, config: ExtractConfig) -> str:
+    blocks = blocks_of(tree, keep_alt=config.keep_alt)
+    if not blocks:
+        return ""
+    priors = _priors(tree)
+    scores = [_score(block, priors[block.node], tree) for block in blocks]
+    sums = _subtree_sums(tree, blocks, scores)
+    top = _best_subtree(tree, sums)
+    kept = [
+        block
+        for block, score in zip(blocks, scores, strict=True)
+        if top <= block.node < tree.ends[top] and _is_kept(block, score, sums, tree, top)
+    ]
+    return join_blocks(kept)
+
+
+def _priors(tree: FlatTree) -> list[int]:
+    """For every entry +1 inside a container named like content, -1 inside one named like boilerplate, else 0."""
+    priors = [0] * len(tree)
+    for index, attributes in enumerate(tree.attributes):
+        parent = tree.parents[index]
+        prior = priors[parent] if parent >= 0 else 0
+        tag = tree.tags[index]
+        if tag and prior >= 0:
+            if tag in ("article", "main") or attributes.get("itemprop") == "articleBody":
+                prior = 1
+            elif attributes and tag not in ("body", "html", "a", "span", "code", "tt"):
+                names = f"{attributes.get('class') or ''} {attributes.get('id') or ''}"
+                if names != " ":
+                    names = _CAMEL.sub("-", names)
+                    if _UNLIKELY.search(names):
+                        prior = -1 if not _LIKELY.search(names) or (prior == 0 and len(names) > 200) else prior
+                    elif prior == 0 and _LIKELY.search(names):
+                        prior = 1
+        priors[index] = prior
+    return priors
+
+
+def _score(block: Block, prior: int, tree: FlatTree) -> float:
+    """Positive for content, negative for boilerplate, in characters."""
+    length, links = block.length, block.link_length
+    if block.kind == "code":
+        return 0.5 * length if prior < 0 else length
+    ratio = min(1.0, links / length)
+    score = length * (1.0 - 2.5 * ratio)
+    tag = tree.tags[block.node]
+    if block.kind == "heading":
+        return 2.0 if ratio < 0.6 else -10.0
+    ends_well = bool(_SENTENCE_END.search(block.text))
+    pauses = len(_PAUSES.findall(block.text))
+    if length < 30 and not ends_well:
+        score = min(score, 0) - 6
+    elif length < 90 and not ends_well and pauses == 0:
+        score = 0.2 * score - 2 if score > 0 else score - 10
+    elif tag == "p" or pauses >= 2:
+        score *= 1.2 if score > 0 else 1.0
+    if length < 200 and _BOILERPLATE_TEXT.search(block.text):
+        score = min(score, 0) - 20
+    if prior < 0:
+        score = -0.3 * length - 10
+    return score
+
+
+def _subtree_sums(tree: FlatTree, blocks: list[Block], scores: list[float]) -> list[float]:
+    sums = [0.0] * len(tree)
+    for block, score in zip(blocks, scores, strict=True):
+        sums[block.node] += score
+    for index in range(len(tree) - 1, 0, -1):
+        parent = tree.parents[index]
+        if parent >= 0 and sums[index]:
+            sums[parent] += sums[index]
+    return sums
+
+
+def _best_subtree(tree: FlatTree, sums: list[float]) -> int:
+    """The entry with the highest sum; then down while one child holds nearly all of it."""
+    top = max(range(len(sums)), key=lambda index: (sums[index], index))
+    return top
+
+
+def _is_kept(block: Block, score: float, sums: list[float], tree: FlatTree, top: int) -> bool:
+    if block.kind == "code":
+        return True
+    node = block.node
+    while node > top:
+        if sums[node] < -15 or (sums[node] < 0 and tree.tags[node] in ("ul", "ol", "table", "div", "section")):
+            return False
+        node = tree.parents[node]
+    return score > -15 or (block.kind == "heading" and score > -5)

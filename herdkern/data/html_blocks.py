@@ -1,0 +1,233 @@
+"""A flat tree to text blocks: paragraphs, headings, list items, table rows and code, each with what a scorer needs.
+
+Source of the block view: Kohlschütter, Fankhauser, Nejdl 2010, "Boilerplate detection using shallow text features".
+"""
+
+import re
+from dataclasses import dataclass
+
+from herdkern.data.html_tree import BLOCK_TAGS, FlatTree
+
+HEADINGS = frozenset(("h1", "h2", "h3", "h4", "h5", "h6"))
+MAX_CELL_CHARACTERS = 500  # a cell with more is a column of a layout, not of data
+_PREFORMATTED = frozenset(("pre", "listing", "xmp", "plaintext"))
+_TABLE_PARTS = frozenset(("tbody", "thead", "tfoot"))
+_IN_CELL_BLOCKS = frozenset(
+    ("table", "pre", "ul", "ol", "dl", "h1", "h2", "h3", "h4", "blockquote", "article", "section")
+)
+_NEWLINE, _SPACE = "\ufdd0", "\ufdd1"  # noncharacters: a newline and a space that respacing keeps
+_SPACES = re.compile(r"[ \t\n\r\f]+")
+_AROUND_NEWLINE = re.compile(f" ?{_NEWLINE} ?")
+_INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff\u200e\u200f]")
+_INLINE_TEX = re.compile(r"\\\((.+?)\\\)", re.DOTALL)
+_DISPLAY_TEX = re.compile(r"\\\[(.+?)\\\]", re.DOTALL)
+_FILE_NAME = re.compile(r"^\S*\.(?:jpe?g|png|gif|svg|webp|bmp)$|^(?:img|image|dsc|photo)[-_ ]?\d+", re.IGNORECASE)
+
+
+@dataclass(slots=True)
+class Block:
+    """A run of text between block borders.
+
+    kind: "text", "heading", "item", "row" or "code".  node: the block element that holds it.
+    length: characters that are not spaces; link_length: those of them inside links.
+    """
+
+    text: str
+    kind: str
+    node: int
+    length: int
+    link_length: int
+
+
+def blocks_of(tree: FlatTree, *, keep_alt: bool = True) -> list[Block]:
+    """The blocks of `tree` in document order; `keep_alt` keeps image descriptions of 3 to 50 words."""
+    return _Renderer(tree, keep_alt).run()
+
+
+def is_data_table(tree: FlatTree, table: int) -> bool:
+    """Whether the table at index `table` holds rows of short cells, rather than the layout of the page."""
+    rows = wide = cells = 0
+    cell_characters = 0
+    index, end = table + 1, tree.ends[table]
+    while index < end:
+        tag = tree.tags[index]
+        if tag in _IN_CELL_BLOCKS:
+            return False
+        if tag == "tr":
+            rows += 1
+            wide += cells > 1
+            cells = 0
+        elif tag in ("td", "th"):
+            cells += 1
+            cell_characters = 0
+        elif not tag:
+            cell_characters += len(tree.texts[index].strip())
+            if cell_characters > MAX_CELL_CHARACTERS:
+                return False
+        index += 1
+    wide += cells > 1
+    return rows >= 1 and wide * 2 >= rows and tree.attributes[table].get("role") != "presentation"
+
+
+class _Renderer:
+    def __init__(self, tree: FlatTree, keep_alt: bool):
+        self.tree, self.keep_alt = tree, keep_alt
+        self.blocks: list[Block] = []
+        self.pieces: list[str] = []
+        self.length = self.link_length = 0
+
+    def run(self) -> list[Block]:
+        tree = self.tree
+        index, size = 0, len(tree)
+        open_blocks: list[int] = []  # block elements around index
+        link_end = -1
+        while index < size:
+            while open_blocks and tree.ends[open_blocks[-1]] <= index:
+                self.flush(open_blocks.pop())
+            tag = tree.tags[index]
+            if not tag:
+                self.add_text(index, index < link_end)
+            elif tag in _PREFORMATTED:
+                self.flush(open_blocks[-1] if open_blocks else 0)
+                self.add_code(index)
+                index = tree.ends[index]
+                continue
+            elif tag == "table" and is_data_table(tree, index):
+                self.flush(open_blocks[-1] if open_blocks else 0)
+                self.add_rows(index)
+                index = tree.ends[index]
+                continue
+            elif tag in BLOCK_TAGS:
+                self.flush(open_blocks[-1] if open_blocks else 0)
+                open_blocks.append(index)
+            elif tag == "a" and tree.attributes[index].get("href"):
+                link_end = max(link_end, tree.ends[index])
+            elif tag == "br":
+                self.pieces.append(_NEWLINE)
+            elif tag == "img":
+                self.add_alt(index)
+            index += 1
+        while open_blocks:
+            self.flush(open_blocks.pop())
+        return self.blocks
+
+    def add_text(self, index: int, in_link: bool) -> None:
+        text = self.tree.texts[index]
+        if index in self.tree.verbatim:
+            if text.startswith("$$"):
+                text = f"\n{text}\n"
+            text = text.replace("\n", _NEWLINE).replace(" ", _SPACE)
+        count = len(text) - text.count(" ") - text.count("\n")
+        self.length += count
+        if in_link:
+            self.link_length += count
+        self.pieces.append(text)
+
+    def add_alt(self, index: int) -> None:
+        alternative = (self.tree.attributes[index].get("alt") or "").strip()
+        if self.keep_alt and 3 <= len(alternative.split()) <= 50 and not _FILE_NAME.search(alternative):
+            self.pieces.append(f" {alternative} ")
+
+    def add_code(self, index: int) -> None:
+        tree = self.tree
+        text = "".join(
+            "\n" if tree.tags[inner] == "br" else tree.texts[inner] for inner in range(index + 1, tree.ends[index])
+        )
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        body = text.rstrip(" \n\t")
+        if body.strip():
+            self.blocks.append(Block(text.rstrip("\n"), "code", index, max(1, len("".join(body.split()))), 0))
+
+    def add_rows(self, table: int) -> None:
+        tree = self.tree
+        cells: list[str] = []
+        row = table
+        index, end = table + 1, tree.ends[table]
+        link_end = -1
+        length = link_length = 0
+
+        def finish() -> None:
+            nonlocal length, link_length
+            text = "\t".join(cells).rstrip("\t")
+            if text.strip():
+                kind = "text" if tree.tags[row] == "caption" else "row"
+                self.blocks.append(Block(text, kind, row, max(length, 1), link_length))
+            cells.clear()
+            length = link_length = 0
+
+        while index < end:
+            tag = tree.tags[index]
+            if tag in ("tr", "caption"):
+                finish()
+                row = index
+            if tag in ("td", "th", "caption"):
+                stop = tree.ends[index]
+                self.pieces, self.length, self.link_length = [], 0, 0
+                for inner in range(index + 1, stop):
+                    name = tree.tags[inner]
+                    if not name:
+                        self.add_text(inner, inner < link_end)
+                    elif name == "a" and tree.attributes[inner].get("href"):
+                        link_end = max(link_end, tree.ends[inner])
+                    elif name == "img":
+                        self.add_alt(inner)
+                    elif name == "br" or name in BLOCK_TAGS:
+                        self.pieces.append(" ")
+                cells.append(" ".join(self.text().split()))
+                length += self.length
+                link_length += self.link_length
+                index = stop
+                continue
+            index += 1
+        finish()
+        self.pieces, self.length, self.link_length = [], 0, 0
+
+    def text(self) -> str:
+        """The pieces as text: runs of white space become one space, line breaks and maths stay."""
+        text = _SPACES.sub(" ", "".join(self.pieces))
+        text = _AROUND_NEWLINE.sub("\n", text)
+        if "\\" in text:
+            text = _INLINE_TEX.sub(lambda match: f"${match.group(1).strip()}$", text)
+            text = _DISPLAY_TEX.sub(lambda match: f"\n$${match.group(1).strip()}$$\n", text)
+        text = _INVISIBLE.sub("", text).replace(_SPACE, " ").replace("\xa0", " ")
+        if "\n" not in text:
+            return text.strip()
+        return "\n".join(line.rstrip() for line in text.split("\n")).strip("\n")
+
+    def flush(self, node: int) -> None:
+        """End the current block, which lies directly in the block element `node`."""
+        if not self.pieces:
+            return
+        text = self.text()
+        if text.strip():
+            if not self.blocks or "\n" not in text:
+                text = text.strip()
+            self.blocks.append(Block(text, self.kind(node), node, max(self.length, 1), self.link_length))
+        self.pieces, self.length, self.link_length = [], 0, 0
+
+    def kind(self, node: int) -> str:
+        """The kind by the nearest heading, list item or cell around `node`."""
+        steps = 0
+        while node >= 0 and steps < 4:
+            tag = self.tree.tags[node]
+            if tag in HEADINGS:
+                return "heading"
+            if tag in ("li", "dt", "dd"):
+                return "item"
+            if tag in ("td", "article", "section", "main", "body") or tag in _TABLE_PARTS:
+                return "text"
+            node = self.tree.parents[node]
+            steps += 1
+        return "text"
+
+
+def join_blocks(blocks: list[Block]) -> str:
+    """The text of `blocks`: items and rows on lines of their own, a blank line between everything else."""
+    pieces: list[str] = []
+    previous = ""
+    for block in blocks:
+        if pieces:
+            pieces.append("\n" if block.kind == previous and block.kind in ("item", "row") else "\n\n")
+        pieces.append(block.text)
+        previous = block.kind
+    return "".join(pieces)
