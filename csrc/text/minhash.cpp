@@ -1,0 +1,115 @@
+// The MinHash kernel for the baseline, the tables of its word definition, and the choice of a level.
+#define HK_MINHASH_LEVEL baseline
+#include <cstdlib>
+#include <memory>
+#include <string>
+
+#include "text/minhash_kernel.h"
+#include "text/unicode_classes.h"
+
+namespace herdkern::text {
+
+namespace {
+
+struct Range {
+  uint32_t first, last;
+};
+
+// Scripts that put no spaces between words. Separators inside the ranges (punctuation, symbols) stay separators.
+constexpr Range kUnspacedScripts[] = {
+    {0x0E00, 0x0EFF},    // Thai, Lao
+    {0x1000, 0x109F},    // Myanmar
+    {0x1780, 0x17FF},    // Khmer
+    {0x1950, 0x19FF},    // Tai Le, New Tai Lue, Khmer symbols
+    {0x1A20, 0x1AAF},    // Tai Tham
+    {0x2E80, 0x2FDF},    // CJK and Kangxi radicals
+    {0x3005, 0x3007},    // ideographic marks and zero
+    {0x3021, 0x3029},    // Hangzhou numerals
+    {0x3031, 0x30FF},    // Hiragana, Katakana
+    {0x31F0, 0x31FF},    // Katakana extensions
+    {0x3400, 0x4DBF},    // CJK extension A
+    {0x4E00, 0x9FFF},    // CJK
+    {0xA9E0, 0xA9FF},    // Myanmar extended B
+    {0xAA60, 0xAADF},    // Myanmar extended A, Tai Viet
+    {0xF900, 0xFAFF},    // CJK compatibility
+    {0xFF66, 0xFF9F},    // half-width Katakana
+    {0x1AFF0, 0x1B16F},  // Kana extensions
+    {0x20000, 0x3FFFD},  // CJK extensions B and later
+};
+
+// Simple case folding of the common two-byte letters: every `step`-th code point of [first, last] moves by `shift`.
+constexpr struct {
+  uint32_t first, last, step, shift;
+} kFolds[] = {
+    {0xC0, 0xD6, 1, 32},   {0xD8, 0xDE, 1, 32},  // Latin-1
+    {0x100, 0x12E, 2, 1},  {0x132, 0x136, 2, 1},
+    {0x139, 0x147, 2, 1},  // Latin Extended-A
+    {0x14A, 0x176, 2, 1},  {0x178, 0x178, 1, 0xFFFFFF87u /* -121 */},
+    {0x179, 0x17D, 2, 1},  {0x386, 0x386, 1, 38},
+    {0x388, 0x38A, 1, 37}, {0x38C, 0x38C, 1, 64},  // Greek
+    {0x38E, 0x38F, 1, 63}, {0x391, 0x3A1, 1, 32},
+    {0x3A3, 0x3AB, 1, 32}, {0x3C2, 0x3C2, 1, 1},  // final sigma
+    {0x400, 0x40F, 1, 80}, {0x410, 0x42F, 1, 32},
+    {0x460, 0x480, 2, 1},  // Cyrillic
+    {0x48A, 0x4BE, 2, 1},  {0x4C0, 0x4C0, 1, 15},
+    {0x4C1, 0x4CD, 2, 1},  {0x4D0, 0x52E, 2, 1},
+    {0x531, 0x556, 1, 48},  // and Armenian
+};
+
+std::unique_ptr<WordTable> make_word_table() {
+  auto table = std::make_unique<WordTable>();
+  uint32_t next = 0;
+  for (const uint16_t run : kClassRuns) {
+    const int cls = run & 7;  // kLetter, kUpper, kLower, kMark and kNumber are 1 to 5
+    const uint8_t word_class = cls >= 1 && cls <= 5 ? kWordPart : kSeparator;
+    for (uint32_t i = 0; i < static_cast<uint32_t>(run >> 3); ++i) table->word_class[next++] = word_class;
+  }
+  for (const Range& range : kUnspacedScripts)
+    for (uint32_t c = range.first; c <= range.last; ++c)
+      if (table->word_class[c] == kWordPart) table->word_class[c] = kUnspaced;
+  for (uint16_t& c : table->folded) c = 0;
+  for (const auto& fold : kFolds)
+    for (uint32_t c = fold.first; c <= fold.last; c += fold.step)
+      table->folded[c] = static_cast<uint16_t>(c + fold.shift);
+  return table;
+}
+
+bool runs_here(const char* level) {
+#if defined(HK_X86)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+                    __builtin_cpu_supports("fma");
+  if (std::string(level) == "avx2") return avx2;
+  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+  (void)level;
+  return false;
+#endif
+}
+
+std::vector<MinHashKernels> find_levels() {
+  std::vector<MinHashKernels> levels;
+#if defined(HK_X86)
+  const char* forced = std::getenv("HERDKERN_ISA");  // forces a lower level; "amx" has nothing to add here
+  const std::string most = forced ? forced : "amx";
+  if (runs_here("avx512") && (most == "avx512" || most == "amx")) levels.push_back(avx512::minhash_kernels());
+  if (runs_here("avx2") && most != "baseline") levels.push_back(avx2::minhash_kernels());
+#endif
+  levels.push_back(baseline::minhash_kernels());
+  return levels;
+}
+
+}  // namespace
+
+const WordTable& word_table() {
+  static const std::unique_ptr<WordTable> table = make_word_table();
+  return *table;
+}
+
+const std::vector<MinHashKernels>& minhash_levels() {
+  static const std::vector<MinHashKernels> levels = find_levels();
+  return levels;
+}
+
+}  // namespace herdkern::text

@@ -1,0 +1,152 @@
+"""MinHash signatures of texts, and near-duplicate removal built on them.
+
+The set behind a signature, version 1. Words are maximal runs of letters, marks, numbers and "_" by Unicode category;
+what separates them (spaces of every kind, punctuation, symbols, controls) does not count. ASCII, Latin, Greek, Cyrillic
+and Armenian letters are compared without case. Words longer than 256 bytes are cut. In scripts that put no spaces
+between words (Han, Kana, Thai, Lao, Khmer, Myanmar and their like) each character starts a word of up to 6 characters,
+so that 5 words span 10 characters. A byte that is not UTF-8 counts as a letter. A shingle is `ngram_size` neighbouring
+words; a text with fewer words is one shingle; a text without any has an empty set and is like nothing.
+
+Slot k of a signature is the minimum over the shingles of (A[k] x + B[k]) mod 2^32 with A odd and x 32 bits of a 64-bit
+hash of the shingle; two signatures agree in a slot with probability equal to the Jaccard similarity of the sets.
+Source: Broder 1997, On the resemblance and containment of documents; the multiplicative family: Thorup 2013
+(arXiv:1303.5479).
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import islice, pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from herdkern import _text
+
+SPEC_VERSION = 1
+_MASK64 = (1 << 64) - 1
+
+
+def _splitmix64(state: int) -> Iterator[int]:
+    """The numbers of the generator SplitMix64."""
+    while True:
+        state = (state + 0x9E3779B97F4A7C15) & _MASK64
+        z = state
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+        yield z ^ (z >> 31)
+
+
+@lru_cache(maxsize=64)
+def slot_parameters(num_slots: int, seed: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """(multipliers, offsets) of the slots, uint32 (num_slots,) each; the multipliers are odd."""
+    values = np.array(list(islice(_splitmix64(seed & _MASK64), 2 * num_slots)), dtype=np.uint64) >> np.uint64(32)
+    parameters = values.astype(np.uint32)
+    return parameters[0::2] | np.uint32(1), parameters[1::2].copy()
+
+
+@lru_cache(maxsize=64)
+def word_factors(ngram_size: int) -> NDArray[np.uint64]:
+    """The odd factors of the words of a shingle, uint64 (ngram_size,)."""
+    return np.array(list(islice(_splitmix64(0x6E6772616D73), ngram_size)), dtype=np.uint64) | np.uint64(1)
+
+
+def signature_spec(*, num_bands: int, rows_per_band: int, ngram_size: int = 5, seed: int = 1) -> str:
+    """What makes signatures comparable, as one line: only those of the same line may be compared or stored together."""
+    return (
+        f"herdkern-minhash/{SPEC_VERSION} words=unicode-{_text.unicode_version} ngram_size={ngram_size} "
+        f"family=fast32 num_bands={num_bands} rows_per_band={rows_per_band} seed={seed}"
+    )
+
+
+def usable_threads(num_threads: int | None) -> int:
+    """`num_threads`, or the number of usable cores for None.
+
+    Raises: ValueError if it is less than 1.
+    """
+    if num_threads is None:
+        return len(os.sched_getaffinity(0))
+    if num_threads < 1:
+        raise ValueError(f"num_threads must be at least 1 or None, got {num_threads}")
+    return num_threads
+
+
+def _check_sizes(function: str, **sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{function}: {name} must be at least 1, got {value}")
+
+
+def as_utf8(texts: Sequence[str | bytes]) -> Sequence[str | bytes]:
+    """`texts` with every str that UTF-8 cannot hold (lone surrogates) replaced by bytes that stand for it."""
+    try:
+        for text in texts:
+            if isinstance(text, str) and not text.isascii():
+                text.encode()
+        return texts
+    except UnicodeEncodeError:
+        return [text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text for text in texts]
+
+
+def signatures(
+    texts: Sequence[str | bytes],
+    *,
+    num_bands: int,
+    rows_per_band: int,
+    ngram_size: int = 5,
+    seed: int = 1,
+    num_threads: int | None = None,
+    level: str = "auto",
+) -> NDArray[np.uint32]:
+    """MinHash signatures, uint32 (num_docs, num_bands * rows_per_band); the same for every number of threads.
+
+    texts: str, or bytes of UTF-8.  num_threads: None for all usable cores.
+    level: "baseline", "avx2" or "avx512" forces a code path; all give the same signatures.
+    Raises: ValueError for sizes below 1; TypeError for a text of another type.
+    """
+    _check_sizes("signatures", num_bands=num_bands, rows_per_band=rows_per_band, ngram_size=ngram_size)
+    multipliers, offsets = slot_parameters(num_bands * rows_per_band, seed)
+    arguments = (word_factors(ngram_size), multipliers, offsets, usable_threads(num_threads), level)
+    try:
+        return _text.minhash_sign(texts, *arguments)
+    except UnicodeEncodeError:
+        return _text.minhash_sign(as_utf8(texts), *arguments)
+
+
+def shingle_hashes(
+    texts: Sequence[str | bytes], *, ngram_size: int = 5, num_threads: int | None = None, level: str = "auto"
+) -> list[NDArray[np.uint64]]:
+    """The 64-bit hashes of every text's shingles in text order, repeats included.
+
+    Raises: ValueError for ngram_size below 1; TypeError for a text that is neither str nor bytes.
+    """
+    _check_sizes("shingle_hashes", ngram_size=ngram_size)
+    values, begins = _text.minhash_shingle(as_utf8(texts), word_factors(ngram_size), usable_threads(num_threads), level)
+    return [values[begin:end] for begin, end in pairwise(begins)]
+
+
+def estimate_jaccard(first: NDArray[np.uint32], second: NDArray[np.uint32]) -> NDArray[np.float64]:
+    """The share of equal slots along the last axis: an unbiased estimate, variance J (1 - J) / num_slots.
+
+    first, second: uint32 (..., num_slots), of one `signature_spec`.
+    Raises: ValueError if they do not have the same number of slots.
+    """
+    if first.shape[-1] != second.shape[-1]:
+        raise ValueError(
+            f"estimate_jaccard: first and second must have equally many slots, got {first.shape[-1]} and "
+            f"{second.shape[-1]}; signatures of different settings cannot be compared"
+        )
+    return np.asarray((first == second).mean(axis=-1), dtype=np.float64)
+
+
+def exact_jaccard(
+    texts: Sequence[str | bytes], pairs: NDArray[np.int64], *, ngram_size: int = 5, num_threads: int | None = None
+) -> NDArray[np.float64]:
+    """Jaccard similarity of the shingle sets of pairs of texts, float64 (num_pairs,); 0 where both sets are empty.
+
+    pairs: int64 (num_pairs, 2), indices into texts.
+    Raises: ValueError for ngram_size below 1 or pairs outside of texts.
+    """
+    _check_sizes("exact_jaccard", ngram_size=ngram_size)
+    pairs = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
+    return _text.jaccard_of_pairs(as_utf8(texts), pairs, word_factors(ngram_size), usable_threads(num_threads))
