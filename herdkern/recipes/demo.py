@@ -1,0 +1,33 @@
+"""The main job: the documentation of this Python, crawled, cleaned and learned by a Llama 3 of 5 M parameters in minutes."""
+
+from herdkern.model.config import micro
+from herdkern.recipes.config import Recipe, SampleConfig, TokenizerConfig
+from herdkern.train.config import CheckpointConfig, ScheduleConfig, TrainConfig
+
+
+def demo() -> Recipe:
+    """Crawl the documentation of this Python and train about 5 M parameters on it, in minutes on two cores."""
+    return Recipe(
+        name="demo",
+        tokenizer=TokenizerConfig(vocab_size=8192),
+        model=micro(8192),
+        train=TrainConfig(
+            steps=240,
+            seq_len=512,
+            batch_size=16,
+            average_every_steps=4,
+            eval_every_steps=40,
+            schedule=ScheduleConfig(peak_lr=4e-3, min_lr=4e-4, warmup_steps=20, anneal_steps=48),
+            checkpoint=CheckpointConfig(every_steps=40, keep_last=2),
+        ),
+        samples=SampleConfig(
+            prompts=(
+                "Return a new list",
+                "Help on module",
+                "def main(",
+                "The file object",
+                "Permission is hereby granted",
+                "",
+            )
+        ),
+    )

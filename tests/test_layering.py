@@ -1,0 +1,67 @@
+"""The floors of the house: who may import whom, and where torch may not enter. Lazy imports inside functions count too."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "herdkern"
+
+BELOW = {  # floor -> what it may import of herdkern (itself always)
+    "engine": {"_text"},
+    "tokenizer": {"engine", "_text"},
+    "data": {"tokenizer", "engine", "_text"},
+    "dedup": {"data", "tokenizer", "engine", "_text"},
+    "ops": {"_ops", "_cuda"},
+    "model": {"ops"},
+    "parallel": {"model", "ops"},
+    "train": {"parallel", "model", "ops", "data", "tokenizer", "engine"},
+    "report": {"data", "engine"},
+    "recipes": {"train", "parallel", "model", "ops", "dedup", "data", "tokenizer", "engine", "report", "env"},
+    "env": {"ops", "_ops", "_text", "tokenizer", "dedup"},
+    "cli": {"recipes", "report", "train", "model", "dedup", "data", "tokenizer", "engine", "env"},
+    "__init__": set(),
+    "__main__": {"cli"},
+}
+WITHOUT_TORCH = {"engine", "tokenizer", "data", "dedup", "report"}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def floor_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of everything that a file imports, at any depth."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            module = node.module or ""
+            names |= {f"{module}.{alias.name}" for alias in node.names} if module == "herdkern" else {module}
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    floor = floor_of(path)
+    assert floor in BELOW, f"herdkern/{floor} has no floor: add it to BELOW"
+    targets = {name.split(".")[1] for name in imported(path) if name.startswith("herdkern.")}
+    wrong = targets - BELOW[floor] - {floor, "__version__"}
+    assert not wrong, f"{path.relative_to(ROOT)} ({floor}) must not import herdkern.{', herdkern.'.join(sorted(wrong))}"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if floor_of(p) in WITHOUT_TORCH], ids=lambda p: str(p.relative_to(PACKAGE))
+)
+def test_text_wing_has_no_torch(path):
+    assert not {name for name in imported(path) if name.split(".")[0] == "torch"}
+
+
+def test_native_code_has_no_torch():
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
+    assert sources
+    assert not [p for p in sources if "torch/" in p.read_text(encoding="utf-8") and "#include <torch" in p.read_text()]
