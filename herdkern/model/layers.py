@@ -1,0 +1,170 @@
+"""The layers of Llama 3 on packed tokens: linear, RMSNorm, attention, feed-forward, and the cache for generation.
+
+Shapes: total_tokens = all tokens of all documents, in one row. A layer computes in the dtype of its input; its
+weights stay in the dtype they are trained in (fp32) and are cast where they are used, so gradients accumulate in
+fp32. Source: Llama 3 (arXiv:2407.21783) section 3.2; grouped-query attention, Ainslie et al. 2023 (arXiv:2305.13245).
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from herdkern import ops
+from herdkern.model.config import ModelConfig
+
+
+class Attend(Protocol):
+    """What computes attention: `ops.attention`, or a parallel version of the same signature."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, cu_seqlens_k: Tensor | None = None
+    ) -> Tensor:
+        """(total_q, num_heads, head_dim) from q, k, v and the document borders."""
+        ...
+
+
+class KVCache:
+    """Keys and values of every layer for sequences that grow, each in a row of `capacity` places.
+
+    A row is cut into two documents for attention, what is filled and what is free; no query belongs to the free
+    part, so ragged sequences need neither padding nor copying.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch_size: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        shape = (config.num_layers, batch_size * capacity, config.num_kv_heads, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.capacity = capacity
+        self.lengths = [0] * batch_size
+        self._slots = torch.empty(0, dtype=torch.int64)
+        self.cu_seqlens_q = torch.zeros(2 * batch_size + 1, dtype=torch.int32)
+        self.cu_seqlens_k = torch.zeros(2 * batch_size + 1, dtype=torch.int32)
+
+    def begin(self, num_new: list[int]) -> Tensor:
+        """Make room for `num_new[i]` more tokens of row i and return the positions of all new tokens, (sum,) int64."""
+        slots: list[int] = []
+        positions: list[int] = []
+        cu_q, cu_k = [0], [0]
+        for row, count in enumerate(num_new):
+            start, end = self.lengths[row], self.lengths[row] + count
+            if end > self.capacity:
+                raise ValueError(
+                    f"KVCache: row {row} must have at most {self.capacity} tokens, got {end}; raise capacity"
+                )
+            slots.extend(range(row * self.capacity + start, row * self.capacity + end))
+            positions.extend(range(start, end))
+            cu_q += [cu_q[-1] + count] * 2
+            cu_k += [row * self.capacity + end, (row + 1) * self.capacity]
+            self.lengths[row] = end
+        device = self.k.device
+        self._slots = torch.tensor(slots, dtype=torch.int64, device=device)
+        self.cu_seqlens_q = torch.tensor(cu_q, dtype=torch.int32, device=device)
+        self.cu_seqlens_k = torch.tensor(cu_k, dtype=torch.int32, device=device)
+        return torch.tensor(positions, dtype=torch.int64, device=device)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v: (new_tokens, num_kv_heads, head_dim) of one layer and return that layer's whole cache."""
+        self.k[layer].index_copy_(0, self._slots, k)
+        self.v[layer].index_copy_(0, self._slots, v)
+        return self.k[layer], self.v[layer]
+
+
+class Linear(nn.Module):
+    """x @ weight.T without a bias; the weight is cast to the dtype of x."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_dim, in_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., out_dim) from x: (..., in_dim)."""
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with a learned scale."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., dim) from x: (..., dim)."""
+        return ops.rms_norm(x, self.weight.to(x.dtype), eps=self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention inside documents. `attend` is replaced from outside when attention is parallel."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.q_proj = Linear(config.dim, config.num_heads * config.head_dim)
+        self.k_proj = Linear(config.dim, config.num_kv_heads * config.head_dim)
+        self.v_proj = Linear(config.dim, config.num_kv_heads * config.head_dim)
+        self.o_proj = Linear(config.num_heads * config.head_dim, config.dim)
+        self.attend: Attend = ops.attention
+
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        positions: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """(total_tokens, dim) from x: (total_tokens, dim), document borders, positions and the cos/sin table."""
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (total_tokens, num_heads, head_dim)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (total_tokens, num_kv_heads, head_dim)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        q = ops.rope(q, *rope, positions)
+        k = ops.rope(k, *rope, positions)
+        if cache is None:
+            out = self.attend(q, k, v, cu_seqlens)
+        else:
+            k, v = cache.update(self.layer, k, v)
+            out = self.attend(q, k, v, cache.cu_seqlens_q, cu_seqlens_k=cache.cu_seqlens_k)
+        return self.o_proj(out.flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """down(silu(gate(x)) * up(x)); Shazeer 2020 (arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.dim, config.ffn_dim)
+        self.up_proj = Linear(config.dim, config.ffn_dim)
+        self.down_proj = Linear(config.ffn_dim, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(total_tokens, dim) from x: (total_tokens, dim)."""
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        positions: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """(total_tokens, dim) from x: (total_tokens, dim)."""
+        x = x + self.self_attn(self.input_layernorm(x), cu_seqlens, positions, rope, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))

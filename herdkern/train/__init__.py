@@ -1,0 +1,64 @@
+"""One training loop: configuration, schedule, optimizer, batches, objectives, checkpoints, evaluation.
+
+`config` needs no torch; the other names load it when they are first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from herdkern.train.config import CheckpointConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from herdkern.train.average import WeightAverage
+    from herdkern.train.batch import Batch, build_batch
+    from herdkern.train.checkpoint import CorruptCheckpointError, latest_checkpoint, load_checkpoint, verify_checkpoint
+    from herdkern.train.evaluate import HeldOut, token_counts, unigram_baseline
+    from herdkern.train.guard import NonFiniteError
+    from herdkern.train.objective import next_token_loss
+    from herdkern.train.trainer import PackedBatches, Trainer, TrainResult
+
+__all__ = [
+    "Batch",
+    "CheckpointConfig",
+    "CorruptCheckpointError",
+    "HeldOut",
+    "NonFiniteError",
+    "OptimizerConfig",
+    "PackedBatches",
+    "ScheduleConfig",
+    "TrainConfig",
+    "TrainResult",
+    "Trainer",
+    "WeightAverage",
+    "build_batch",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "next_token_loss",
+    "token_counts",
+    "unigram_baseline",
+    "verify_checkpoint",
+]
+
+_HOMES = {
+    "Batch": "batch",
+    "CorruptCheckpointError": "checkpoint",
+    "HeldOut": "evaluate",
+    "NonFiniteError": "guard",
+    "PackedBatches": "trainer",
+    "TrainResult": "trainer",
+    "Trainer": "trainer",
+    "WeightAverage": "average",
+    "build_batch": "batch",
+    "latest_checkpoint": "checkpoint",
+    "load_checkpoint": "checkpoint",
+    "next_token_loss": "objective",
+    "token_counts": "evaluate",
+    "unigram_baseline": "evaluate",
+    "verify_checkpoint": "checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,124 @@
+"""What a training run is, as frozen dataclasses. Needs no torch.
+
+Source of the defaults: Llama 3 (arXiv:2407.21783) section 3.4; betas, eps, weight decay and clipping are not in the
+paper and are those of common practice.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with decoupled weight decay on matrices and clipping of the global gradient norm."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0  # 0: no clipping
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f"OptimizerConfig: beta1, beta2 must be in [0, 1), got {self.beta1}, {self.beta2}")
+        if self.eps <= 0 or self.weight_decay < 0 or self.max_grad_norm < 0:
+            raise ValueError(
+                "OptimizerConfig: eps must be positive, weight_decay and max_grad_norm not negative, "
+                f"got {self.eps}, {self.weight_decay}, {self.max_grad_norm}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate: linear warm-up, cosine from peak_lr to min_lr, then a straight line to 0 over anneal_steps."""
+
+    peak_lr: float = 3e-3
+    min_lr: float = 3e-5
+    warmup_steps: int = 20
+    anneal_steps: int = 0
+    cosine_steps: int = 0  # the update at which the cosine reaches min_lr; 0: where annealing starts
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_lr <= self.peak_lr:
+            raise ValueError(f"ScheduleConfig: min_lr must be in [0, peak_lr={self.peak_lr}], got {self.min_lr}")
+        if min(self.warmup_steps, self.anneal_steps, self.cosine_steps) < 0:
+            raise ValueError(
+                "ScheduleConfig: warmup_steps, anneal_steps, cosine_steps must not be negative, "
+                f"got {self.warmup_steps}, {self.anneal_steps}, {self.cosine_steps}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save and how many complete checkpoints to keep."""
+
+    every_steps: int = 100  # 0: only at the end
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        if self.every_steps < 0:
+            raise ValueError(f"CheckpointConfig: every_steps must not be negative, got {self.every_steps}")
+        if self.keep_last < 1:
+            raise ValueError(f"CheckpointConfig: keep_last must be at least 1, got {self.keep_last}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run of the training loop. A step sees batch_size sequences of seq_len tokens, micro_batch_size at a time."""
+
+    steps: int = 200
+    seq_len: int = 512
+    batch_size: int = 16
+    micro_batch_size: int = 0  # 0: the whole batch at once
+    seed: int = 0
+    dtype: Literal["fp32", "bf16"] = "bf16"  # of activations and matrix products; parameters and sums are always fp32
+    document_mask: bool = True  # False lets attention cross documents inside a sequence: for study only
+    mask_border_targets: bool = True  # do not learn to predict the first token of an unrelated next document
+    reset_positions: bool = True  # rotary positions start at 0 in every document, else in every sequence
+    average_every_steps: int = 0  # Polyak average over the annealing steps; 0: none
+    eval_every_steps: int = 0  # held-out loss; 0: never inside the loop
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_skipped_steps: int = 10  # in a row, with on_nonfinite="skip"
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "seq_len", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TrainConfig: {name} must be at least 1, got {getattr(self, name)}")
+        if self.micro_batch_size < 0 or self.batch_size % (self.micro_batch_size or self.batch_size):
+            raise ValueError(
+                f"TrainConfig: micro_batch_size must divide batch_size={self.batch_size}, got {self.micro_batch_size}"
+            )
+        if self.dtype not in ("fp32", "bf16"):
+            raise ValueError(f"TrainConfig: dtype must be 'fp32' or 'bf16', got {self.dtype!r}")
+        if self.on_nonfinite not in ("stop", "skip"):
+            raise ValueError(f"TrainConfig: on_nonfinite must be 'stop' or 'skip', got {self.on_nonfinite!r}")
+        if min(self.average_every_steps, self.eval_every_steps, self.max_skipped_steps) < 0:
+            raise ValueError(
+                "TrainConfig: average_every_steps, eval_every_steps, max_skipped_steps must not be negative, "
+                f"got {self.average_every_steps}, {self.eval_every_steps}, {self.max_skipped_steps}"
+            )
+        if self.schedule.warmup_steps + self.schedule.anneal_steps > self.steps:
+            raise ValueError(
+                f"TrainConfig: warmup_steps + anneal_steps must be at most steps={self.steps}, "
+                f"got {self.schedule.warmup_steps} + {self.schedule.anneal_steps}"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one update sees."""
+        return self.batch_size * self.seq_len
+
+    @property
+    def anneal_start_sequence(self) -> int:
+        """The number of the first sequence of the annealing phase: where an up-weighted mix starts."""
+        return (self.steps - self.schedule.anneal_steps) * self.batch_size
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that the bits of the result depend on, as JSON values; a resumed run must have the same."""
+        values = dataclasses.asdict(self)
+        del values["checkpoint"], values["eval_every_steps"]
+        return values

@@ -1,0 +1,65 @@
+"""AdamW over named parameters, and its state as named tensors. Source: Loshchilov & Hutter 2019 (arXiv:1711.05101)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from herdkern.train.config import OptimizerConfig
+
+STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
+
+
+def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """torch's fused AdamW over the parameters of `model`; norms (1-D) do not decay."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
+    """The global norm of all gradients before clipping; scales them to `max_norm` if they are above it (0: never).
+
+    Nothing is changed when the norm is not finite.
+    """
+    params = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    value = float(norm)
+    if 0 < max_norm < value < float("inf"):
+        torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+    return value
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The state as "exp_avg.<name>", "exp_avg_sq.<name>", "step.<name>" of each parameter; none before an update."""
+    return {
+        f"{key}.{name}": optimizer.state[param][key]
+        for name, param in model.named_parameters()
+        if param in optimizer.state
+        for key in STATE_KEYS
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave.
+
+    Raises: ValueError naming a tensor that is missing, unknown or of another shape.
+    """
+    known = {f"{key}.{name}" for name, _ in model.named_parameters() for key in STATE_KEYS}
+    if set(tensors) - known:
+        raise ValueError(f"load_optimizer_tensors: tensors must be of this model, got {min(set(tensors) - known)!r}")
+    for name, param in model.named_parameters():
+        if not any(f"{key}.{name}" in tensors for key in STATE_KEYS):
+            continue
+        for key in STATE_KEYS:
+            tensor = tensors.get(f"{key}.{name}")
+            shape = param.shape if key != "step" else torch.Size([])
+            if tensor is None or tensor.shape != shape:
+                got = "none" if tensor is None else str(tuple(tensor.shape))
+                raise ValueError(f"load_optimizer_tensors: {key}.{name} must be {tuple(shape)}, got {got}")
+            optimizer.state[param][key] = tensor.to(param.device).clone() if key != "step" else tensor.clone()

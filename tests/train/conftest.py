@@ -1,0 +1,72 @@
+"""Small deterministic pieces shared by the training tests: a dataset in memory and a run on it."""
+
+import numpy as np
+import pytest
+import torch
+
+from herdkern.data.mix import TokenSampler
+from herdkern.model.config import ModelConfig
+from herdkern.train.config import CheckpointConfig, ScheduleConfig, TrainConfig
+
+VOCAB = 61
+BOS, EOS = 59, 60
+
+
+class ArrayDataset:
+    """Documents in memory with the interface of TokenDataset; each counts upwards from a random start."""
+
+    def __init__(self, num_docs: int, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        docs = [
+            np.concatenate([[BOS], (rng.integers(0, 50) + np.arange(rng.integers(3, 40))) % 50, [EOS]])
+            for _ in range(num_docs)
+        ]
+        self.tokens = np.concatenate(docs).astype(np.int64)
+        self.borders = np.concatenate([[0], np.cumsum([len(d) for d in docs])])
+        self.num_tokens = len(self.tokens)
+        self.num_docs = num_docs
+        self.n_vocab = VOCAB
+        self.bos_id, self.eos_id = BOS, EOS
+
+    def window(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        inside = self.borders[(self.borders > start) & (self.borders < start + length)] - start
+        return self.tokens[start : start + length], np.concatenate([[0], inside, [length]]).astype(np.int32)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These models are too small to share; one thread keeps a busy machine from slowing them down."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def dataset() -> ArrayDataset:
+    return ArrayDataset(num_docs=120, seed=1)
+
+
+@pytest.fixture
+def tiny_model_config() -> ModelConfig:
+    return ModelConfig(
+        vocab_size=VOCAB, dim=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, ffn_dim=24, max_seq_len=64
+    )
+
+
+@pytest.fixture
+def tiny_train_config() -> TrainConfig:
+    return TrainConfig(
+        steps=12,
+        seq_len=32,
+        batch_size=4,
+        dtype="fp32",
+        average_every_steps=2,
+        schedule=ScheduleConfig(peak_lr=1e-2, min_lr=1e-3, warmup_steps=3, anneal_steps=6),
+        checkpoint=CheckpointConfig(every_steps=3, keep_last=2),
+    )
+
+
+@pytest.fixture
+def sampler(dataset: ArrayDataset) -> TokenSampler:
+    return TokenSampler({"a": dataset, "b": ArrayDataset(num_docs=40, seed=2)}, {"a": 3, "b": 1}, seq_len=32, seed=5)
