@@ -1,0 +1,22 @@
+"""Byte-level BPE tokenizers: training, encoding identical to tiktoken, files for tiktoken and Hugging Face.
+
+tokenizer = train_bpe(texts, 32_000)         # train.py
+ids = tokenizer.encode("Hello world")        # tokenizer.py
+tokenizer.save("tokenizer")                  # export.py: tokenizer.model, tokenizer.json
+"""
+
+from herdkern.tokenizer.pretokenize import LLAMA3_SPLIT_PATTERN, split_words
+from herdkern.tokenizer.special_tokens import BEGIN_OF_TEXT, END_OF_TEXT, llama3_special_tokens
+from herdkern.tokenizer.tokenizer import Tokenizer
+from herdkern.tokenizer.train import WordCounts, train_bpe
+
+__all__ = [
+    "BEGIN_OF_TEXT",
+    "END_OF_TEXT",
+    "LLAMA3_SPLIT_PATTERN",
+    "Tokenizer",
+    "WordCounts",
+    "llama3_special_tokens",
+    "split_words",
+    "train_bpe",
+]
