@@ -17,22 +17,21 @@ struct RowState {
 
 // One block of keys of a query, of which it sees the first `visible` (>= 1): turns scores into weights exp(scale * s - max),
 // zero from `visible` up to `width`, and rescales what acc holds from earlier blocks. scores: (width,), overwritten; weights
-// may be the same array. width: a multiple of 16.
+// may be the same array. width: a multiple of 16.  scale > 0.
 template <typename Engine>
 inline void online_softmax(float* scores, int64_t visible, int64_t width, float scale, RowState& row,
                            typename Engine::Elem* weights, float* acc, int64_t acc_dim) {
   const int64_t used = (visible + 15) / 16 * 16;
-  for (int64_t j = visible; j < used; ++j) scores[j] = scale < 0 ? INFINITY : kNegInfinity;
+  for (int64_t j = visible; j < used; ++j) scores[j] = kNegInfinity;
   const Vec factor(scale);
   Vec top = Vec(kNegInfinity);
   for (int64_t j = 0; j < used; j += 16) top = max(Vec::load(scores + j) * factor, top);
-  if (used > visible && scale == 0.0f) top = max(Vec(0.0f), top);  // 0 * infinity above is NaN
   const float new_max = std::fmax(row.max, max_lane(top));
   const float shift = new_max == kNegInfinity ? 0.0f : new_max;  // every score -inf: weights 0, not NaN
   Vec total(0.0f);
   const Vec minus_shift(-shift);
   for (int64_t j = 0; j < used; j += 16) {
-    Vec weight = exp(fma(Vec::load(scores + j), factor, minus_shift));
+    const Vec weight = exp(fma(Vec::load(scores + j), factor, minus_shift));
     total = total + weight;
     Engine::store(weights + j, weight);
   }
@@ -41,10 +40,27 @@ inline void online_softmax(float* scores, int64_t visible, int64_t width, float 
     const float keep = row.max == kNegInfinity ? 0.0f : std::exp(row.max - shift);
     row.sum *= keep;
     row.max = new_max;
-    const Vec factor_acc(keep);
-    for (int64_t c = 0; c < acc_dim; c += 16) (Vec::load(acc + c) * factor_acc).store(acc + c);
+    const Vec keep_all(keep);
+    for (int64_t c = 0; c < acc_dim; c += 16) (Vec::load(acc + c) * keep_all).store(acc + c);
   }
   row.sum += sum(total);
+}
+
+// One key (a row of the transposed tile) against queries [begin, end), of which those before `first` do not see it:
+//   p = exp(scale * score - lse),  ds = p * (dp - delta),  0 where unseen;  scale is left to the caller's last step.
+// scores, dp: (end,), overwritten with p and ds in fp32.  begin, end: multiples of 16.
+inline void softmax_backward(float* scores, float* dp, const float* lse, const float* delta, float scale, int64_t first,
+                             int64_t begin, int64_t end) {
+  const Vec factor(scale);
+  for (int64_t i = begin; i < end; i += 16) {
+    const Vec p = exp(fma(Vec::load(scores + i), factor, Vec(0.0f) - Vec::load(lse + i)));
+    (p * (Vec::load(dp + i) - Vec::load(delta + i))).store(dp + i);
+    p.store(scores + i);
+  }
+  const int64_t unseen = (first < end ? first : end) - begin;
+  if (unseen <= 0) return;
+  std::memset(scores + begin, 0, static_cast<size_t>(unseen) * sizeof(float));
+  std::memset(dp + begin, 0, static_cast<size_t>(unseen) * sizeof(float));
 }
 
 }  // namespace herdkern::cpu::HK_ISA

@@ -9,6 +9,7 @@
 namespace py = pybind11;
 
 namespace herdkern::cpu {
+void bind_attention(py::module_& m);  // bind_attention.cpp
 void bind_rms_norm(py::module_& m);  // bind_rms_norm.cpp
 void bind_rope(py::module_& m);      // bind_rope.cpp
 void bind_swiglu(py::module_& m);    // bind_swiglu.cpp
@@ -21,6 +22,7 @@ PYBIND11_MODULE(_ops, m) {
   m.def("active_isa", [] { return isa_name(active_isa()); });
   m.def("set_isa", [](const std::string& name) { set_active_isa(name.c_str()); });
   m.def("has_avx512_bf16", &has_avx512_bf16);
+  bind_attention(m);
   bind_rms_norm(m);
   bind_rope(m);
   bind_swiglu(m);
