@@ -1,1 +1,18 @@
-"""Duplicate removal: URLs, near-duplicate documents by MinHash, repeated lines. Stages on `herdkern.engine`."""
+"""Duplicate removal as stages on `herdkern.engine`: URLs, documents (exact copies and MinHash), lines.
+
+Each stage returns one task folder per input with documents.jsonl.zst and dropped.jsonl.zst.
+"""
+
+from herdkern.dedup.documents import MinHashConfig, dedup_minhash
+from herdkern.dedup.lines import LineDedupConfig, dedup_lines
+from herdkern.dedup.urls import UrlDedupConfig, canonical_url, dedup_urls
+
+__all__ = [
+    "LineDedupConfig",
+    "MinHashConfig",
+    "UrlDedupConfig",
+    "canonical_url",
+    "dedup_lines",
+    "dedup_minhash",
+    "dedup_urls",
+]
