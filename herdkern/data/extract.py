@@ -6,10 +6,15 @@ Source: Kohlschütter et al. 2010 (block features); the Llama 3 report, section 
 """
 
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
+from herdkern.data.document import BadRecord, Document, DocumentWriter, document_id
 from herdkern.data.html_blocks import Block, blocks_of, join_blocks
 from herdkern.data.html_tree import FlatTree, PageError, decode_html, parse_html
+from herdkern.data.sources import MAX_RECORD_BYTES, RawPage, read_records
 
 _UNLIKELY = re.compile(
     r"(?:^|[-_\s])(?:nav|navbar|navigation|menu|submenu|foot|footer|footnav|sidebar|side-?bar|rail|breadcrumbs?|share|shares"
@@ -34,29 +39,39 @@ _SENTENCE_END = re.compile(r"[.!?…:;。！？؟।][\"'”’»)\]]*\s*$")
 _PAUSES = re.compile(r"[,;،、，.!?。！？]")
 _BOILERPLATE_TEXT = re.compile(
     r"^(?:share|tweet|print|email|advertis\w+|sponsored|read more|continue reading|related|follow us|subscribe|sign up"
-    r"|log in|copyright|©|all rights reserved|comments?|leave a reply|tags?:|filed under|posted (?:in|on|by)|previous|next"
-    r"|skip to|back to top|loading|click here|view comments|photo:|more:|topics:)\b",
+    r"|log in|copyright|©|all rights reserved|comments?|leave a reply|tags?:|filed under|posted (?:in|on|by)|previous"
+    r"|next|skip to|back to top|loading|click here|view comments|photo:|more:|topics:)\b",
     re.IGNORECASE,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
-    """max_page_bytes: larger pages are refused.  min_characters: shorter results count as empty.  keep_alt: see blocks_of."""
+    """max_page_bytes, max_record_bytes: larger ones are refused.  min_characters: shorter results count as empty.
+
+    keep_alt: see blocks_of.  source: written into the documents that do not name one.
+    """
 
     max_page_bytes: int = 16 << 20
     max_nodes: int = 2_000_000
     min_characters: int = 40
     keep_alt: bool = True
+    max_record_bytes: int = MAX_RECORD_BYTES
+    source: str = "web"
 
 
 @dataclass(frozen=True, slots=True)
 class Extraction:
-    """text: the main content, "" if there is none, then `reason` says why.  title: of the page."""
+    """text: the main content, "" if there is none, then `reason` says why.  title: of the page.
+
+    code_share: share of the text's characters that the page marks as code.  num_formulas: formulas found as maths.
+    """
 
     text: str
     title: str
     reason: str = ""
+    code_share: float = 0.0
+    num_formulas: int = 0
 
 
 def extract(html: str | bytes, config: ExtractConfig | None = None, *, http_charset: str = "") -> Extraction:
@@ -75,32 +90,37 @@ def extract(html: str | bytes, config: ExtractConfig | None = None, *, http_char
         return Extraction("", "", "empty_page")
     try:
         tree = parse_html(page, max_nodes=config.max_nodes)
-        text = _content(tree, config)
-        if len(text) < config.min_characters:
-            shown = parse_html(page, max_nodes=config.max_nodes, keep_hidden=True)
-            text = _content(shown, config)
+        blocks = _content(tree, config)
+        if _text_length(blocks) < config.min_characters:
+            tree = parse_html(page, max_nodes=config.max_nodes, keep_hidden=True)
+            blocks = _content(tree, config)
     except PageError as error:
         return Extraction("", "", error.reason)
-    if len(text) >= config.min_characters:
-        return Extraction(text, tree.title)
-    has_blocks = sum(block.length for block in blocks_of(tree, keep_alt=False)) >= config.min_characters
+    length = _text_length(blocks)
+    if length >= config.min_characters:
+        code_share = sum(block.code_length for block in blocks) / length
+        return Extraction(join_blocks(blocks), tree.title, "", round(min(1.0, code_share), 4), len(tree.verbatim))
+    has_blocks = _text_length(blocks_of(tree, keep_alt=False)) >= config.min_characters
     return Extraction("", tree.title, "mostly_links" if has_blocks else "too_short")
 
 
-def _content(tree: FlatTree, config: ExtractConfig) -> str:
+def _text_length(blocks: list[Block]) -> int:
+    return sum(block.length for block in blocks)
+
+
+def _content(tree: FlatTree, config: ExtractConfig) -> list[Block]:
     blocks = blocks_of(tree, keep_alt=config.keep_alt)
     if not blocks:
-        return ""
+        return []
     priors = _priors(tree)
     scores = [_score(block, priors[block.node], tree) for block in blocks]
     sums = _subtree_sums(tree, blocks, scores)
     top = _best_subtree(tree, sums)
-    kept = [
+    return [
         block
         for block, score in zip(blocks, scores, strict=True)
         if top <= block.node < tree.ends[top] and _is_kept(block, score, sums, tree, top)
     ]
-    return join_blocks(kept)
 
 
 def _priors(tree: FlatTree) -> list[int]:
@@ -176,3 +196,57 @@ def _is_kept(block: Block, score: float, sums: list[float], tree: FlatTree, top:
             return False
         node = tree.parents[node]
     return score > -15 or (block.kind == "heading" and score > -5)
+
+
+def extract_shard(inputs: list[Path], out: Path, config: ExtractConfig) -> dict[str, Any]:
+    """Stage: raw files to out/documents.jsonl.zst; what gave none goes to out/dropped.jsonl.zst with its reason.
+
+    Inputs of any kind that sources.py reads; documents that are text already pass through with a source set.
+    """
+    counters: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
+    with DocumentWriter(out / "documents.jsonl.zst") as writer, DocumentWriter(out / "dropped.jsonl.zst") as refuse:
+
+        def drop(record: str, url: str, reason: str, detail: str) -> None:
+            dropped[reason] += 1
+            meta = {"detail": detail} if detail else {}
+            document = Document(
+                id=document_id(record), text="", url=url, source=config.source, record=record, meta=meta
+            )
+            refuse.write(document, reason=reason)
+
+        def on_bad(bad: BadRecord) -> None:
+            counters["docs_in"] += 1
+            drop(bad.record, "", bad.reason, bad.detail)
+
+        for path in inputs:
+            for item in read_records(path, on_bad=on_bad, max_record_bytes=config.max_record_bytes):
+                counters["docs_in"] += 1
+                if isinstance(item, Document):
+                    writer.write(item if item.source else replace(item, source=config.source))
+                    continue
+                counters["html_bytes"] += len(item.content)
+                document = _document(item, config)
+                if isinstance(document, str):
+                    drop(item.record, item.url, document, "")
+                else:
+                    writer.write(document)
+    counts = {"docs_out": writer.num_documents, "text_bytes": writer.text_bytes}
+    return {**counters, **counts, "dropped": dict(sorted(dropped.items()))}
+
+
+def _document(page: RawPage, config: ExtractConfig) -> Document | str:
+    """The document of a page, or the reason why there is none."""
+    found = extract(page.content, config, http_charset=page.charset)
+    if not found.text:
+        return found.reason
+    meta = {"title": found.title, "code_share": found.code_share, "formulas": found.num_formulas}
+    return Document(
+        id=document_id(page.url, page.record),
+        text=found.text,
+        url=page.url,
+        source=config.source,
+        timestamp=page.timestamp,
+        record=page.record,
+        meta={key: value for key, value in meta.items() if value},
+    )

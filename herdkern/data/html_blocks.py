@@ -11,6 +11,7 @@ from herdkern.data.html_tree import BLOCK_TAGS, FlatTree
 HEADINGS = frozenset(("h1", "h2", "h3", "h4", "h5", "h6"))
 MAX_CELL_CHARACTERS = 500  # a cell with more is a column of a layout, not of data
 _PREFORMATTED = frozenset(("pre", "listing", "xmp", "plaintext"))
+_CODE = frozenset(("code", "tt", "kbd", "samp"))
 _TABLE_PARTS = frozenset(("tbody", "thead", "tfoot"))
 _IN_CELL_BLOCKS = frozenset(
     ("table", "pre", "ul", "ol", "dl", "h1", "h2", "h3", "h4", "blockquote", "article", "section")
@@ -29,7 +30,7 @@ class Block:
     """A run of text between block borders.
 
     kind: "text", "heading", "item", "row" or "code".  node: the block element that holds it.
-    length: characters that are not spaces; link_length: those of them inside links.
+    length: characters that are not spaces; link_length, code_length: those of them inside links, inside code.
     """
 
     text: str
@@ -37,6 +38,7 @@ class Block:
     node: int
     length: int
     link_length: int
+    code_length: int = 0
 
 
 def blocks_of(tree: FlatTree, *, keep_alt: bool = True) -> list[Block]:
@@ -46,8 +48,8 @@ def blocks_of(tree: FlatTree, *, keep_alt: bool = True) -> list[Block]:
 
 def is_data_table(tree: FlatTree, table: int) -> bool:
     """Whether the table at index `table` holds rows of short cells, rather than the layout of the page."""
-    rows = wide = cells = 0
-    cell_characters = 0
+    rows = wide = filled = 0  # rows, rows with two filled cells or more, filled cells of the row
+    characters = 0
     index, end = table + 1, tree.ends[table]
     while index < end:
         tag = tree.tags[index]
@@ -55,17 +57,19 @@ def is_data_table(tree: FlatTree, table: int) -> bool:
             return False
         if tag == "tr":
             rows += 1
-            wide += cells > 1
-            cells = 0
+            wide += filled > 1
+            filled = 0
         elif tag in ("td", "th"):
-            cells += 1
-            cell_characters = 0
+            characters = 0
         elif not tag:
-            cell_characters += len(tree.texts[index].strip())
-            if cell_characters > MAX_CELL_CHARACTERS:
+            size = len(tree.texts[index].strip())
+            if size and not characters:
+                filled += 1
+            characters += size
+            if characters > MAX_CELL_CHARACTERS:
                 return False
         index += 1
-    wide += cells > 1
+    wide += filled > 1
     return rows >= 1 and wide * 2 >= rows and tree.attributes[table].get("role") != "presentation"
 
 
@@ -74,7 +78,8 @@ class _Renderer:
         self.tree, self.keep_alt = tree, keep_alt
         self.blocks: list[Block] = []
         self.pieces: list[str] = []
-        self.length = self.link_length = 0
+        self.length = self.link_length = self.code_length = 0
+        self.code_end = -1
 
     def run(self) -> list[Block]:
         tree = self.tree
@@ -106,6 +111,8 @@ class _Renderer:
                 self.pieces.append(_NEWLINE)
             elif tag == "img":
                 self.add_alt(index)
+            elif tag in _CODE or (tag == "span" and tree.attributes[index].get("class") == "code"):
+                self.code_end = max(self.code_end, tree.ends[index])
             index += 1
         while open_blocks:
             self.flush(open_blocks.pop())
@@ -121,6 +128,8 @@ class _Renderer:
         self.length += count
         if in_link:
             self.link_length += count
+        if index < self.code_end:
+            self.code_length += count
         self.pieces.append(text)
 
     def add_alt(self, index: int) -> None:
@@ -135,8 +144,9 @@ class _Renderer:
         )
         text = text.replace("\r\n", "\n").replace("\r", "\n")
         body = text.rstrip(" \n\t")
-        if body.strip():
-            self.blocks.append(Block(text.rstrip("\n"), "code", index, max(1, len("".join(body.split()))), 0))
+        length = len("".join(body.split()))
+        if length:
+            self.blocks.append(Block(text.rstrip("\n"), "code", index, length, 0, length))
 
     def add_rows(self, table: int) -> None:
         tree = self.tree
@@ -202,8 +212,10 @@ class _Renderer:
         if text.strip():
             if not self.blocks or "\n" not in text:
                 text = text.strip()
-            self.blocks.append(Block(text, self.kind(node), node, max(self.length, 1), self.link_length))
-        self.pieces, self.length, self.link_length = [], 0, 0
+            self.blocks.append(
+                Block(text, self.kind(node), node, max(self.length, 1), self.link_length, self.code_length)
+            )
+        self.pieces, self.length, self.link_length, self.code_length = [], 0, 0, 0
 
     def kind(self, node: int) -> str:
         """The kind by the nearest heading, list item or cell around `node`."""
