@@ -222,6 +222,7 @@ def _cluster(inputs: list[Path], out: Path, config: MinHashConfig) -> dict[str, 
         "similar_pairs": len(pairs),
         "clusters": int((sizes > 0).sum()),
         "largest_cluster": int(sizes.max()) + 1 if dropped else 0,
+        "linked_through_others": int((similarity < config.min_similarity).sum()),  # to the kept one they are less alike
     }
 
 

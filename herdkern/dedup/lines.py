@@ -28,7 +28,8 @@ _KEY_COUNT = np.dtype([("key", "<u8"), ("count", "<u8")])
 _CODE = re.compile(
     r"^    |\t"  # indented, as prose that was taken from a page is not; or the row of a table
     r"|[;{}]\s*$|^\s*[\])}]+[,;:]?\s*$"
-    r"|^\s*(?:import \w|from [\w.]+ import |def \w+\(|class \w+[(:]|@\w|#include|#!|//|/\*|\*/|<\?|<!--)"
+    r"|^\s*(?:import [\w.]+(?: as \w+)?(?:,|\s*$)|from [\w.]+ import |def \w+\(|class \w+[(:]|@\w)"
+    r"|^\s*(?:#include|#!|//|/\*|\*/|<\?|<!--)"
     r"|^\s*(?:>>>|\.\.\.|\$) \w"
     r"|^\s*(?:return|elif|except|raise|assert|yield|print)\b.*[():=]|^\s*(?:if|for|while|with|try|else)\b.*:\s*$"
     r"|==|!=|->|=>|::|\+=|-=|&&|\|\||\w\(\)|\w\[\w*\]|\w = \w"
