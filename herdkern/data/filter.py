@@ -1,4 +1,4 @@
-"""Heuristic filters: the C4, Gopher and FineWeb rule sets. Each gives the reason it drops; all that is measured is kept.
+"""Heuristic filters: the C4, Gopher and FineWeb rule sets. Each gives the reason it drops; what is measured is kept.
 
 The Llama 3 report names the families alone (section 3.1.1); rules and thresholds are the public ones.
 Source: Raffel et al. 2020, section 2.2 (C4); Rae et al. 2021, table A1 (Gopher); Penedo et al. 2024 (FineWeb); Li et

@@ -92,8 +92,11 @@ def test_locate_finds_the_document_of_every_token(packed):
 
 @pytest.mark.parametrize(
     ("method", "arguments"),
-    [("window", (-1, 2)), ("window", (0, 10**9)), ("window", (0, -1)), ("document", (-1,)), ("document", (10**6,))]
-    + [("locate", (-1,)), ("locate", (10**9,))],
+    [
+        *(("window", arguments) for arguments in ((-1, 2), (0, 10**9), (0, -1))),
+        *(("document", (index,)) for index in (-1, 10**6)),
+        *(("locate", (index,)) for index in (-1, 10**9)),
+    ],
 )
 def test_outside_is_refused(packed, method, arguments):
     dataset = TokenDataset(shard_paths(packed[0]))
