@@ -6,7 +6,8 @@
 
 #include <algorithm>
 #include <chrono>
-#include <optional>
+#include <functional>
+#include <mutex>
 
 #include "text/bpe_decode.h"
 #include "text/bpe_encode.h"
@@ -46,38 +47,51 @@ SpecialPolicy to_policy(const py::object& special) {
   return policy;
 }
 
-// Word counts as one table for each counting thread, brought together when someone asks.
+// Word counts as one table for each counting thread, brought together when someone asks. Every method gives up the GIL
+// before it takes the lock: a training holds the lock and wants the GIL for its progress callback.
 class WordTable {
  public:
-  void add_texts(const py::object& texts, int num_threads) {
-    const TextBatch batch(texts, "WordCounts.add: texts");
+  void add_texts(const py::object& texts, int64_t first_index, int num_threads) {
+    const TextBatch batch(texts, "WordCounts.add: texts", first_index);
     py::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(mutex_);
     count_words(batch.views(), num_threads, tables_);
   }
   void add_words(const py::bytes& blob, const Int64Array& lengths, const Int64Array& counts) {
     const auto bytes = std::string_view(blob);
     const auto* p = reinterpret_cast<const uint8_t*>(bytes.data());
     const uint8_t* end = p + bytes.size();
-    WordCounts& table = whole();
-    for (py::ssize_t i = 0; i < lengths.size(); ++i) {
-      const int64_t length = lengths.at(i);
-      if (length <= 0 || length > end - p || counts.at(i) <= 0)
-        throw py::value_error("WordTable: bad lengths or counts");
-      table.add(p, size_t(length), counts.at(i), end);
-      p += length;
-    }
-  }
-  void merge(const WordTable& other) {
+    if (lengths.size() != counts.size()) throw py::value_error("WordTable: lengths and counts must be as many");
+    const int64_t *length = lengths.data(), *count = counts.data();
+    const int64_t num_words = lengths.size();
     py::gil_scoped_release release;
-    if (this == &other) {
-      const WordCounts copy = whole();
-      whole().merge(copy);
-      return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    WordCounts& table = whole();
+    for (int64_t i = 0; i < num_words; p += length[i], ++i) {
+      if (length[i] <= 0 || length[i] > end - p || count[i] <= 0) {
+        throw std::invalid_argument("WordTable: lengths and counts must be positive and lengths end with the blob");
+      }
+      table.add(p, size_t(length[i]), count[i], end);
     }
-    for (const WordCounts& table : other.tables_) whole().merge(table);
   }
-  size_t num_words() { return whole().num_words(); }
+  void merge(WordTable& other) {
+    py::gil_scoped_release release;
+    WordCounts copy;
+    {
+      const std::lock_guard<std::mutex> lock(other.mutex_);
+      copy = other.whole();
+    }
+    const std::lock_guard<std::mutex> lock(mutex_);
+    whole().merge(copy);
+  }
+  size_t num_words() {
+    py::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return whole().num_words();
+  }
   int64_t num_occurrences() {
+    py::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(mutex_);
     int64_t total = 0;
     whole().for_each([&](std::string_view, int64_t count) {
       if (__builtin_add_overflow(total, count, &total)) throw std::overflow_error("WordCounts: the total passes 2**63");
@@ -86,10 +100,12 @@ class WordTable {
   }
   // (blob of all words by byte order, their lengths, their counts)
   py::tuple sorted() {
-    std::vector<std::pair<std::string_view, int64_t>> words;
+    std::vector<int64_t> lengths, counts;
     std::string blob;
     {
       py::gil_scoped_release release;
+      const std::lock_guard<std::mutex> lock(mutex_);
+      std::vector<std::pair<std::string_view, int64_t>> words;
       size_t num_bytes = 0;
       whole().for_each([&](std::string_view word, int64_t count) {
         words.emplace_back(word, count);
@@ -97,16 +113,21 @@ class WordTable {
       });
       std::sort(words.begin(), words.end());
       blob.reserve(num_bytes);
-      for (const auto& [word, count] : words) blob += word;
+      for (const auto& [word, count] : words) {
+        blob += word;
+        lengths.push_back(int64_t(word.size()));
+        counts.push_back(count);
+      }
     }
-    py::array_t<int64_t> lengths(py::ssize_t(words.size())), counts(py::ssize_t(words.size()));
-    for (size_t i = 0; i < words.size(); ++i) {
-      lengths.mutable_data()[i] = int64_t(words[i].first.size());
-      counts.mutable_data()[i] = words[i].second;
-    }
-    return py::make_tuple(py::bytes(blob), lengths, counts);
+    return py::make_tuple(py::bytes(blob), py::array_t<int64_t>(py::ssize_t(lengths.size()), lengths.data()),
+                          py::array_t<int64_t>(py::ssize_t(counts.size()), counts.data()));
   }
-  const WordCounts& whole_words() { return whole(); }
+  // Without the GIL.
+  std::vector<std::pair<uint32_t, uint32_t>> train(const TrainOptions& options,
+                                                   const std::function<void(int64_t)>& progress) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return train_merges(whole(), options, progress);
+  }
 
  private:
   WordCounts& whole() {
@@ -115,6 +136,7 @@ class WordTable {
     tables_.resize(1);
     return tables_[0];
   }
+  std::mutex mutex_;
   std::vector<WordCounts> tables_;
 };
 
@@ -129,7 +151,7 @@ py::array_t<uint32_t> train(WordTable& table, const std::vector<int>& byte_order
   {
     py::gil_scoped_release release;
     auto last_report = std::chrono::steady_clock::now();
-    merges = train_merges(table.whole_words(), options, [&](int64_t num_merges) {
+    merges = table.train(options, [&](int64_t num_merges) {
       const auto now = std::chrono::steady_clock::now();
       if (now - last_report < std::chrono::milliseconds(100)) return;
       last_report = now;
@@ -138,6 +160,7 @@ py::array_t<uint32_t> train(WordTable& table, const std::vector<int>& byte_order
       if (!progress.is_none()) progress(num_merges, max_merges);
     });
   }
+  if (!progress.is_none()) progress(merges.size(), max_merges);
   py::array_t<uint32_t> result({py::ssize_t(merges.size()), py::ssize_t(2)});
   for (size_t i = 0; i < merges.size(); ++i) {
     result.mutable_at(i, 0) = merges[i].first;
@@ -238,13 +261,12 @@ py::bytes decode(const Decoder& decoder, const Int64Array& ids) {
 }  // namespace
 
 void bind_bpe(py::module_& m) {
-  m.attr("UNICODE_VERSION") = kUnicodeVersion;
   m.def("split_ends", &split_ends, py::arg("text"));
   m.def("train_merges", &train, py::arg("table"), py::arg("byte_order"), py::arg("max_merges"),
         py::arg("min_frequency"), py::arg("max_token_length"), py::arg("progress"));
   py::class_<WordTable>(m, "WordTable")
       .def(py::init<>())
-      .def("add_texts", &WordTable::add_texts, py::arg("texts"), py::arg("num_threads"))
+      .def("add_texts", &WordTable::add_texts, py::arg("texts"), py::arg("first_index"), py::arg("num_threads"))
       .def("add_words", &WordTable::add_words, py::arg("blob"), py::arg("lengths"), py::arg("counts"))
       .def("merge", &WordTable::merge, py::arg("other"))
       .def("num_words", &WordTable::num_words)

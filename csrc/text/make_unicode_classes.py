@@ -1,6 +1,6 @@
 """Writes unicode_classes.h: the split pattern's class of every code point, as run lengths.
 
-Run: python csrc/text/make_unicode_classes.py. It needs Unicode 16.0: Python 3.14, or `pip install unicodedata2==16.0.0`.
+Run: python csrc/text/make_unicode_classes.py. Needs Unicode 16.0: Python 3.14, or `pip install unicodedata2==16.0.0`.
 16.0 is the version that tiktoken 0.14 and tokenizers 0.23 carry; the three must agree on every code point.
 """
 

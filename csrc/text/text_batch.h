@@ -14,15 +14,16 @@ namespace py = pybind11;
 
 class TextBatch {
  public:
-  // `where` starts the error messages: the public function and its argument.
-  TextBatch(const py::object& texts, const char* where) {
+  // `where` starts the error messages: the public function and its argument; first_index is added to the place of a
+  // text.
+  TextBatch(const py::object& texts, const char* where, Py_ssize_t first_index = 0) {
     const py::object items =
         py::reinterpret_steal<py::object>(PySequence_Fast(texts.ptr(), "texts must be a sequence"));
     if (!items) throw py::error_already_set();
     const Py_ssize_t n = PySequence_Fast_GET_SIZE(items.ptr());
     views_.reserve(size_t(n));
     for (Py_ssize_t i = 0; i < n; ++i) {
-      add(py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(items.ptr(), i)), where, i);
+      add(py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(items.ptr(), i)), where, first_index + i);
     }
   }
   static TextBatch one(const py::object& text, const char* where) {

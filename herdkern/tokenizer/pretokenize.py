@@ -27,10 +27,8 @@ def split_words(text: str | bytes) -> list[bytes]:
     text: a byte that is no part of well-formed UTF-8 counts as one symbol character.
     Raises: ValueError if a str holds a lone surrogate; TypeError for another type.
     """
-    data = text if isinstance(text, bytes) else None
     ends = _text.split_ends(text).tolist()
-    if data is None:
-        data = text.encode()
+    data = text if isinstance(text, bytes) else text.encode()
     return [data[begin:end] for begin, end in pairwise([0, *ends])]
 
 

@@ -227,8 +227,9 @@ def check_tokens(mergeable_ranks: Mapping[bytes, int], special_tokens: Mapping[s
         raise ValueError(f"Tokenizer: mergeable_ranks must hold every single byte, lacks {bytes(missing[:1])!r}")
     if b"" in mergeable_ranks or "" in special_tokens:
         raise ValueError("Tokenizer: tokens must not be empty")
+    tokens: list[tuple[bytes | str, int]] = [*mergeable_ranks.items(), *special_tokens.items()]
     owner: dict[int, bytes | str] = {}
-    for token, token_id in [*mergeable_ranks.items(), *special_tokens.items()]:
+    for token, token_id in tokens:
         if not 0 <= token_id < MAX_TOKENS:
             raise ValueError(f"Tokenizer: the id of {token!r} must be in [0, {MAX_TOKENS}), got {token_id}")
         if token_id in owner:

@@ -37,8 +37,10 @@ class WordCounts:
         Raises: ValueError if a str holds a lone surrogate; TypeError for other types. Earlier batches stay counted.
         """
         threads = usable_threads(num_threads)
+        num_texts = 0
         for batch in _batches([texts] if isinstance(texts, str | bytes) else texts):
-            self._table.add_texts(batch, threads)
+            self._table.add_texts(batch, num_texts, threads)
+            num_texts += len(batch)
         return self
 
     def add_words(self, counts: Mapping[bytes, int] | Mapping[str, int]) -> "WordCounts":
@@ -82,7 +84,7 @@ class WordCounts:
             "num_words": len(lengths),
             "num_bytes": len(blob),
             "split_pattern": LLAMA3_SPLIT_PATTERN,
-            "unicode": _text.UNICODE_VERSION,
+            "unicode": _text.unicode_version,
             "sha256": hashlib.sha256(body).hexdigest(),
         }
         with atomic_file(path) as f:
@@ -192,7 +194,7 @@ def _batches(texts: Iterable[str | bytes]) -> Iterator[list[str | bytes]]:
     size = 0
     for text in texts:
         batch.append(text)
-        size += len(text)
+        size += len(text) if isinstance(text, str | bytes) else 0  # the kernel refuses the others
         if size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0
