@@ -3,6 +3,7 @@
 import concurrent.futures
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -63,6 +64,18 @@ class DaskExecutor(concurrent.futures.Executor):
         self._client.close()
 
 
+def _end_with_parent() -> None:
+    """In a worker process: end when the process that started it does, even by SIGKILL."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def make_executor(kind: ExecutorKind, num_workers: int | None = None) -> concurrent.futures.Executor:
     """An executor of the named kind; close it after use (`with make_executor(...) as executor:`).
 
@@ -82,7 +95,7 @@ def make_executor(kind: ExecutorKind, num_workers: int | None = None) -> concurr
         return concurrent.futures.ThreadPoolExecutor(num_workers, thread_name_prefix="herdkern")
     if kind == "processes":  # spawn: a forked copy of a process with threads may hang
         context = multiprocessing.get_context("spawn")
-        return concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=context)
+        return concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=context, initializer=_end_with_parent)
     try:
         if kind == "mpi":
             from mpi4py.futures import MPIPoolExecutor

@@ -1,7 +1,8 @@
 """Stages: a function over shards, run by any executor, resumable after `kill -9` with byte-identical output.
 
-RUN/data/<stage>/<task>/ holds what a task wrote; RUN/journal.jsonl says how it came about. A task writes to <task>.tmp,
-which is synced, hashed and renamed before its journal line is written: what has a line is complete.
+RUN/data/<stage>/<task>/ holds what a task wrote; RUN/journal.jsonl says how it came about. A task writes to a folder
+ending in .tmp, which its worker syncs and hashes. The process that runs the stage then renames it and writes the line of
+the journal: what has a line is complete, and a worker that outlives a killed run can touch nothing that counts.
 """
 
 import concurrent.futures
@@ -11,6 +12,7 @@ import json
 import logging
 import os
 import pickle
+import secrets
 import sys
 import time
 import traceback
@@ -61,6 +63,7 @@ class _Task:
     inputs: list[Path]
     arguments: tuple[Any, ...]  # after `out`
     folder: Path
+    tmp: Path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,20 +79,16 @@ class _Outcome:
     exception: BaseException | None = None
 
 
-def _run_task(fn: StageFunction, inputs: list[Path], folder: Path, arguments: tuple[Any, ...]) -> _Outcome:
-    """Run one task in a worker: fresh folder, function, sync and hash, rename. Never raises an Exception."""
+def _run_task(fn: StageFunction, inputs: list[Path], tmp: Path, arguments: tuple[Any, ...]) -> _Outcome:
+    """Run one task in a worker: fresh folder, function, sync and hash. Never raises an Exception."""
     started = time.perf_counter()
-    tmp = folder.with_name(folder.name + TMP_SUFFIX)
     try:
-        remove_folder(tmp)
         tmp.mkdir(parents=True)
         counters = fn(inputs, tmp, *arguments) or {}
         counters = json.loads(json.dumps(counters, allow_nan=False))
         if not isinstance(counters, dict):
             raise TypeError(f"a stage function must return a dict of counters, got {type(counters).__name__}")
-        outputs = seal_folder(tmp)
-        replace_folder(tmp, folder)
-        return _Outcome(outputs=outputs, counters=counters, seconds=time.perf_counter() - started)
+        return _Outcome(outputs=seal_folder(tmp), counters=counters, seconds=time.perf_counter() - started)
     except Exception as e:
         with contextlib.suppress(OSError):  # give the space back; what finished earlier is elsewhere
             remove_folder(tmp)
@@ -219,11 +218,14 @@ class Run:
                     stage=name, task=task, function=function, config_sha256=digest, inputs=tuple(group_records)
                 )
                 folder = self.data_dir / name / task
-                tasks.append(_Task(key=key, inputs=group, arguments=(config, *extra), folder=folder))
+                tmp = folder.with_name(f"{task}.{secrets.token_hex(6)}{TMP_SUFFIX}")
+                tasks.append(_Task(key=key, inputs=group, arguments=(config, *extra), folder=folder, tmp=tmp))
             todo = [task for task in tasks if not self._is_done(task)]
             if todo:
+                self._remove_strays(name, lambda path: path.name.endswith(TMP_SUFFIX))
                 self._run_tasks(name, fn, tasks, todo)
-            self._remove_strays(name, {task.key.task for task in tasks})
+            wanted = {task.key.task for task in tasks}
+            self._remove_strays(name, lambda path: path.name not in wanted)
             entries = [self.journal.entries[name, task.key.task] for task in tasks]
             return StageResult(
                 tasks=[task.folder for task in tasks],
@@ -302,7 +304,7 @@ class Run:
         with self._bar(name, tasks, todo) as advance:
             try:
                 for task in todo:
-                    future = self.executor.submit(_run_task, fn, task.inputs, task.folder, task.arguments)
+                    future = self.executor.submit(_run_task, fn, task.inputs, task.tmp, task.arguments)
                     pending[future] = task
                     if future.done():
                         self._finish(pending.pop(future), future, advance)
@@ -339,10 +341,11 @@ class Run:
             trace = "" if hint or outcome.exception is not None else f"\n{outcome.error_trace}"
             raise StageError(f"{where}: {outcome.error}{hint}{trace}") from outcome.exception
         try:
+            replace_folder(task.tmp, task.folder)
             self.journal.append(task.key, outcome.outputs, outcome.counters, outcome.seconds)
         except OSError as e:
             hint = _hint(e.errno or 0, self.run_dir)
-            raise StageError(f"{where}: cannot write {self.journal.path}: {e}{hint}") from e
+            raise StageError(f"{where}: cannot put the result into {self.run_dir}: {e}{hint}") from e
         self._remember(task.folder, outcome.outputs)
         advance(sum(record.bytes for record in task.key.inputs))
 
@@ -359,12 +362,12 @@ class Run:
         with tqdm(total=total, initial=total - left, desc=name, unit="B", unit_scale=True, smoothing=0) as bar:
             yield bar.update
 
-    def _remove_strays(self, name: str, wanted: set[str]) -> None:
-        """Delete task folders that are not of this stage any more (fewer inputs than before, unfinished ones)."""
+    def _remove_strays(self, name: str, is_stray: Callable[[Path], bool]) -> None:
+        """Delete what does not belong into a stage's folder: unfinished tasks, tasks of inputs that are no more."""
         folder = self.data_dir / name
         if folder.is_dir():
             for path in folder.iterdir():
-                if path.name not in wanted:
+                if is_stray(path):
                     remove_folder(path)
 
 
