@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_CYCLE = 65_536  # sequences after which the order of sources repeats; finer shares are rounded to it
+MAX_CYCLE = 16_384  # sequences after which the order of sources repeats; finer shares are rounded to it
 FEISTEL_ROUNDS = 6
 
 
@@ -98,6 +98,7 @@ class TokenSampler:
 
     def place(self, t: int) -> Place:
         """Where sequence t (from 0) comes from."""
+        t = int(t)  # a numpy integer would overflow in the cipher
         phase = next(p for p in reversed(self._phases) if p.start <= t)
         k, index = phase.source_of(t)
         name = self.names[k]
@@ -155,9 +156,8 @@ class FeistelPermutation:
 
     def __call__(self, i: int) -> int:
         """The i-th element; i in range(size)."""
-        while (
-            True
-        ):  # cycle walking: the cipher permutes fewer than 4 size numbers, so a few rounds lead back below size
+        # cycle walking: the cipher permutes at most 4 * size numbers, so a few rounds lead back below size
+        while True:
             left, right = i >> self._half_bits, i & self._mask
             for key in self._round_keys:
                 left, right = right, left ^ (_mix64(right ^ key) & self._mask)

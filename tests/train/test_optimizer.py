@@ -1,0 +1,103 @@
+"""AdamW against the formula in fp64, clipping against its definition, state that comes back."""
+
+import pytest
+import torch
+from torch import nn
+
+from herdkern.train.config import OptimizerConfig
+from herdkern.train.optimizer import build_adamw, clip_grad_norm, load_optimizer_tensors, optimizer_tensors
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(7, 5))
+        self.scale = nn.Parameter(torch.randn(5))
+
+
+def set_grads(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for param in model.parameters():
+        param.grad = torch.randn(param.shape, generator=generator)
+
+
+def test_updates_equal_the_formula():
+    """1,000 steps; norms do not decay. The bound is what fp32 rounding of 1,000 updates allows."""
+    model = Two()
+    config = OptimizerConfig(weight_decay=0.1)
+    optimizer = build_adamw(model, config)
+    want = {n: p.detach().double() for n, p in model.named_parameters()}
+    first = {n: torch.zeros_like(p) for n, p in want.items()}
+    second = {n: torch.zeros_like(p) for n, p in want.items()}
+    for step in range(1, 1001):
+        set_grads(model, step)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3
+        optimizer.step()
+        for name, param in model.named_parameters():
+            grad = param.grad.double()
+            first[name] = 0.9 * first[name] + 0.1 * grad
+            second[name] = 0.95 * second[name] + 0.05 * grad**2
+            decay = 0.1 if param.ndim == 2 else 0.0
+            move = first[name] / (1 - 0.9**step) / ((second[name] / (1 - 0.95**step)).sqrt() + 1e-8)
+            want[name] = want[name] * (1 - 1e-3 * decay) - 1e-3 * move
+    for name, param in model.named_parameters():
+        assert (param.detach().double() - want[name]).abs().max() <= 1000 * torch.finfo(torch.float32).eps / 2, name
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e6])
+def test_clipping(max_norm):
+    model = Two()
+    set_grads(model, 0)
+    before = torch.cat([p.grad.double().flatten() for p in model.parameters()])
+    norm = clip_grad_norm(model, max_norm)
+    after = torch.cat([p.grad.double().flatten() for p in model.parameters()])
+    assert norm == pytest.approx(float(before.norm()), rel=1e-6)
+    assert float(after.norm()) == pytest.approx(max_norm if max_norm == 0.5 else norm, rel=1e-5)
+
+
+def test_a_norm_that_is_not_finite_clips_nothing():
+    model = Two()
+    set_grads(model, 0)
+    model.scale.grad[2] = float("inf")
+    kept = model.matrix.grad.clone()
+    assert clip_grad_norm(model, 1.0) == float("inf")
+    assert torch.equal(model.matrix.grad, kept)
+
+
+def test_state_comes_back():
+    one, two = Two(), Two()
+    two.load_state_dict(one.state_dict())
+    first, second = build_adamw(one, OptimizerConfig()), build_adamw(two, OptimizerConfig())
+    assert optimizer_tensors(first, one) == {}
+    for step in range(3):
+        set_grads(one, step)
+        first.step()
+    two.load_state_dict(one.state_dict())
+    saved = optimizer_tensors(first, one)
+    assert sorted(saved) == sorted(f"{k}.{n}" for k in ("exp_avg", "exp_avg_sq", "step") for n in ("matrix", "scale"))
+    load_optimizer_tensors(second, two, saved)
+    for model, optimizer in ((one, first), (two, second)):
+        set_grads(model, 9)
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda t: t.update({"exp_avg.other": torch.zeros(1)}), r"must be of this model, got 'exp_avg\.other'"),
+        (lambda t: t.pop("exp_avg_sq.scale"), r"exp_avg_sq\.scale must be \(5,\), got none"),
+        (lambda t: t.update({"exp_avg.scale": torch.zeros(2)}), r"exp_avg\.scale must be \(5,\), got \(2,\)"),
+    ],
+    ids=["unknown", "missing", "shape"],
+)
+def test_wrong_state_is_named(damage, message):
+    model = Two()
+    optimizer = build_adamw(model, OptimizerConfig())
+    set_grads(model, 0)
+    optimizer.step()
+    tensors = dict(optimizer_tensors(optimizer, model))
+    damage(tensors)
+    with pytest.raises(ValueError, match=message):
+        load_optimizer_tensors(optimizer, model, tensors)
