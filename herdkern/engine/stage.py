@@ -1,7 +1,7 @@
 """Stages: a function over shards, run by any executor, resumable after `kill -9` with byte-identical output.
 
 RUN/data/<stage>/<task>/ holds what a task wrote; RUN/journal.jsonl says how it came about. A task writes to a folder
-ending in .tmp, which its worker syncs and hashes. The process that runs the stage then renames it and writes the line of
+ending in .tmp, which its worker syncs and hashes. The process that runs the stage then renames it and adds the line to
 the journal: what has a line is complete, and a worker that outlives a killed run can touch nothing that counts.
 """
 

@@ -1,10 +1,16 @@
 import builtins
 import importlib.util
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from herdkern.engine import Run, SerialExecutor, make_executor
+
+PIPELINE = Path(__file__).with_name("pipeline.py")
 
 
 def square(x):
@@ -25,10 +31,14 @@ def available(kind):
     return module is None or importlib.util.find_spec(module) is not None
 
 
-KINDS = [
-    pytest.param(k, marks=[] if available(k) else pytest.mark.skip(reason=f"the extra for {k} is not installed"))
-    for k in ("serial", "threads", "processes", "ray", "dask")
-]
+def needs(kind):
+    """Marks of a kind: what starts a cluster runs with -m full, and only where it is installed."""
+    if kind in ("serial", "threads", "processes"):
+        return []
+    return [pytest.mark.full, pytest.mark.skipif(not available(kind), reason=f"herdkern[{kind}] is not installed")]
+
+
+KINDS = [pytest.param(kind, marks=needs(kind)) for kind in ("serial", "threads", "processes", "ray", "dask")]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -44,6 +54,23 @@ def test_every_kind_runs_functions_and_stages(tmp_path, kind):
         result = run.map("copy", copy, inputs, config={})
     assert [p.read_text() for p in result.files("copy")] == ["00", "11", "22", "33"]
     assert result.counters == {"copied": 4}
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not available("mpi") or shutil.which("mpiexec") is None, reason="herdkern[mpi] is not installed")
+def test_mpi_gives_the_same_bytes(tmp_path):
+    (tmp_path / "in").mkdir()
+    for i in range(6):
+        (tmp_path / "in" / str(i)).write_bytes(bytes([65 + i]) * 1000)
+    for kind in ("serial", "mpi"):
+        command = [sys.executable, *(["-m", "mpi4py.futures"] if kind == "mpi" else []), str(PIPELINE)]
+        launch = ["mpiexec", "-n", "3", *command] if kind == "mpi" else command
+        subprocess.run([*launch, str(tmp_path / kind), str(tmp_path / "in"), kind], check=True, timeout=120)
+    assert files_below(tmp_path / "serial" / "data") == files_below(tmp_path / "mpi" / "data")
+
+
+def files_below(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_the_serial_executor_has_finished_when_submit_returns():
