@@ -35,6 +35,8 @@ _LIKELY = re.compile(
     r"|rst-content|highlight|node)(?:[-_\s]|$)",
     re.IGNORECASE,
 )
+_UNNAMED = frozenset(("body", "html", "a", "span", "code", "tt"))  # names of these say nothing
+MAIN_SHARE, PART_COST = 0.5, 40.0
 _SENTENCE_END = re.compile(r"[.!?…:;。！？؟।][\"'”’»)\]]*\s*$")
 _PAUSES = re.compile(r"[,;،、，.!?。！？]")
 _BOILERPLATE_TEXT = re.compile(
@@ -112,10 +114,10 @@ def _content(tree: FlatTree, config: ExtractConfig) -> list[Block]:
     blocks = blocks_of(tree, keep_alt=config.keep_alt)
     if not blocks:
         return []
-    priors = _priors(tree)
+    priors = _priors(tree, blocks)
     scores = [_score(block, priors[block.node], tree) for block in blocks]
     sums = _subtree_sums(tree, blocks, scores)
-    top = _best_subtree(tree, sums)
+    top = max(range(len(sums)), key=lambda index: (sums[index], index))  # the deepest of equals
     return [
         block
         for block, score in zip(blocks, scores, strict=True)
@@ -123,26 +125,33 @@ def _content(tree: FlatTree, config: ExtractConfig) -> list[Block]:
     ]
 
 
-def _priors(tree: FlatTree) -> list[int]:
-    """For every entry +1 inside a container named like content, -1 inside one named like boilerplate, else 0."""
+def _priors(tree: FlatTree, blocks: list[Block]) -> list[int]:
+    """For every entry +1 inside a container named like content, -1 inside one named like boilerplate, else 0.
+
+    A container that holds MAIN_SHARE of the page's sentences is content, whatever its name.
+    """
+    sentences = [max(0.0, _score(block, 0, tree)) for block in blocks]
+    mass = _subtree_sums(tree, blocks, sentences)
+    main = MAIN_SHARE * mass[0]
     priors = [0] * len(tree)
     for index, attributes in enumerate(tree.attributes):
-        parent = tree.parents[index]
+        parent, tag = tree.parents[index], tree.tags[index]
         prior = priors[parent] if parent >= 0 else 0
-        tag = tree.tags[index]
         if tag and prior >= 0:
             if tag in ("article", "main") or attributes.get("itemprop") == "articleBody":
                 prior = 1
-            elif attributes and tag not in ("body", "html", "a", "span", "code", "tt"):
+            elif attributes and tag not in _UNNAMED:
                 names = f"{attributes.get('class') or ''} {attributes.get('id') or ''}"
                 if names != " ":
-                    names = _CAMEL.sub("-", names)
-                    if _UNLIKELY.search(names):
-                        prior = -1 if not _LIKELY.search(names) or (prior == 0 and len(names) > 200) else prior
-                    elif prior == 0 and _LIKELY.search(names):
-                        prior = 1
+                    prior = _named_prior(_CAMEL.sub("-", names), prior, mass[index] >= main)
         priors[index] = prior
     return priors
+
+
+def _named_prior(names: str, prior: int, is_main: bool) -> int:
+    if _UNLIKELY.search(names):
+        return prior if is_main or _LIKELY.search(names) else -1
+    return 1 if prior == 0 and _LIKELY.search(names) else prior
 
 
 def _score(block: Block, prior: int, tree: FlatTree) -> float:
@@ -171,20 +180,13 @@ def _score(block: Block, prior: int, tree: FlatTree) -> float:
 
 
 def _subtree_sums(tree: FlatTree, blocks: list[Block], scores: list[float]) -> list[float]:
+    """For every entry the sum of the scores below it; a bad part, which can be cut out, costs at most PART_COST."""
     sums = [0.0] * len(tree)
     for block, score in zip(blocks, scores, strict=True):
         sums[block.node] += score
     for index in range(len(tree) - 1, 0, -1):
-        parent = tree.parents[index]
-        if parent >= 0 and sums[index]:
-            sums[parent] += sums[index]
+        sums[tree.parents[index]] += max(sums[index], -PART_COST)
     return sums
-
-
-def _best_subtree(tree: FlatTree, sums: list[float]) -> int:
-    """The entry with the highest sum; then down while one child holds nearly all of it."""
-    top = max(range(len(sums)), key=lambda index: (sums[index], index))
-    return top
 
 
 def _is_kept(block: Block, score: float, sums: list[float], tree: FlatTree, top: int) -> bool:
