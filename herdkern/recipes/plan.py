@@ -32,7 +32,7 @@ def stages(recipe: Recipe) -> list[str]:
     return [
         f"read {source}",
         "extract the main text of pages; keep code and formulas",
-        f"language ({', '.join(data.languages) or 'all'}) and quality rules, with the reason for each drop",
+        f"language ({', '.join(data.language.languages) or 'all'}) and quality rules, with the reason for each drop",
         "URL dedup: the newest version of each page",
         "document dedup: MinHash over all documents",
         "line dedup: lines that repeat across documents",

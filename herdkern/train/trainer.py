@@ -143,7 +143,7 @@ class Trainer:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with _locked(self.run_dir / "train.lock"), _deterministic(), self._on_sigterm():
             saved = self.resume()
-            write_json_atomic(self.run_dir / "config.json", self._resolved_config())
+            write_json_atomic(self.run_dir / "training.json", self._resolved_config())
             self._peak_flops = measured_peak_flops(TORCH_DTYPES[self.config.dtype])
             self.model.train()
             total = self.config.steps * self.config.tokens_per_step
