@@ -161,22 +161,33 @@ def _score(block: Block, prior: int, tree: FlatTree) -> float:
         return 0.5 * length if prior < 0 else length
     ratio = min(1.0, links / length)
     score = length * (1.0 - 2.5 * ratio)
-    tag = tree.tags[block.node]
     if block.kind == "heading":
         return 2.0 if ratio < 0.6 else -10.0
-    ends_well = bool(_SENTENCE_END.search(block.text))
-    pauses = len(_PAUSES.findall(block.text))
-    if length < 30 and not ends_well:
-        score = min(score, 0) - 6
-    elif length < 90 and not ends_well and pauses == 0:
-        score = 0.2 * score - 2 if score > 0 else score - 10
-    elif tag == "p" or pauses >= 2:
-        score *= 1.2 if score > 0 else 1.0
+    if 2 * block.code_length > length:
+        score = 0.5 * length * (1.0 - ratio)  # signatures and names, seldom sentences, often linked
+    else:
+        score = _sentence_score(block, score, tree.tags[block.node] == "p")
     if length < 200 and _BOILERPLATE_TEXT.search(block.text):
-        score = min(score, 0) - 20
+        score = min(score, 0.0) - 20.0
     if prior < 0:
         score = -0.3 * length - 10
     return score
+
+
+def _sentence_score(block: Block, score: float, is_paragraph: bool) -> float:
+    """`score` raised for text with sentence ends and pauses, lowered for short text without."""
+    ends_well = _SENTENCE_END.search(block.text) is not None
+    num_pauses = len(_PAUSES.findall(block.text))
+    if not ends_well and (block.length < 30 or (block.length < 120 and _is_numbers(block))):
+        return min(score, 0.0) - 6.0
+    if block.length < 90 and not ends_well and num_pauses == 0:
+        return 0.2 * score - 2.0 if score > 0 else score - 10.0
+    return 1.2 * score if score > 0 and (is_paragraph or num_pauses >= 2) else score
+
+
+def _is_numbers(block: Block) -> bool:
+    """Whether a text is dates, versions and figures rather than words or formulas."""
+    return "$" not in block.text and sum(map(str.isalpha, block.text)) < 0.6 * block.length
 
 
 def _subtree_sums(tree: FlatTree, blocks: list[Block], scores: list[float]) -> list[float]:

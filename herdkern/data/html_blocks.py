@@ -30,7 +30,7 @@ class Block:
     """A run of text between block borders.
 
     kind: "text", "heading", "item", "row" or "code".  node: the block element that holds it.
-    length: characters that are not spaces; link_length, code_length: those of them inside links, inside code.
+    length: characters that are not spaces; link_length, code_length: those of them in links, in code or formulas.
     """
 
     text: str
@@ -123,6 +123,7 @@ class _Renderer:
         if index in self.tree.verbatim:
             if text.startswith("$$"):
                 text = f"\n{text}\n"
+            self.code_length += len(text)
             text = text.replace("\n", _NEWLINE).replace(" ", _SPACE)
         count = len(text) - text.count(" ") - text.count("\n")
         self.length += count
