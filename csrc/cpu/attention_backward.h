@@ -140,9 +140,9 @@ class BackwardChunk {
     const int64_t size = Engine::kBackwardKeys * kRows, token = doc_.q_begin + row;
     float *lse = b.lse.at_least(kRows), *delta = b.delta.at_least(kRows);
     std::copy_n(args_.lse + head * args_.shape.total_q + token, rows, lse);
-    std::copy_n(shared_.delta + head * args_.shape.total_q + token, rows, delta);
+    std::fill_n(delta, cols, 0.0f);
+    if (!sees_all()) std::copy_n(shared_.delta + head * args_.shape.total_q + token, rows, delta);
     std::fill(lse + rows, lse + cols, INFINITY);  // p = 0 in the padding
-    std::fill(delta + rows, delta + cols, 0.0f);
     float *scores = b.scores.at_least(size), *dp = b.dp.at_least(size);
     if constexpr (Engine::kPair == 1) {
       p_ = scores;
@@ -160,12 +160,30 @@ class BackwardChunk {
                                     cols * Engine::kPair, scores + j * cols + begin, cols});
       Engine::template gemm<false>({slab, cols - begin, ld_, v_ + j * ld_, ld_, dout_b + begin * Engine::kPair,
                                     cols * Engine::kPair, dp + j * cols + begin, cols});
-      for (int64_t key = j; key < j + slab; key += 2)
-        for (int64_t odd = 0; odd < 2; ++odd)
-          softmax_backward(scores + (key + odd) * cols, dp + (key + odd) * cols, lse, delta, args_.shape.scale,
-                           key + odd < keys_ ? doc_.first_query(key_ + key + odd) - row : cols, begin, cols);
+      for (int64_t key = j; key < j + slab; ++key) {
+        probability_row(scores + key * cols, lse, args_.shape.scale, first_seeing(key, row, cols), begin, cols);
+        if (sees_all()) {
+          zero_unseen(dp + key * cols, first_seeing(key, row, cols), begin, cols);
+          add_delta_row(scores + key * cols, dp + key * cols, delta, begin, cols);
+        }
+      }
+    }
+    for (int64_t j = 0; j < padded_keys_; j += slab) {
+      const int64_t begin = first_column(j, row);
+      if (begin >= cols) break;
+      for (int64_t key = j; key < j + slab; ++key)
+        gradient_row(scores + key * cols, dp + key * cols, delta, first_seeing(key, row, cols), begin, cols);
       if constexpr (Engine::kPair == 2) round_slab(scores, dp, j, j + slab, begin, cols);
     }
+  }
+
+  // delta = sum_c dout * out = sum_j p * dp. The second form needs all keys of the document at hand, and is exact where `out`
+  // was rounded to bf16: gradients of short documents nearly cancel.
+  bool sees_all() const { return chunk_.count == 1; }
+
+  // First column that sees key `key` of the chunk; cols for a key of the padding: none.
+  int64_t first_seeing(int64_t key, int64_t row, int64_t cols) const {
+    return key < keys_ ? doc_.first_query(key_ + key) - row : cols;
   }
 
   // bf16 copies of P^T and dS^T, and of dS^T with pairs of keys side by side.
@@ -209,7 +227,7 @@ class BackwardChunk {
     const Vec scale(args_.shape.scale);
     for (int64_t i = 0; i < rows; i += 16)
       for (int64_t c = 0; c < dim_; c += 16) {
-        transpose_16x16(reinterpret_cast<const uint32_t*>(dq_t + c * cols + i), cols, reinterpret_cast<uint32_t*>(block), 16);
+        transpose_16x16(dq_t + c * cols + i, cols, block, 16);
         const int n = static_cast<int>(std::min(int64_t{16}, dim_ - c));
         for (int64_t r = 0; r < std::min(int64_t{16}, rows - i); ++r) {
           In* dq = static_cast<In*>(args_.dq) + ((token + i + r) * args_.shape.num_heads + head) * dim_ + c;

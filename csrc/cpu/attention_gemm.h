@@ -31,6 +31,7 @@ constexpr int kMicroRows = 6, kMicroVecs = 1;
 constexpr int kMicroRows = 2, kMicroVecs = 1;
 #endif
 
+// C is added last, not taken as the start: long sums are then sums of partial sums and lose fewer digits.
 template <typename Math, int kRows, int kVecs, bool kAccumulate>
 HK_INLINE void micro_tile(const Gemm<typename Math::Elem>& g, int64_t row, int64_t col) {
   const auto* a = g.a + row * g.lda;
@@ -40,7 +41,7 @@ HK_INLINE void micro_tile(const Gemm<typename Math::Elem>& g, int64_t row, int64
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < kVecs; ++j) sums[i][j] = kAccumulate ? Vec::load(c + i * g.ldc + 16 * j) : Vec(0.0f);
+    for (int j = 0; j < kVecs; ++j) sums[i][j] = Vec(0.0f);
   for (int64_t k = 0; k < g.depth; k += Math::kPair, b += g.ldb) {
     Vec right[kVecs];
 #pragma GCC unroll 2
@@ -55,7 +56,10 @@ HK_INLINE void micro_tile(const Gemm<typename Math::Elem>& g, int64_t row, int64
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < kVecs; ++j) sums[i][j].store(c + i * g.ldc + 16 * j);
+    for (int j = 0; j < kVecs; ++j) {
+      float* at = c + i * g.ldc + 16 * j;
+      (kAccumulate ? Vec::load(at) + sums[i][j] : sums[i][j]).store(at);
+    }
 }
 
 // All rows of one panel of 16 * kVecs columns: the panel of B stays in the first-level cache.

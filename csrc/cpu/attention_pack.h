@@ -33,7 +33,7 @@ inline void load_rows(const In* src, int64_t stride, int64_t rows, int64_t dim, 
 }
 
 #ifdef HK_VEC_AVX512
-HK_INLINE void transpose_16x16(const uint32_t* src, int64_t src_ld, uint32_t* dst, int64_t dst_ld) {
+HK_INLINE void transpose_16x16(const float* src, int64_t src_ld, float* dst, int64_t dst_ld) {  // of 32-bit words
   __m512i a[16], b[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(src + i * src_ld);
@@ -62,20 +62,16 @@ HK_INLINE void transpose_16x16(const uint32_t* src, int64_t src_ld, uint32_t* ds
   }
 }
 #else
-HK_INLINE void transpose_16x16(const uint32_t* src, int64_t src_ld, uint32_t* dst, int64_t dst_ld) {
+HK_INLINE void transpose_16x16(const float* src, int64_t src_ld, float* dst, int64_t dst_ld) {
   for (int64_t r = 0; r < 16; ++r)
     for (int64_t c = 0; c < 16; ++c) dst[c * dst_ld + r] = src[r * src_ld + c];
 }
 #endif
 
 // tile (rows, ld) row-major -> B operand for tile^T: (ld / kPair, rows, kPair). rows: a multiple of 16.
-template <typename Elem>
-inline void transpose_tile(const Elem* tile, int64_t rows, int64_t ld, Elem* dst) {
-  const int64_t words = ld * static_cast<int64_t>(sizeof(Elem)) / 4;
-  const auto* src = reinterpret_cast<const uint32_t*>(tile);
-  auto* out = reinterpret_cast<uint32_t*>(dst);
-  for (int64_t w = 0; w < words; w += 16)
-    for (int64_t r = 0; r < rows; r += 16) transpose_16x16(src + r * words + w, words, out + w * rows + r, rows);
+inline void transpose_tile(const float* tile, int64_t rows, int64_t ld, float* dst) {
+  for (int64_t c = 0; c < ld; c += 16)
+    for (int64_t r = 0; r < rows; r += 16) transpose_16x16(tile + r * ld + c, ld, dst + c * rows + r, rows);
 }
 
 // What transpose_tile wrote -> A operand for tile^T: (ld, rows) row-major. Returns where it is.
@@ -85,6 +81,11 @@ inline const float* transposed_rows(const float* transposed, int64_t, int64_t, f
 inline const float* paired_rows(const float* tile, int64_t, int64_t, float*) { return tile; }
 
 #ifdef HK_VEC_AVX512
+// Two neighbours of bf16 move as one word.
+inline void transpose_tile(const bf16* tile, int64_t rows, int64_t ld, bf16* dst) {
+  transpose_tile(reinterpret_cast<const float*>(tile), rows, ld / 2, reinterpret_cast<float*>(dst));
+}
+
 inline const bf16* transposed_rows(const bf16* transposed, int64_t rows, int64_t ld, bf16* dst) {
   for (int64_t pair = 0; pair < ld / 2; ++pair)
     for (int64_t r = 0; r < rows; r += 16) {

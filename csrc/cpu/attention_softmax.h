@@ -46,21 +46,30 @@ inline void online_softmax(float* scores, int64_t visible, int64_t width, float 
   row.sum += sum(total);
 }
 
-// One key (a row of the transposed tile) against queries [begin, end), of which those before `first` do not see it:
-//   p = exp(scale * score - lse),  ds = p * (dp - delta),  0 where unseen;  scale is left to the caller's last step.
-// scores, dp: (end,), overwritten with p and ds in fp32.  begin, end: multiples of 16.
-inline void softmax_backward(float* scores, float* dp, const float* lse, const float* delta, float scale, int64_t first,
-                             int64_t begin, int64_t end) {
-  const Vec factor(scale);
-  for (int64_t i = begin; i < end; i += 16) {
-    const Vec p = exp(fma(Vec::load(scores + i), factor, Vec(0.0f) - Vec::load(lse + i)));
-    (p * (Vec::load(dp + i) - Vec::load(delta + i))).store(dp + i);
-    p.store(scores + i);
-  }
+// The transposed tile of the backward pass, keys x queries, one key at a time over queries [begin, end); those before `first`
+// do not see the key and get 0. begin, end: multiples of 16. scale is left out of ds; the caller's last step applies it.
+HK_INLINE void zero_unseen(float* row, int64_t first, int64_t begin, int64_t end) {
   const int64_t unseen = (first < end ? first : end) - begin;
-  if (unseen <= 0) return;
-  std::memset(scores + begin, 0, static_cast<size_t>(unseen) * sizeof(float));
-  std::memset(dp + begin, 0, static_cast<size_t>(unseen) * sizeof(float));
+  if (unseen > 0) std::memset(row + begin, 0, static_cast<size_t>(unseen) * sizeof(float));
+}
+
+// scores: overwritten with p = exp(scale * score - lse).
+inline void probability_row(float* scores, const float* lse, float scale, int64_t first, int64_t begin, int64_t end) {
+  const Vec factor(scale);
+  for (int64_t i = begin; i < end; i += 16)
+    exp(fma(Vec::load(scores + i), factor, Vec(0.0f) - Vec::load(lse + i))).store(scores + i);
+  zero_unseen(scores, first, begin, end);
+}
+
+// delta += p * dp.
+inline void add_delta_row(const float* p, const float* dp, float* delta, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += 16) fma(Vec::load(p + i), Vec::load(dp + i), Vec::load(delta + i)).store(delta + i);
+}
+
+// dp: overwritten with ds = p * (dp - delta).
+inline void gradient_row(const float* p, float* dp, const float* delta, int64_t first, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i += 16) (Vec::load(p + i) * (Vec::load(dp + i) - Vec::load(delta + i))).store(dp + i);
+  zero_unseen(dp, first, begin, end);
 }
 
 }  // namespace herdkern::cpu::HK_ISA
