@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from herdkern import _text
 from herdkern.data.document import Document, DocumentWriter, read_documents, with_meta
-from herdkern.dedup.minhash import as_utf8
+from herdkern.dedup.minhash import on_texts
 from herdkern.engine import Run, StageResult
 
 MAX_REPORTED_LINES = 200
@@ -89,7 +89,7 @@ def _language(document: Document, config: LineDedupConfig) -> str:
 
 def line_keys(texts: Sequence[str], *, num_threads: int = 1) -> list[NDArray[np.uint64]]:
     """A key for every line of each text (cut at "\\n"), uint64: equal for lines that count as equal, 0 for no words."""
-    values, begins = _text.line_keys(as_utf8(texts), num_threads, "auto")
+    values, begins = on_texts(_text.line_keys, texts, num_threads, "auto")
     return np.split(values, begins[1:-1]) if len(texts) else []
 
 
@@ -145,7 +145,9 @@ def _partition(inputs: list[Path], out: Path, config: _CountConfig, num_partitio
     keys, begins = _salted_keys(inputs[0], config)
     if config.count == "document":
         documents = np.repeat(np.arange(len(begins) - 1), np.diff(begins))
-        keys = np.unique(np.stack([keys, documents.astype(np.uint64)], axis=1), axis=0)[:, 0]
+        order = np.lexsort((documents, keys))
+        keys, documents = keys[order], documents[order]
+        keys = keys[np.append(True, (keys[1:] != keys[:-1]) | (documents[1:] != documents[:-1]))[: len(keys)]]
     distinct, counts = np.unique(keys[keys != 0], return_counts=True)
     places = (distinct >> np.uint64(40)) % np.uint64(num_partitions)
     for partition in range(num_partitions):
@@ -166,8 +168,7 @@ def _find_frequent(inputs: list[Path], out: Path, config: _CountConfig) -> dict[
     tables = [np.load(path) for path in inputs]
     table = np.concatenate(tables) if tables else np.zeros(0, _KEY_COUNT)
     keys, places = np.unique(table["key"], return_inverse=True)
-    counts = np.zeros(len(keys), np.int64)
-    np.add.at(counts, places, table["count"].astype(np.int64))
+    counts = np.bincount(places, weights=table["count"], minlength=len(keys)).astype(np.int64)  # exact below 2^53
     frequent = counts > config.max_count
     _save_counts(out / "frequent.npy", keys[frequent], counts[frequent])
     return {"distinct_lines": len(keys), "frequent_lines": int(frequent.sum())}

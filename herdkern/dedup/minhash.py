@@ -14,9 +14,10 @@ Source: Broder 1997, On the resemblance and containment of documents; the multip
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice, pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,15 +78,13 @@ def _check_sizes(function: str, **sizes: int) -> None:
             raise ValueError(f"{function}: {name} must be at least 1, got {value}")
 
 
-def as_utf8(texts: Sequence[str | bytes]) -> Sequence[str | bytes]:
-    """`texts` with every str that UTF-8 cannot hold (lone surrogates) replaced by bytes that stand for it."""
+def on_texts(kernel: Callable[..., Any], texts: Sequence[str | bytes], *arguments: Any) -> Any:
+    """`kernel(texts, *arguments)`; a str that UTF-8 cannot hold (lone surrogates) goes in as bytes standing for it."""
     try:
-        for text in texts:
-            if isinstance(text, str) and not text.isascii():
-                text.encode()
-        return texts
+        return kernel(texts, *arguments)
     except UnicodeEncodeError:
-        return [text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text for text in texts]
+        encoded = [t.encode("utf-8", "surrogatepass") if isinstance(t, str) else t for t in texts]
+        return kernel(encoded, *arguments)
 
 
 def signatures(
@@ -107,10 +106,7 @@ def signatures(
     _check_sizes("signatures", num_bands=num_bands, rows_per_band=rows_per_band, ngram_size=ngram_size)
     multipliers, offsets = slot_parameters(num_bands * rows_per_band, seed)
     arguments = (word_factors(ngram_size), multipliers, offsets, usable_threads(num_threads), level)
-    try:
-        return _text.minhash_sign(texts, *arguments)
-    except UnicodeEncodeError:
-        return _text.minhash_sign(as_utf8(texts), *arguments)
+    return on_texts(_text.minhash_sign, texts, *arguments)
 
 
 def shingle_hashes(
@@ -121,7 +117,8 @@ def shingle_hashes(
     Raises: ValueError for ngram_size below 1; TypeError for a text that is neither str nor bytes.
     """
     _check_sizes("shingle_hashes", ngram_size=ngram_size)
-    values, begins = _text.minhash_shingle(as_utf8(texts), word_factors(ngram_size), usable_threads(num_threads), level)
+    arguments = (word_factors(ngram_size), usable_threads(num_threads), level)
+    values, begins = on_texts(_text.minhash_shingle, texts, *arguments)
     return [values[begin:end] for begin, end in pairwise(begins)]
 
 
@@ -149,4 +146,4 @@ def exact_jaccard(
     """
     _check_sizes("exact_jaccard", ngram_size=ngram_size)
     pairs = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
-    return _text.jaccard_of_pairs(as_utf8(texts), pairs, word_factors(ngram_size), usable_threads(num_threads))
+    return on_texts(_text.jaccard_of_pairs, texts, pairs, word_factors(ngram_size), usable_threads(num_threads))

@@ -205,6 +205,8 @@ class Run:
     ) -> StageResult:
         if not name or name.startswith(".") or not all(c.isalnum() or c in "-_." for c in name):
             raise ValueError(f"Run: a stage name must be letters, digits, '-', '_' and '.', got {name!r}")
+        if not hasattr(fn, "__qualname__"):
+            raise ValueError(f"Run: a stage function must be a top-level function, got {fn!r}")
         if self._lock is None:
             raise ValueError("Run: the run must be open, got a closed one; make a new Run for the folder")
         with self._lock.stage_lock:
@@ -297,9 +299,8 @@ class Run:
             self._known[parent] = FileRecord(name=parent.name, bytes=total, sha256=folder_sha256(inside))
 
     def _run_tasks(self, name: str, fn: StageFunction, tasks: list[_Task], todo: list[_Task]) -> None:
-        for task in todo:  # what is known of the old outputs ends here
-            below = task.folder.absolute()
-            self._known = {p: r for p, r in self._known.items() if p != below and below not in p.parents}
+        stale = {task.folder.absolute() for task in todo}  # what is known of the old outputs ends here
+        self._known = {p: r for p, r in self._known.items() if p not in stale and stale.isdisjoint(p.parents)}
         pending: dict[concurrent.futures.Future[_Outcome], _Task] = {}
         with self._bar(name, tasks, todo) as advance:
             try:
