@@ -20,8 +20,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-# -ffp-contract=off: a product is rounded before it is added unless a kernel asks for fma, so levels agree where the source
-# does.
+# -ffp-contract=off: a product is rounded before it is added unless a kernel asks for fma, so that levels agree where
+# the source does.
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-g0"]
 BASELINE = ("baseline", [])
 LEVELS = [
@@ -33,7 +33,7 @@ LEVELS = [
 
 
 def is_levelled(source):
-    """Is this source of csrc/cpu a kernel? What binds or probes (module, isa, bind_*) is built for the baseline alone."""
+    """Is this source of csrc/cpu a kernel? What binds or probes (module, isa, bind_*) is built once."""
     return source.name not in ("module.cpp", "isa.cpp") and not source.name.startswith("bind_")
 
 

@@ -1,6 +1,7 @@
 """Attention, RMSNorm, SwiGLU, RoPE and the fused linear cross entropy, each with its plain reference."""
 
 from herdkern.ops.attention import attention, attention_reference, attention_with_lse, attention_with_lse_reference
+from herdkern.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from herdkern.ops.rms_norm import rms_norm, rms_norm_reference
 from herdkern.ops.rope import RopeScaling, rope, rope_reference, rope_table
 from herdkern.ops.swiglu import swiglu, swiglu_reference
@@ -11,6 +12,8 @@ __all__ = [
     "attention_reference",
     "attention_with_lse",
     "attention_with_lse_reference",
+    "linear_cross_entropy",
+    "linear_cross_entropy_reference",
     "rms_norm",
     "rms_norm_reference",
     "rope",
