@@ -2,6 +2,7 @@
 #define HK_MINHASH_LEVEL baseline
 #include <cstdlib>
 #include <memory>
+#include <stdexcept>
 #include <string>
 
 #include "text/minhash_kernel.h"
@@ -92,7 +93,9 @@ std::vector<MinHashKernels> find_levels() {
   std::vector<MinHashKernels> levels;
 #if defined(HK_X86)
   const char* forced = std::getenv("HERDKERN_ISA");  // forces a lower level; "amx" has nothing to add here
-  const std::string most = forced ? forced : "amx";
+  const std::string most = forced && *forced ? forced : "amx";
+  if (most != "baseline" && most != "avx2" && most != "avx512" && most != "amx")
+    throw std::invalid_argument("HERDKERN_ISA must be baseline, avx2, avx512 or amx, got '" + most + "'");
   if (runs_here("avx512") && (most == "avx512" || most == "amx")) levels.push_back(avx512::minhash_kernels());
   if (runs_here("avx2") && most != "baseline") levels.push_back(avx2::minhash_kernels());
 #endif

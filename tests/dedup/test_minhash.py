@@ -296,3 +296,11 @@ def test_estimates_by_similarity_have_no_bias():
         if inside.sum() >= 50:
             bound = 4 * math.sqrt(float(np.mean(exact[inside] * (1 - exact[inside]))) / 256 / inside.sum())
             assert abs(difference[inside].mean()) < bound, low
+
+
+def test_an_unknown_level_in_the_environment_is_an_error():
+    code = "from herdkern import _text; _text.minhash_levels()"
+    environment = {**os.environ, "HERDKERN_ISA": "sse9"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 1
+    assert "HERDKERN_ISA must be baseline, avx2, avx512 or amx, got 'sse9'" in result.stderr
