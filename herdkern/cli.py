@@ -211,6 +211,69 @@ def _export(args: list[str]) -> int:
     return _parse(export, args, "export")
 
 
+def _extract(args: list[str]) -> int:
+    def extract(
+        inputs: tuple[Path, ...],
+        /,
+        out: Path,
+        languages: tuple[str, ...] = (),
+        rules: tuple[str, ...] = ("gopher_quality", "gopher_repetition", "c4"),
+    ) -> int:
+        """Clean documents from raw records: main text, language, quality rules, with the reason for every drop.
+
+        Args:
+            inputs: WARC, HTML, JSONL, Parquet or text files, or folders of them.
+            out: The run folder; its report shows what was dropped.
+            languages: Languages to keep; none given keeps all.
+            rules: Rule sets: gopher_quality, gopher_repetition, c4, fineweb.
+        """
+        from herdkern.recipes.text_only import extract_documents
+
+        files = extract_documents(_some(inputs, "extract"), out, languages, rules)
+        print("\n".join(map(str, files)))
+        return 0
+
+    return _parse(extract, args, "extract")
+
+
+def _dedup(args: list[str]) -> int:
+    def dedup(
+        inputs: tuple[Path, ...],
+        /,
+        out: Path,
+        skip_urls: bool = False,
+        skip_documents: bool = False,
+        skip_lines: bool = False,
+        min_similarity: float = 0.75,
+    ) -> int:
+        """Drop copies from documents: the same URL, near-duplicate text, lines that repeat across documents.
+
+        Args:
+            inputs: JSONL, Parquet or text files, or folders of them.
+            out: The run folder; its report shows what was dropped.
+            skip_urls: Do not drop older documents of the same URL.
+            skip_documents: Do not drop near-duplicates (MinHash).
+            skip_lines: Do not remove lines that occur more than six times.
+            min_similarity: Jaccard similarity from which on two documents are near-duplicates.
+        """
+        from herdkern.dedup.documents import MinHashConfig
+        from herdkern.recipes.text_only import dedup_documents
+
+        minhash = None if skip_documents else MinHashConfig(min_similarity=min_similarity)
+        given = _some(inputs, "dedup")
+        files = dedup_documents(given, out, urls=not skip_urls, minhash=minhash, lines=not skip_lines)
+        print("\n".join(map(str, files)))
+        return 0
+
+    return _parse(dedup, args, "dedup")
+
+
+def _some(inputs: tuple[Path, ...], command: str) -> tuple[Path, ...]:
+    if not inputs:
+        raise UsageError(f"{command}: inputs must have at least one file or folder, got none")
+    return inputs
+
+
 def _tokenizer(args: list[str]) -> int:
     known = {"train": _tokenizer_train, "encode": _tokenizer_encode}
     if not args or args[0] in ("-h", "--help"):
@@ -234,9 +297,8 @@ def _tokenizer_train(args: list[str]) -> int:
         from herdkern.data.document import read_documents
         from herdkern.tokenizer import train_bpe
 
-        if not inputs:
-            raise UsageError("tokenizer train: inputs must have at least one file, got none")
-        texts = (document.text for path in inputs for document in read_documents(path))
+        files = _some(inputs, "tokenizer train")
+        texts = (document.text for path in files for document in read_documents(path))
         tokenizer = train_bpe(texts, vocab_size, num_threads=num_threads or None)
         tokenizer.save(out)
         print(f"{out}: {tokenizer.n_vocab:,} entries")
@@ -270,6 +332,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "report": _report,
     "generate": _generate,
     "export": _export,
+    "extract": _extract,
+    "dedup": _dedup,
     "env": _env,
 }
 

@@ -1,4 +1,4 @@
-"""What importing costs: the text wing, the report and the command line load no torch. Seen in sys.modules, not timed."""
+"""What importing loads: no torch in the text wing, the report and the command line. Seen in sys.modules, not timed."""
 
 import json
 import subprocess

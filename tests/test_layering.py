@@ -1,4 +1,4 @@
-"""The floors of the house: who may import whom, and where torch may not enter. Lazy imports inside functions count too."""
+"""The floors of the house: who may import whom, and where torch may not enter. Lazy imports count too."""
 
 import ast
 from pathlib import Path

@@ -26,7 +26,8 @@ def map_paths() -> list[str]:
         open_folders = [(depth, name) for depth, name in open_folders if depth < indent]
         prefix = open_folders[-1][1] if open_folders else ""
         for name in names.split():
-            paths.append(prefix + name)
+            stem, brace, ends = name.partition("{")
+            paths += [prefix + stem + end for end in ends.rstrip("}").split(",")] if brace else [prefix + name]
         if names.endswith("/"):
             open_folders.append((indent, prefix + names))
     return paths

@@ -47,7 +47,9 @@ def first_sentence(path: Path) -> str:
         head = said[:LENGTH]
         clause = max(head.rfind(mark) for mark in (": ", "; ", ", "))
         said = head[:clause] if clause > LENGTH // 3 else head.rsplit(" ", 1)[0]
-    return said
+    if said.count("(") > said.count(")"):
+        said = said[: said.rindex("(")].rstrip()
+    return re.sub(r"(?:,| (?:and|in|is|that|the|of|with|one|a|which))+$", "", said)
 
 
 def names_of(folder: Path) -> list[tuple[str, Path]]:
@@ -56,12 +58,18 @@ def names_of(folder: Path) -> list[tuple[str, Path]]:
     headers = {p.stem for p in paths if p.suffix == ".h"}
     bindings = [p for p in paths if p.name.startswith("bind_")]
     rows = [("bind_*.cpp", bindings[0])] if bindings else []
+    parts = {stem: [p for p in paths if p.stem.startswith(f"{stem}_")] for stem in headers}
+    parts = {stem: found for stem, found in parts.items() if len(found) > 2}
     for path in paths:
         if path in bindings or (path.suffix == ".cpp" and path.stem in headers):
             continue
+        if any(path in found for found in parts.values()):
+            continue
         source = path.with_suffix(".cpp")
         both = path.suffix == ".h" and source.is_file()
-        rows.append((f"{path.name} {source.name}" if both else path.name, path))
+        rows.append((f"{path.stem}.{{h,cpp}}" if both else path.name, path))
+        if path.suffix == ".h" and path.stem in parts:
+            rows.append((f"{path.stem}_*", parts[path.stem][0]))
     return rows
 
 
@@ -73,8 +81,11 @@ def folder_lines(folder: Path, depth: int) -> list[str]:
         if path.name == "__init__.py":
             continue
         said = "styles of the report" if path.suffix == ".css" else first_sentence(path)
-        said = "Python bindings, one for each op" if names == "bind_*.cpp" else said
-        lines.append(f"{indent + names:{WIDTH - 1}} {said}".rstrip())
+        if names == "bind_*.cpp":
+            said = "Python bindings, one for each op"
+        elif names.endswith("_*"):
+            said = "parts: " + ", ".join(dict.fromkeys(p.stem[len(names) - 1 :] for p in folder.glob(names)))
+        lines.append(f"{indent + names:{WIDTH - 2}}  {said}".rstrip())
     for below in sorted(p for p in folder.iterdir() if p.is_dir() and list(p.glob("*.py"))):
         init = below / "__init__.py"
         head = f"{indent}{below.name}/"

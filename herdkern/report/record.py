@@ -98,9 +98,10 @@ def _json_or_empty(path: Path) -> dict[str, Any]:
 
 
 def _find(run_dir: Path, name: str) -> list[Path]:
-    """`name` in the run folder itself and in the task folders of its stages, in order."""
-    found = [run_dir / name, *sorted(run_dir.glob(f"data/*/task-*/{name}"))]
-    return [path for path in found if path.exists() and not path.parent.name.endswith(".tmp")]
+    """`name` in the run folder itself, or else in the task folders of its stages, in order."""
+    if (run_dir / name).exists():
+        return [run_dir / name]
+    return [path for path in sorted(run_dir.glob(f"data/*/task-*/{name}")) if path.parent.suffix != ".tmp"]
 
 
 def read_lines(run_dir: Path, name: str, limit: int | None = None) -> Iterator[dict[str, Any]]:
@@ -144,6 +145,7 @@ def _add_task(stage: Stage, entry: dict[str, Any]) -> Stage:
         elif isinstance(value, dict):
             totals[key] = _summed(totals.get(key, {}), value)
     number = {key: int(totals.get(key, 0)) for key in ("docs_in", "docs_out", "bytes_in", "bytes_out")}
+    number["bytes_out"] = number["bytes_out"] or int(totals.get("text_bytes", 0))
     return Stage(
         name=stage.name,
         **number,
@@ -221,7 +223,7 @@ def _token_stats(name: str, shards: Sequence[Path]) -> TokenStats:
 
 def read_vocabulary(run_dir: Path) -> list[bytes]:
     """The byte string of each mergeable rank, from tokenizer.model (base64, rank); empty if there is none."""
-    for path in _find(run_dir, "tokenizer.model") + _find(run_dir, "tokenizer/tokenizer.model"):
+    for path in _find(run_dir, "tokenizer/tokenizer.model"):
         ranks = [line.split() for line in path.read_bytes().splitlines() if line.strip()]
         if all(len(pair) == 2 for pair in ranks):
             return [base64.b64decode(token) for token, _ in sorted(ranks, key=lambda pair: int(pair[1]))]

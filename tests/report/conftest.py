@@ -86,7 +86,7 @@ def run_dir(tmp_path: Path) -> Path:
     (run / "pairs.jsonl").write_text(json.dumps(pair) + "\n" + json.dumps(pair) + "\n")
     (run / "removed_lines.jsonl").write_text(json.dumps({"line": HOSTILE, "count": 71}) + "\n")
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics()) + '{"step": 301, "lo')
-    sample = {"prompt": HOSTILE, "text": " continues " + HOSTILE, "temperature": 0.8, "tokens_per_s": 310.5}
+    sample = {"prompt": HOSTILE, "text": " continues " + HOSTILE, "temperature": 0.8}
     (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     evaluation = {
         "bits_per_byte": 1.42,
