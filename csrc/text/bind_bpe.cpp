@@ -71,7 +71,7 @@ class WordTable {
       if (length[i] <= 0 || length[i] > end - p || count[i] <= 0) {
         throw std::invalid_argument("WordTable: lengths and counts must be positive and lengths end with the blob");
       }
-      table.add(p, size_t(length[i]), count[i], end);
+      table.add(WordCounts::make_word(p, size_t(length[i]), end), count[i]);
     }
   }
   void merge(WordTable& other) {

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <functional>
+#include <new>
 #include <stdexcept>
 #include <thread>
 
@@ -13,8 +15,8 @@ namespace herdkern::text {
 
 namespace {
 
-constexpr size_t kShortWord = 48;        // bytes; up to here a linear search for the lowest rank beats the heap
-constexpr int64_t kTaskBytes = 1 << 17;  // documents are handed to threads in runs of about this size
+constexpr size_t kShortWord = 48;       // bytes; up to here a linear search for the lowest rank beats the heap
+constexpr size_t kTaskBytes = 1 << 17;  // documents are handed to threads in runs of about this size
 constexpr size_t kMaxIdleWorkers = 64;
 constexpr size_t kKeptLongWord = 1 << 16;  // scratch for longer words is given back
 
@@ -38,7 +40,10 @@ class WordCache {
   };
   static_assert(sizeof(Entry) == 64);
 
-  WordCache() : entries_(2 * kBuckets, Entry{}) {}
+  // calloc: pages of the cache that no word reaches cost nothing.
+  WordCache() : entries_(static_cast<Entry*>(std::calloc(2 * kBuckets, sizeof(Entry))), &std::free) {
+    if (entries_ == nullptr) throw std::bad_alloc();
+  }
 
   static void make_key(const uint8_t* word, size_t len, const uint8_t* end, uint64_t key[4]) {
     const WordKey first = load_key(word, std::min<size_t>(len, 16), end);
@@ -50,6 +55,10 @@ class WordCache {
     if (len > 16) hash ^= mix(key[2] ^ 0xE7037ED1A0B428DBull, key[3] ^ 0x8EBC6AF09C88C6E3ull);
     return (hash ^ hash >> 29) & (kBuckets - 1);
   }
+  void prefetch(size_t bucket) const {
+    __builtin_prefetch(&entries_[2 * bucket]);
+    __builtin_prefetch(&entries_[2 * bucket + 1]);
+  }
   const Entry* find(const uint64_t key[4], size_t len, size_t bucket) const {
     const Entry* entry = &entries_[2 * bucket];
     for (int way = 0; way < 2; ++way, ++entry) {
@@ -59,6 +68,7 @@ class WordCache {
     return nullptr;
   }
   void insert(const uint64_t key[4], size_t len, size_t bucket, const uint32_t* ids, size_t num_ids) {
+    if (num_ids > kMaxIds) return;
     Entry* entry = &entries_[2 * bucket];
     entry[1] = entry[0];
     std::copy(key, key + 4, entry->key);
@@ -68,8 +78,8 @@ class WordCache {
   }
 
  private:
-  static constexpr size_t kBuckets = 1 << 15;
-  std::vector<Entry> entries_;
+  static constexpr size_t kBuckets = 1 << 16;  // 8 MiB
+  std::unique_ptr<Entry[], decltype(&std::free)> entries_;
 };
 
 }  // namespace
@@ -235,22 +245,15 @@ void Encoder::encode(std::string_view text, const SpecialPolicy& policy, IdBuffe
 
 void Encoder::encode_batch(const std::vector<std::string_view>& texts, const SpecialPolicy& policy, int num_threads,
                            IdBuffer& out, int64_t* offsets) const {
-  std::vector<size_t> task_begin{0};
-  int64_t bytes = 0;
-  for (size_t i = 0; i < texts.size(); ++i) {
-    bytes += int64_t(texts[i].size());
-    if (bytes < kTaskBytes && i + 1 < texts.size()) continue;
-    task_begin.push_back(i + 1);
-    bytes = 0;
-  }
-  const size_t num_tasks = task_begin.size() - 1;
+  const std::vector<size_t> borders = task_borders(texts, kTaskBytes);
+  const size_t num_tasks = borders.size() - 1;
   std::vector<IdBuffer> pieces(num_tasks);
   std::atomic<size_t> next_task{0};
   const int64_t num_workers = std::min<int64_t>(std::max(1, num_threads), int64_t(num_tasks));
   parallel_for(num_workers, num_threads, [&](int64_t) {
     BorrowedWorker worker(*this);
     for (size_t task; (task = next_task.fetch_add(1)) < num_tasks;) {
-      for (size_t i = task_begin[task]; i < task_begin[task + 1]; ++i) {
+      for (size_t i = borders[task]; i < borders[task + 1]; ++i) {
         const size_t before = pieces[task].size();
         encode_with(texts[i], policy, *worker, pieces[task]);
         offsets[i + 1] = int64_t(pieces[task].size() - before);
@@ -267,7 +270,7 @@ void Encoder::encode_batch(const std::vector<std::string_view>& texts, const Spe
   out.grow_by(size_t(offsets[texts.size()]));
   parallel_for(int64_t(num_tasks), num_threads, [&](int64_t task) {
     if (pieces[task].size() != 0) {
-      std::memcpy(ids + offsets[task_begin[task]], pieces[task].data(), pieces[task].size() * sizeof(uint32_t));
+      std::memcpy(ids + offsets[borders[task]], pieces[task].data(), pieces[task].size() * sizeof(uint32_t));
     }
     pieces[task] = IdBuffer();
   });
@@ -285,29 +288,46 @@ void Encoder::encode_with(std::string_view text, const SpecialPolicy& policy, Wo
   encode_ordinary(text.substr(from), worker, out);
 }
 
+// Words go through in groups: first all are cut and their cache lines asked for, then all are looked up.
 void Encoder::encode_ordinary(std::string_view text, Worker& worker, IdBuffer& out) const {
+  struct Word {
+    const uint8_t* begin;
+    size_t len, bucket;
+    uint64_t key[4];
+  };
+  constexpr size_t kGroup = 16;
+  Word words[kGroup];
   const uint8_t* p = bytes_of(text);
   const uint8_t* end = p + text.size();
   while (p < end) {
-    const uint8_t* stop = scanner_.next(p, end);
-    encode_word(p, size_t(stop - p), end, worker, out);
-    p = stop;
+    size_t num_words = 0;
+    for (; num_words < kGroup && p < end; ++num_words) {
+      Word& word = words[num_words];
+      word.begin = p;
+      p = scanner_.next(p, end);
+      word.len = size_t(p - word.begin);
+      if (word.len > WordCache::kMaxBytes) continue;
+      WordCache::make_key(word.begin, word.len, end, word.key);
+      word.bucket = WordCache::bucket_of(word.key, word.len);
+      worker.cache.prefetch(word.bucket);
+    }
+    for (size_t i = 0; i < num_words; ++i) {
+      const Word& word = words[i];
+      if (word.len > WordCache::kMaxBytes) {
+        encode_word(word.begin, word.len, end, worker, out);
+      } else if (const auto* entry = worker.cache.find(word.key, word.len, word.bucket)) {
+        std::memcpy(out.room_for(WordCache::kMaxIds), entry->ids, sizeof(entry->ids));
+        out.grow_by(entry->num_ids);
+      } else {
+        const size_t before = out.size();
+        encode_word(word.begin, word.len, end, worker, out);
+        worker.cache.insert(word.key, word.len, word.bucket, out.data() + before, out.size() - before);
+      }
+    }
   }
 }
 
 void Encoder::encode_word(const uint8_t* word, size_t len, const uint8_t* end, Worker& worker, IdBuffer& out) const {
-  uint64_t key[4];
-  size_t bucket = 0;
-  const bool cacheable = len <= WordCache::kMaxBytes;
-  if (cacheable) {
-    WordCache::make_key(word, len, end, key);
-    bucket = WordCache::bucket_of(key, len);
-    if (const WordCache::Entry* entry = worker.cache.find(key, len, bucket)) {
-      std::memcpy(out.room_for(WordCache::kMaxIds), entry->ids, sizeof(entry->ids));
-      return out.grow_by(entry->num_ids);
-    }
-  }
-  const size_t before = out.size();
   const uint32_t whole = table_.find(word, len, end);
   if (whole != kNoToken) {
     out.push(whole);
@@ -315,10 +335,6 @@ void Encoder::encode_word(const uint8_t* word, size_t len, const uint8_t* end, W
     merge_short(word, len, kNoToken, out);
   } else {
     merge_long(word, len, kNoToken, worker, out);
-  }
-  const size_t num_ids = out.size() - before;
-  if (cacheable && num_ids <= WordCache::kMaxIds) {
-    worker.cache.insert(key, len, bucket, out.data() + before, num_ids);
   }
 }
 

@@ -5,14 +5,15 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
+#include <string_view>
 #include <thread>
 #include <vector>
 
 namespace herdkern::text {
 
 // Calls task(index) once for every index in [0, num_tasks) on at most num_threads threads (the caller is one of them).
-// The first exception of a task is thrown again here after all threads have ended. Threads live for this call only, so a
-// forked child never waits for threads that it does not have.
+// The first exception of a task is thrown again here after all threads have ended. Threads live for this call only, so
+// a forked child never waits for threads that it does not have.
 template <typename Task>
 void parallel_for(int64_t num_tasks, int num_threads, Task&& task) {
   if (num_threads <= 1 || num_tasks <= 1) {
@@ -39,6 +40,19 @@ void parallel_for(int64_t num_tasks, int num_threads, Task&& task) {
   work();
   for (auto& thread : threads) thread.join();
   if (error) std::rethrow_exception(error);
+}
+
+// Cuts texts into runs of about task_bytes for parallel_for: task i has texts [borders[i], borders[i + 1]).
+inline std::vector<size_t> task_borders(const std::vector<std::string_view>& texts, size_t task_bytes) {
+  std::vector<size_t> borders{0};
+  size_t bytes = 0;
+  for (size_t i = 0; i < texts.size(); ++i) {
+    bytes += texts[i].size();
+    if (bytes < task_bytes && i + 1 < texts.size()) continue;
+    borders.push_back(i + 1);
+    bytes = 0;
+  }
+  return borders;
 }
 
 }  // namespace herdkern::text

@@ -14,9 +14,28 @@ class WordCounts {
  public:
   WordCounts() : entries_(1 << 10) {}
 
-  // Adds `count` (> 0) to the word; bytes up to readable_end may be read. Throws std::overflow_error past 2^63 - 1 and
-  // std::length_error for a word of 2^32 bytes or more.
-  void add(const uint8_t* word, size_t len, int64_t count, const uint8_t* readable_end);
+  static constexpr size_t kInline = 16;
+  // A word with what the table needs of it; made ahead of add, its slot can be fetched meanwhile.
+  struct Word {
+    const uint8_t* bytes;
+    size_t len;
+    WordKey key;  // len <= kInline: the bytes; else low = hash
+    uint64_t hash;
+  };
+  // Bytes up to readable_end may be read.
+  static Word make_word(const uint8_t* bytes, size_t len, const uint8_t* readable_end) {
+    if (len > kInline) {
+      const uint64_t hash = hash_bytes(bytes, len);
+      return {bytes, len, {hash, 0}, hash};
+    }
+    const WordKey key = load_key(bytes, len, readable_end);
+    return {bytes, len, key, hash_key(key, len)};
+  }
+  void prefetch(const Word& word) const { __builtin_prefetch(&entries_[word.hash & (entries_.size() - 1)], 1); }
+
+  // Adds `count` (> 0) to the word. Throws std::overflow_error past 2^63 - 1 and std::length_error for a word of 2^32
+  // bytes or more.
+  void add(const Word& word, int64_t count);
   void merge(const WordCounts& other);
   void clear() { *this = WordCounts(); }
 
@@ -31,7 +50,6 @@ class WordCounts {
   }
 
  private:
-  static constexpr size_t kInline = 16;
   struct Entry {
     WordKey key;    // len <= 16: the bytes; else low = hash, high = offset into long_words_
     int64_t count;  // 0: free slot
@@ -43,8 +61,7 @@ class WordCounts {
         entry.len <= kInline ? reinterpret_cast<const uint8_t*>(&entry.key) : long_words_.data() + entry.key.high;
     return {reinterpret_cast<const char*>(bytes), entry.len};
   }
-  void add_long(const uint8_t* word, size_t len, int64_t count);
-  void insert(size_t slot, const Entry& entry);
+  bool holds(const Entry& entry, const Word& word) const;
   void grow();
 
   std::vector<Entry> entries_;  // power of two, at most half full
