@@ -157,7 +157,7 @@ class _Client:
         if not hasattr(self._local, "connection"):
             parts = urlsplit(url)
             host, port = self._connect_to or (parts.hostname or "", parts.port or 80)
-            timeout = 2 * self._config.page_seconds + 60
+            timeout = 2 * self._config.page_seconds + 20  # a site answers before, if only with 504
             self._local.connection = http.client.HTTPConnection(host, port, timeout=timeout)
             self._connections.append(self._local.connection)
         connection: http.client.HTTPConnection = self._local.connection

@@ -90,9 +90,9 @@ def read_lines(
 
 
 def gunzip_bounded(data: bytes, max_bytes: int) -> bytes:
-    """`data`, gzip or zlib or raw deflate, decompressed; what is there of a truncated stream is returned.
+    """`data`, gzip or zlib or raw deflate, decompressed; what is there of a truncated stream; other data as it is.
 
-    Raises: ValueError if it is none of these or if the result passes max_bytes.
+    Raises: DamagedFileError, reason decompression_bomb, if the result passes max_bytes.
     """
     for wbits in (47, -15):  # 47: zlib or gzip by its header
         inflate = zlib.decompressobj(wbits)
@@ -101,9 +101,9 @@ def gunzip_bounded(data: bytes, max_bytes: int) -> bytes:
         except zlib.error:
             continue
         if len(content) > max_bytes:
-            raise ValueError(f"gunzip_bounded: content must be at most {max_bytes} bytes after decompression")
+            raise DamagedFileError(Path(), 0, "decompression_bomb", f"expands beyond {max_bytes} bytes")
         return content
-    raise ValueError("gunzip_bounded: data must be a gzip, zlib or deflate stream")
+    return data
 
 
 def _gunzip(path: Path, file: BinaryIO) -> Iterator[bytes]:

@@ -114,18 +114,11 @@ def decode_html(data: bytes, http_charset: str = "") -> str:
             return data.decode(name, "replace")
         except (LookupError, ValueError, AssertionError):  # codecs that decode no text, such as hex
             continue
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        if error.start > 0 and data[error.start :].isascii() is False and _mostly_utf8(data):
-            return data.decode("utf-8", "replace")
+    text = data.decode("utf-8", "replace")
+    bad = text.count("\ufffd")
+    if bad and bad > sum(map("\x7f".__lt__, text)) - bad:  # legacy text hardly ever forms a valid sequence
         return data.decode("cp1252", "replace")
-
-
-def _mostly_utf8(data: bytes) -> bool:
-    """Whether few of the non-ASCII bytes are damaged: a cut or mended UTF-8 page rather than a legacy one."""
-    bad = data.decode("utf-8", "replace").count("\ufffd")
-    return bad * 10 < sum(byte > 127 for byte in data[: 1 << 16])
+    return text
 
 
 def open_blocks(data: bytes) -> int:

@@ -29,7 +29,7 @@ def is_served(name: str, packages: frozenset[str]) -> bool:
     parts = name.split(".")
     if parts[0] not in packages and parts[0] not in sys.stdlib_module_names:
         return False
-    return not any(part in SKIP or part.startswith(("test_", "_test", "__")) for part in parts)
+    return not any(part in SKIP or part.startswith(("test_", "_test")) for part in parts)
 
 
 def render(path: str, packages: frozenset[str]) -> tuple[int, str]:
@@ -118,7 +118,7 @@ def main() -> None:
     """Keep stdin and stdout for the protocol, give modules the null device, preload, serve."""
     del sys.path[0]  # the folder of this script: its modules are not part of the site
     packages = sys.argv[1:]
-    sys.argv[:] = ["pydoc"]
+    sys.argv[:] = sys.orig_argv[:] = ["pydoc"]
     requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):

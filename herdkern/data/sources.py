@@ -8,6 +8,7 @@ from typing import BinaryIO
 
 from fastwarc.warc import ArchiveIterator, WarcRecord, WarcRecordType
 
+from herdkern.data.decompress import DamagedFileError, gunzip_bounded
 from herdkern.data.document import BadRecord, Document, OnBad, clean_text, document_id, raise_bad_record, read_documents
 
 MAX_RECORD_BYTES = 64 << 20
@@ -170,18 +171,19 @@ def _read_record(record: WarcRecord, place: str, on_bad: OnBad, max_record_bytes
             return None
         content_type, charset = record.headers.get("Content-Type") or "", ""
         if record.is_http:
-            record.parse_http(auto_decode="all")
+            record.parse_http(auto_decode="transfer")  # "content" would expand without a bound
             status = record.http_headers.status_code if record.http_headers is not None else None
             if status != 200:
                 bad("http_status", f"status {status}")
                 return None
             content_type, charset = record.http_content_type or "", record.http_charset or ""
-        body = record.reader.read(max_record_bytes + 1)
+        encoding = (record.http_headers.get("Content-Encoding") or "") if record.http_headers is not None else ""
+        body = _decoded(record.reader.read(), encoding.lower().strip(), max_record_bytes)
+    except DamagedFileError as error:
+        bad(error.reason, error.detail)
+        return None
     except (OSError, ValueError, MemoryError) as error:
         bad("bad_http", f"cannot be decoded ({error})")
-        return None
-    if len(body) > max_record_bytes:
-        bad("decompression_bomb", f"expands beyond {max_record_bytes} bytes")
         return None
     kind_of_body = _kind_of(body, content_type)
     if kind_of_body == "html":
@@ -191,6 +193,15 @@ def _read_record(record: WarcRecord, place: str, on_bad: OnBad, max_record_bytes
         return Document(id=document_id(url, text), text=text, url=url, timestamp=_timestamp(record), record=place)
     bad("not_html", f"content type {content_type or 'unknown'}")
     return None
+
+
+def _decoded(body: bytes, encoding: str, max_bytes: int) -> bytes:
+    """`body` without its Content-Encoding; as it is if it never had one, as some archives store it."""
+    if encoding in ("gzip", "x-gzip", "deflate"):
+        return gunzip_bounded(body, max_bytes)
+    if encoding in ("br", "zstd", "compress"):
+        raise DamagedFileError(Path(), 0, "unknown_encoding", f"content encoding {encoding} is not read")
+    return body
 
 
 def _kind_of(body: bytes, content_type: str) -> str:
