@@ -1,0 +1,246 @@
+"""RMSNorm against fp64 over dtypes, sizes, layouts and levels; errors, modes and determinism."""
+
+import re
+
+import pytest
+import torch
+
+from herdkern.ops import rms_norm, rms_norm_reference
+from herdkern.ops.backend import available_isas, forced_isa
+
+FP32, BF16 = torch.float32, torch.bfloat16
+DTYPES = [pytest.param(d, id=str(d)[6:]) for d in (FP32, BF16)]
+X_AND_WEIGHT = [
+    pytest.param((FP32, FP32), id="fp32"),
+    pytest.param((BF16, BF16), id="bf16"),
+    pytest.param((BF16, FP32), id="bf16-weight-fp32"),
+]
+LAYOUTS = {
+    "1d": lambda x: x[0],
+    "3d": lambda x: x.view(3, 7, -1),
+    "4d": lambda x: x.view(3, 7, 1, -1),
+    "no-rows": lambda x: x[:0],
+    "no-rows-3d": lambda x: x.view(3, 7, -1)[:, :0],
+    "row-slice": lambda x: x[::2],
+    "column-slice": lambda x: x[:, 3:40],
+    "column-step": lambda x: x[:, ::2],
+    "transposed": lambda x: x.t(),
+    "3d-permuted": lambda x: x.view(3, 7, -1).permute(1, 0, 2),
+    "3d-inner-slice": lambda x: x.view(3, 7, -1)[:, 1:5, 2:50],
+    "expanded": lambda x: x[:1].expand(5, -1),
+}
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("dtypes", X_AND_WEIGHT)
+@pytest.mark.parametrize("dim", [1, 2, 15, 16, 17, 63, 64, 123, 128, 1000])
+@pytest.mark.parametrize("num_rows", [1, 3, 63])
+def test_matches_fp64(assert_matches_fp64, isa, dtypes, dim, num_rows):
+    x, weight = torch.randn(num_rows, dim).to(dtypes[0]), torch.randn(dim).to(dtypes[1])
+    with forced_isa(isa):
+        assert_matches_fp64(rms_norm, rms_norm_reference, [x, weight])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(assert_matches_fp64, dtype, layout):
+    x = LAYOUTS[layout](torch.randn(21, 63).to(dtype))
+    weight = torch.randn(2 * x.shape[-1]).to(dtype)[::2]
+    assert_matches_fp64(rms_norm, rms_norm_reference, [x, weight])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dout", ["scalar", "transposed", "column-slice"])
+def test_layouts_of_dout(assert_matches_fp64, dtype, dout):
+    x, weight = torch.randn(21, 63).to(dtype), torch.randn(63).to(dtype)
+    full = torch.randn(63, 63).to(dtype)
+    gradient = {"scalar": full[0, 0], "transposed": full[:, :21].t(), "column-slice": full.repeat(1, 2)[:21, 5:68]}[dout]
+    assert_matches_fp64(rms_norm, rms_norm_reference, [x, weight], gradient)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [17, 1025, 5000])
+def test_many_rows(assert_matches_fp64, dtype, num_rows):
+    assert_matches_fp64(rms_norm, rms_norm_reference, [torch.randn(num_rows, 40).to(dtype), torch.randn(40).to(dtype)])
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6, 1e-5, 0.1])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_eps_and_magnitude(assert_matches_fp64, eps, scale):
+    def op(x, weight):
+        return rms_norm(x, weight, eps=eps)
+
+    def reference(x, weight):
+        return rms_norm_reference(x, weight, eps=eps)
+
+    assert_matches_fp64(op, reference, [torch.randn(5, 77) * scale, torch.randn(77)], torch.randn(5, 77) * scale)
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zero_rows_stay_finite(isa, dtype):
+    x = torch.zeros(3, 20, dtype=dtype, requires_grad=True)
+    with forced_isa(isa):
+        out = rms_norm(x, torch.ones(20, dtype=dtype))
+        (dx,) = torch.autograd.grad(out.sum(), x)
+    assert out.eq(0).all()
+    assert dx.isfinite().all()
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity_stay_in_their_row(isa, dtype, value):
+    x = torch.randn(4, 37).to(dtype)
+    x[2, 5] = value
+    with forced_isa(isa):
+        out = rms_norm(x, torch.ones(37, dtype=dtype))
+    expected = rms_norm_reference(x, torch.ones(37, dtype=dtype))
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert out[[0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_for_any_number_of_threads(with_threads, isa, dtype):
+    x, weight = torch.randn(700, 333).to(dtype).requires_grad_(), torch.randn(333).to(dtype).requires_grad_()
+    dout = torch.randn(700, 333).to(dtype)
+    results = []
+    with forced_isa(isa):
+        for num_threads in (1, 2, 3, 7):
+            with_threads(num_threads)
+            out = rms_norm(x, weight)
+            results.append((out.detach(), *torch.autograd.grad(out, (x, weight), dout)))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+def test_only_wanted_gradients(wanted):
+    x, weight = torch.randn(9, 20), torch.randn(20)
+    both = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    expected = torch.autograd.grad(rms_norm(*both).sin().sum(), both)
+    some = [t.clone().requires_grad_(needed) for t, needed in zip((x, weight), wanted)]
+    rms_norm(*some).sin().sum().backward()
+    for leaf, needed, gradient in zip(some, wanted, expected):
+        assert torch.equal(leaf.grad, gradient) if needed else leaf.grad is None
+
+
+def test_no_graph_without_gradients():
+    assert rms_norm(torch.randn(3, 4), torch.randn(4)).grad_fn is None
+    with torch.no_grad():
+        assert rms_norm(torch.randn(3, 4, requires_grad=True), torch.randn(4)).grad_fn is None
+
+
+def test_backward_twice_accumulates():
+    x, weight = torch.randn(6, 10, requires_grad=True), torch.randn(10, requires_grad=True)
+    loss = rms_norm(x, weight).square().sum()
+    loss.backward(retain_graph=True)
+    once = x.grad.clone(), weight.grad.clone()
+    loss.backward()
+    assert torch.equal(x.grad, 2 * once[0])
+    assert torch.equal(weight.grad, 2 * once[1])
+
+
+def test_second_derivative_is_the_references():
+    x, weight = torch.randn(4, 7, requires_grad=True), torch.randn(7, requires_grad=True)
+
+    def second(function):
+        gradients = torch.autograd.grad(function(x, weight).sin().sum(), (x, weight), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in gradients), (x, weight))
+
+    for got, expected in zip(second(rms_norm), second(rms_norm_reference)):
+        torch.testing.assert_close(got, expected)
+
+
+def test_changed_input_is_noticed():
+    x = torch.randn(4, 7, requires_grad=True)
+    hidden = x * 1
+    out = rms_norm(hidden, torch.ones(7))
+    hidden.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_registered_op():
+    x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    torch.library.opcheck(torch.ops.herdkern.rms_norm_forward.default, (x, weight, 1e-5))
+    detached = x.detach(), weight.detach(), torch.ones(5)
+    for needs in ((True, True), (False, True), (True, False)):
+        torch.library.opcheck(torch.ops.herdkern.rms_norm_backward.default, (x.detach(), *detached, *needs))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiles_without_a_graph_break(dtype):
+    x, weight = torch.randn(6, 10).to(dtype).requires_grad_(), torch.randn(10).to(dtype).requires_grad_()
+
+    def function(x, weight):
+        return rms_norm(x * 2, weight).float().sin().sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(x, weight), (x, weight))
+    expected = torch.autograd.grad(function(x, weight), (x, weight))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_meta_tensors_give_shapes(dtype):
+    out = rms_norm(torch.empty(2, 3, 8, dtype=dtype, device="meta"), torch.empty(8, dtype=dtype, device="meta"))
+    assert (out.shape, out.dtype, out.device.type) == ((2, 3, 8), dtype, "meta")
+
+
+def test_autocast_keeps_the_dtype_of_x():
+    with torch.autocast("cpu", dtype=BF16):
+        hidden = torch.nn.functional.linear(torch.randn(4, 8), torch.randn(16, 8))
+        out = rms_norm(hidden, torch.randn(16))
+        assert out.dtype == BF16
+        assert rms_norm(torch.randn(4, 8), torch.randn(8)).dtype == FP32
+
+
+def test_subclass_takes_the_registered_op():
+    class Tagged(torch.Tensor):
+        pass
+
+    x = torch.randn(3, 8)
+    out = rms_norm(x.as_subclass(Tagged), torch.ones(8))
+    assert torch.equal(out.as_subclass(torch.Tensor), rms_norm(x, torch.ones(8)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_dtypes_fall_back_and_say_so(dtype):
+    x, weight = torch.randn(3, 8).to(dtype), torch.ones(8, dtype=dtype)
+    expected = f"rms_norm: using 'reference' because native: dtype must be float32 or bfloat16, got {str(dtype)[6:]}"
+    with pytest.warns(UserWarning, match=re.escape(expected)):
+        out = rms_norm(x, weight)
+    assert torch.equal(out, rms_norm_reference(x, weight))
+    with pytest.raises(NotImplementedError, match="asked for 'native'"):
+        rms_norm(x, weight, backend="native")
+
+
+def test_explicit_backends():
+    x, weight = torch.randn(3, 8), torch.randn(8)
+    assert torch.equal(rms_norm(x, weight, backend="reference"), rms_norm_reference(x, weight))
+    assert torch.equal(rms_norm(x, weight, backend="native"), rms_norm(x, weight))
+
+
+ERRORS = {
+    "weight-shape": ((torch.zeros(3, 8), torch.zeros(7)), "rms_norm: weight must have shape (8,), got (7,)"),
+    "weight-2d": ((torch.zeros(3, 8), torch.zeros(1, 8)), "rms_norm: weight must have shape (8,), got (1, 8)"),
+    "scalar": ((torch.zeros(()), torch.zeros(1)), "rms_norm: x must have at least one dimension, got a scalar"),
+    "weight-dtype": (
+        (torch.zeros(3, 8), torch.zeros(8, dtype=BF16)),
+        "rms_norm: weight must be float32, got bfloat16",
+    ),
+    "weight-dtype-bf16": (
+        (torch.zeros(3, 8, dtype=BF16), torch.zeros(8, dtype=torch.float16)),
+        "rms_norm: weight must be bfloat16 or float32, got float16",
+    ),
+    "weight-device": ((torch.zeros(3, 8), torch.zeros(8, device="meta")), "rms_norm: weight must be on cpu, got meta"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors(case):
+    arguments, message = ERRORS[case]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        rms_norm(*arguments)
