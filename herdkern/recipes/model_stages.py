@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from herdkern.data.mix import MixPhase, TokenSampler
@@ -128,6 +129,7 @@ def train_model(
         num_tokens, num_bytes = sum(f.num_tokens for f in found), sum(f.num_bytes for f in found)
         return {"heldout_loss": nats / num_tokens, "heldout_bits_per_byte": nats / math.log(2.0) / num_bytes}
 
+    torch.manual_seed(recipe.train.seed)  # the state of the generator is part of a checkpoint
     model = Transformer(model_config, seed=recipe.train.seed)
     trainer = Trainer(model, recipe.train, batches, run_dir, evaluate=heldout_loss)
     last = run_dir / "checkpoints" / f"step-{recipe.train.steps}"

@@ -14,6 +14,8 @@ def publish(source: Path | Mapping[str, Path], target: Path) -> None:
     source: a file, a folder, or folders by their path below `target`.
     """
     if isinstance(source, Path) and source.is_file():
+        if target.exists() and os.path.samefile(source, target):
+            return  # renaming one link of a file onto another does nothing
         tmp = target.with_name(target.name + TMP_SUFFIX)
         tmp.unlink(missing_ok=True)
         _link(source, tmp)
