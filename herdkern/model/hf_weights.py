@@ -15,8 +15,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from herdkern.engine import read_json, write_json_atomic
-from herdkern.engine.shards import TMP_SUFFIX
 from herdkern.model.config import ModelConfig
 from herdkern.model.transformer import Transformer
 
@@ -69,12 +67,12 @@ def save_hf(
             _save_safetensors(shard, folder / name)
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         total = sum(t.nbytes for t in state.values())
-        write_json_atomic(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    write_json_atomic(folder / "config.json", config_to_hf(model.config, dtype))
+        _save_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _save_json(folder / "config.json", config_to_hf(model.config, dtype))
     special = {
         k: v for k, v in (("bos_token_id", model.config.bos_id), ("eos_token_id", model.config.eos_id)) if v >= 0
     }
-    write_json_atomic(folder / "generation_config.json", {"_from_model_config": True, **special})
+    _save_json(folder / "generation_config.json", {"_from_model_config": True, **special})
     if tokenizer is not None:
         tokenizer.save(folder)
 
@@ -86,7 +84,7 @@ def load_hf(folder: Path | str, *, compute_dtype: torch.dtype = torch.float32) -
     fit, or the setting if the model is not a plain Llama.
     """
     folder = Path(folder)
-    config = config_from_hf(read_json(folder / "config.json"))
+    config = config_from_hf(_load_json(folder / "config.json"))
     with torch.device("meta"):
         model = Transformer(config, compute_dtype=compute_dtype)
     model = materialize(model)
@@ -275,9 +273,25 @@ def _cut_into_shards(state: dict[str, Tensor], max_shard_bytes: int) -> list[dic
 
 
 def _save_safetensors(state: dict[str, Tensor], path: Path) -> None:
-    tmp = path.with_name(path.name + TMP_SUFFIX)
+    tmp = path.with_name(path.name + ".tmp")
     save_file(state, tmp, metadata={"format": "pt"})
     tmp.replace(path)
+
+
+def _save_json(path: Path, value: dict[str, Any]) -> None:
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    tmp.replace(path)
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"load_hf: {path} must be JSON, got {e}") from e
+    if not isinstance(value, dict):
+        raise ValueError(f"load_hf: {path} must be a JSON object, got {type(value).__name__}")
+    return value
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -287,7 +301,7 @@ def _weight_files(folder: Path) -> list[Path]:
         if not single.exists():
             raise FileNotFoundError(f"load_hf: {folder} must hold model.safetensors or {INDEX_NAME}, found neither")
         return [single]
-    weight_map = read_json(index).get("weight_map")
+    weight_map = _load_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise ValueError(f"load_hf: {index} must map tensor names to file names under 'weight_map'")
     names = sorted(set(weight_map.values()))

@@ -158,6 +158,14 @@ def damage_index_target(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
 
 
+def damage_config(folder):
+    (folder / "config.json").write_text('{"model_type": "llama"')
+
+
+def damage_config_kind(folder):
+    (folder / "config.json").write_text("[1, 2]")
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
@@ -167,8 +175,10 @@ def damage_index_target(folder):
         (damage_bytes, ValueError, r"model\.safetensors must be a whole safetensors file"),
         (damage_index, ValueError, r"must name files of its own folder, got '\.\./model\.safetensors'"),
         (damage_index_target, FileNotFoundError, r"must hold gone\.safetensors"),
+        (damage_config, ValueError, r"config\.json must be JSON"),
+        (damage_config_kind, ValueError, r"config\.json must be a JSON object, got list"),
     ],
-    ids=["missing", "name", "shape", "truncated", "index", "index-target"],
+    ids=["missing", "name", "shape", "truncated", "index", "index-target", "config", "config-kind"],
 )
 def test_damaged_folders_are_named(small_model, tmp_path, damage, error, message):
     save_hf(small_model, tmp_path)
