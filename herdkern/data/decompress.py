@@ -89,12 +89,12 @@ def read_lines(
         yield number, start, whole(b"")
 
 
-def gunzip_bounded(data: bytes, max_bytes: int) -> bytes:
-    """`data`, gzip or zlib or raw deflate, decompressed; what is there of a truncated stream; other data as it is.
+def gunzip_bounded(data: bytes, max_bytes: int, *, raw: bool = False) -> bytes:
+    """`data`, gzip or zlib (`raw`: also bare deflate), decompressed; what is there of a cut stream; else as it is.
 
     Raises: DamagedFileError, reason decompression_bomb, if the result passes max_bytes.
     """
-    for wbits in (47, -15):  # 47: zlib or gzip by its header
+    for wbits in (47, -15) if raw else (47,):  # 47: zlib or gzip by its header
         inflate = zlib.decompressobj(wbits)
         try:
             content = inflate.decompress(data, max_bytes + 1)

@@ -198,7 +198,7 @@ def _read_record(record: WarcRecord, place: str, on_bad: OnBad, max_record_bytes
 def _decoded(body: bytes, encoding: str, max_bytes: int) -> bytes:
     """`body` without its Content-Encoding; as it is if it never had one, as some archives store it."""
     if encoding in ("gzip", "x-gzip", "deflate"):
-        return gunzip_bounded(body, max_bytes)
+        return gunzip_bounded(body, max_bytes, raw=encoding == "deflate")
     if encoding in ("br", "zstd", "compress"):
         raise DamagedFileError(Path(), 0, "unknown_encoding", f"content encoding {encoding} is not read")
     return body
