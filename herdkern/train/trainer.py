@@ -95,6 +95,8 @@ class TrainResult:
 class Trainer:
     """Trains `model` in `run_dir`, from its latest complete checkpoint if there is one.
 
+    Writes training.json (the resolved configuration), metrics.jsonl and checkpoints/ there.
+
     evaluate: called every config.eval_every_steps with the model; its numbers join that step's metrics.
     progress: a bar on standard error; by default only on a terminal.
     """
