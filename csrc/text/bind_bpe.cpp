@@ -84,6 +84,16 @@ class WordTable {
     const std::lock_guard<std::mutex> lock(mutex_);
     whole().merge(copy);
   }
+  void prune(int64_t min_count) {
+    py::gil_scoped_release release;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    WordCounts kept;
+    whole().for_each([&](std::string_view word, int64_t count) {
+      const auto* bytes = reinterpret_cast<const uint8_t*>(word.data());
+      if (count >= min_count) kept.add(WordCounts::make_word(bytes, word.size(), bytes + word.size()), count);
+    });
+    tables_[0] = std::move(kept);
+  }
   size_t num_words() {
     py::gil_scoped_release release;
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -269,6 +279,7 @@ void bind_bpe(py::module_& m) {
       .def("add_texts", &WordTable::add_texts, py::arg("texts"), py::arg("first_index"), py::arg("num_threads"))
       .def("add_words", &WordTable::add_words, py::arg("blob"), py::arg("lengths"), py::arg("counts"))
       .def("merge", &WordTable::merge, py::arg("other"))
+      .def("prune", &WordTable::prune, py::arg("min_count"))
       .def("num_words", &WordTable::num_words)
       .def("num_occurrences", &WordTable::num_occurrences)
       .def("sorted", &WordTable::sorted);

@@ -3,9 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <functional>
-#include <new>
 #include <stdexcept>
 #include <thread>
 
@@ -21,66 +19,6 @@ constexpr size_t kMaxIdleWorkers = 64;
 constexpr size_t kKeptLongWord = 1 << 16;  // scratch for longer words is given back
 
 const uint8_t* bytes_of(std::string_view text) { return reinterpret_cast<const uint8_t*>(text.data()); }
-
-size_t table_size(size_t num_entries) {
-  size_t size = 16;
-  while (size < 2 * num_entries) size *= 2;
-  return size;
-}
-
-// Words seen lately with their ids. Two-way buckets of one cache line an entry; the older entry of a bucket is
-// replaced.
-class WordCache {
- public:
-  static constexpr size_t kMaxBytes = 32, kMaxIds = 7;
-  struct Entry {
-    uint64_t key[4];  // the word, padded with zeros
-    uint32_t ids[kMaxIds];
-    uint8_t len, num_ids;  // len 0: free
-  };
-  static_assert(sizeof(Entry) == 64);
-
-  // calloc: pages of the cache that no word reaches cost nothing.
-  WordCache() : entries_(static_cast<Entry*>(std::calloc(2 * kBuckets, sizeof(Entry))), &std::free) {
-    if (entries_ == nullptr) throw std::bad_alloc();
-  }
-
-  static void make_key(const uint8_t* word, size_t len, const uint8_t* end, uint64_t key[4]) {
-    const WordKey first = load_key(word, std::min<size_t>(len, 16), end);
-    const WordKey second = len > 16 ? load_key(word + 16, len - 16, end) : WordKey{0, 0};
-    key[0] = first.low, key[1] = first.high, key[2] = second.low, key[3] = second.high;
-  }
-  static size_t bucket_of(const uint64_t key[4], size_t len) {
-    uint64_t hash = mix(key[0] ^ 0x9E3779B97F4A7C15ull, key[1] ^ 0xD1B54A32D192ED03ull ^ len);
-    if (len > 16) hash ^= mix(key[2] ^ 0xE7037ED1A0B428DBull, key[3] ^ 0x8EBC6AF09C88C6E3ull);
-    return (hash ^ hash >> 29) & (kBuckets - 1);
-  }
-  void prefetch(size_t bucket) const {
-    __builtin_prefetch(&entries_[2 * bucket]);
-    __builtin_prefetch(&entries_[2 * bucket + 1]);
-  }
-  const Entry* find(const uint64_t key[4], size_t len, size_t bucket) const {
-    const Entry* entry = &entries_[2 * bucket];
-    for (int way = 0; way < 2; ++way, ++entry) {
-      if (entry->len != len || entry->key[0] != key[0] || entry->key[1] != key[1]) continue;
-      if (len <= 16 || (entry->key[2] == key[2] && entry->key[3] == key[3])) return entry;
-    }
-    return nullptr;
-  }
-  void insert(const uint64_t key[4], size_t len, size_t bucket, const uint32_t* ids, size_t num_ids) {
-    if (num_ids > kMaxIds) return;
-    Entry* entry = &entries_[2 * bucket];
-    entry[1] = entry[0];
-    std::copy(key, key + 4, entry->key);
-    std::copy(ids, ids + num_ids, entry->ids);
-    entry->len = uint8_t(len);
-    entry->num_ids = uint8_t(num_ids);
-  }
-
- private:
-  static constexpr size_t kBuckets = 1 << 16;  // 8 MiB
-  std::unique_ptr<Entry[], decltype(&std::free)> entries_;
-};
 
 }  // namespace
 
@@ -127,102 +65,6 @@ class Encoder::BorrowedWorker {
   const Encoder& encoder_;
   std::unique_ptr<Worker> worker_;
 };
-
-TokenTable::TokenTable(const TokenList& tokens) : entries_(table_size(tokens.size())) {
-  for (const auto& [token, id] : tokens) {
-    const uint8_t* bytes = bytes_of(token);
-    Entry entry;
-    entry.id = id;
-    entry.len = uint32_t(token.size());
-    uint64_t hash;
-    if (token.size() <= kInline) {
-      entry.key = load_key(bytes, token.size(), bytes + token.size());
-      hash = hash_key(entry.key, token.size());
-    } else {
-      hash = hash_bytes(bytes, token.size());
-      entry.key = {hash, long_tokens_.size()};
-      long_tokens_ += token;
-    }
-    size_t slot = hash & (entries_.size() - 1);
-    while (entries_[slot].id != kNoToken) slot = (slot + 1) & (entries_.size() - 1);
-    entries_[slot] = entry;
-    max_length_ = std::max(max_length_, token.size());
-  }
-}
-
-uint32_t TokenTable::find(const uint8_t* bytes, size_t len, const uint8_t* readable_end) const {
-  if (len == 0 || len > max_length_) return kNoToken;
-  const bool is_inline = len <= kInline;
-  const WordKey key = is_inline ? load_key(bytes, len, readable_end) : WordKey{hash_bytes(bytes, len), 0};
-  const uint64_t hash = is_inline ? hash_key(key, len) : key.low;
-  for (size_t slot = hash & (entries_.size() - 1);; slot = (slot + 1) & (entries_.size() - 1)) {
-    const Entry& entry = entries_[slot];
-    if (entry.id == kNoToken) return kNoToken;
-    if (entry.len != len) continue;
-    if (is_inline ? entry.key == key
-                  : entry.key.low == hash && std::memcmp(&long_tokens_[entry.key.high], bytes, len) == 0) {
-      return entry.id;
-    }
-  }
-}
-
-PairTable::PairTable(const TokenList& tokens, const TokenTable& table) {
-  std::vector<uint64_t> packed;
-  for (const auto& [token, id] : tokens) {
-    const uint8_t* begin = bytes_of(token);
-    const uint8_t* end = begin + token.size();
-    for (size_t cut = 1; cut < token.size(); ++cut) {
-      const uint32_t left = table.find(begin, cut, end);
-      if (left == kNoToken) continue;
-      const uint32_t right = table.find(begin + cut, token.size() - cut, end);
-      if (right != kNoToken) packed.push_back(uint64_t(left) << 42 | uint64_t(right) << 21 | id);
-    }
-  }
-  slots_.assign(table_size(packed.size()), kFree);
-  mask_ = slots_.size() - 1;
-  for (uint64_t slot : packed) {
-    size_t i = home(slot >> 21);
-    while (slots_[i] != kFree) i = (i + 1) & mask_;
-    slots_[i] = slot;
-  }
-}
-
-SpecialTokens::SpecialTokens(const TokenList& tokens) {
-  for (const auto& [token, id] : tokens) {
-    if (ids_.empty()) prefix_ = token;
-    ids_.emplace(token, id);
-    lengths_.push_back(token.size());
-    starts_[uint8_t(token[0])] = true;
-    const size_t common =
-        std::mismatch(prefix_.begin(), prefix_.begin() + std::min(prefix_.size(), token.size()), token.begin()).first -
-        prefix_.begin();
-    prefix_.resize(common);
-  }
-  std::sort(lengths_.begin(), lengths_.end(), std::greater<size_t>());
-  lengths_.erase(std::unique(lengths_.begin(), lengths_.end()), lengths_.end());
-}
-
-SpecialTokens::Match SpecialTokens::find(std::string_view text, size_t from,
-                                         const std::vector<uint32_t>* wanted) const {
-  if (ids_.empty()) return {text.npos, text.npos, kNoToken};
-  for (size_t at = from; at < text.size(); ++at) {
-    if (!prefix_.empty()) {
-      at = text.find(prefix_, at);
-      if (at == text.npos) break;
-    } else if (!starts_[uint8_t(text[at])]) {
-      continue;
-    }
-    for (size_t length : lengths_) {
-      if (length > text.size() - at) continue;
-      const auto found = ids_.find(std::string(text.substr(at, length)));
-      if (found == ids_.end()) continue;
-      if (wanted == nullptr || std::binary_search(wanted->begin(), wanted->end(), found->second)) {
-        return {at, at + length, found->second};
-      }
-    }
-  }
-  return {text.npos, text.npos, kNoToken};
-}
 
 Encoder::Encoder(const TokenList& tokens, const TokenList& special_tokens)
     : table_(tokens), pairs_(tokens, table_), special_(special_tokens), byte_pairs_(256 * 256) {

@@ -9,21 +9,13 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
-#include <string>
 #include <string_view>
-#include <unordered_map>
-#include <utility>
 #include <vector>
 
+#include "text/bpe_tables.h"
 #include "text/unicode_split.h"
-#include "text/word_key.h"
 
 namespace herdkern::text {
-
-constexpr uint32_t kNoToken = 0xFFFFFFFF;
-constexpr uint32_t kMaxTokens = 1 << 21;  // ids must be smaller: a pair and its rank share one 64-bit slot
-
-using TokenList = std::vector<std::pair<std::string, uint32_t>>;  // (bytes, id)
 
 // A growing array of ids that leaves new memory unwritten.
 class IdBuffer {
@@ -52,62 +44,6 @@ class IdBuffer {
   }
   std::unique_ptr<uint32_t[]> ids_;
   size_t size_ = 0, capacity_ = 0;
-};
-
-// Bytes of a token -> id.
-class TokenTable {
- public:
-  explicit TokenTable(const TokenList& tokens);
-  uint32_t find(const uint8_t* bytes, size_t len, const uint8_t* readable_end) const;
-  size_t max_length() const { return max_length_; }
-
- private:
-  static constexpr size_t kInline = 16;
-  struct Entry {
-    WordKey key{0, 0};  // len <= 16: the bytes; else low = hash, high = offset into long_tokens_
-    uint32_t id = kNoToken;
-    uint32_t len = 0;
-  };
-  std::vector<Entry> entries_;
-  std::string long_tokens_;
-  size_t max_length_ = 0;
-};
-
-// (left id, right id) -> id of the token that their bytes make together.
-class PairTable {
- public:
-  PairTable(const TokenList& tokens, const TokenTable& table);
-  uint32_t find(uint32_t left, uint32_t right) const {
-    const uint64_t key = uint64_t(left) << 21 | right;
-    for (size_t i = home(key);; i = (i + 1) & mask_) {
-      if (slots_[i] >> 21 == key) return uint32_t(slots_[i]) & (kMaxTokens - 1);
-      if (slots_[i] == kFree) return kNoToken;
-    }
-  }
-
- private:
-  static constexpr uint64_t kFree = ~uint64_t(0);
-  size_t home(uint64_t key) const { return mix(key, 0x9E3779B97F4A7C15ull) & mask_; }
-  std::vector<uint64_t> slots_;  // left << 42 | right << 21 | id
-  size_t mask_ = 0;
-};
-
-// Finds special tokens in text, the leftmost and of those the longest.
-class SpecialTokens {
- public:
-  struct Match {
-    size_t begin, end;
-    uint32_t id;
-  };
-  explicit SpecialTokens(const TokenList& tokens);
-  // The first match at or after `from` among the ids in `wanted` (null: all); begin is npos without one.
-  Match find(std::string_view text, size_t from, const std::vector<uint32_t>* wanted) const;
-
- private:
-  std::unordered_map<std::string, uint32_t> ids_;
-  std::vector<size_t> lengths_;  // falling
-  std::string prefix_;           // common to all
-  bool starts_[256] = {};        // first bytes
 };
 
 // Which special tokens become their ids; the others are text like any other.

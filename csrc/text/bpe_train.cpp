@@ -187,7 +187,7 @@ int64_t Trainer::lay_out(const WordCounts& words) {
   });
   if (num_slots >= kInside) {
     throw std::length_error("train_bpe: the distinct words must hold less than 2**32 bytes, got " +
-                            std::to_string(num_slots) + "; drop the rarest words first");
+                            std::to_string(num_slots) + "; WordCounts.prune drops the rarest");
   }
   std::sort(order.begin(), order.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
   symbols_.reserve(num_slots);

@@ -17,6 +17,10 @@ class TextBatch {
   // `where` starts the error messages: the public function and its argument; first_index is added to the place of a
   // text.
   TextBatch(const py::object& texts, const char* where, Py_ssize_t first_index = 0) {
+    if (PyUnicode_Check(texts.ptr()) || PyBytes_Check(texts.ptr())) {
+      throw py::type_error(std::string(where) + " must be a list of texts, got one " + Py_TYPE(texts.ptr())->tp_name +
+                           "; pass [text]");
+    }
     const py::object items =
         py::reinterpret_steal<py::object>(PySequence_Fast(texts.ptr(), "texts must be a sequence"));
     if (!items) throw py::error_already_set();

@@ -180,8 +180,8 @@ def read_huggingface(path: Path | str) -> Loaded:
         ranks = {_token_of(text): int(rank) for text, rank in model["vocab"].items()}
         special = {str(token["content"]): int(token["id"]) for token in config["added_tokens"]}
         for name in special:
-            if ranks.get(name.encode()) == special[name]:
-                del ranks[name.encode()]
+            if ranks.get(_token_of(name)) == special[name]:
+                del ranks[_token_of(name)]
         _check_merge_order(model, ranks)
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"read_huggingface: {path}: must describe a byte-level BPE, failed at {e!r}") from e
@@ -300,5 +300,5 @@ def _describe(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     with atomic_file(path, "w") as f:
-        json.dump(content, f, ensure_ascii=False, indent=1)
-        f.write("\n")
+        # Without indent the encoder is C: ten times faster on a large vocabulary.
+        f.write(json.dumps(content, ensure_ascii=False, indent=None if "model" in content else 1) + "\n")

@@ -41,7 +41,7 @@ class Tokenizer:
         self.special_tokens = dict(sorted(special_tokens.items(), key=lambda item: item[1]))
         self.split_pattern = split_pattern
 
-    @property
+    @cached_property
     def n_vocab(self) -> int:
         """One more than the highest id."""
         return 1 + max([*self.mergeable_ranks.values(), *self.special_tokens.values()])
@@ -160,10 +160,21 @@ class Tokenizer:
     def load(cls, path: Path | str) -> "Tokenizer":
         """The tokenizer of a folder that `save` wrote, or of a Hugging Face folder or tokenizer.json.
 
-        A tokenizer.model alone does not name its special tokens: read it with `export.read_tiktoken`.
+        A tokenizer.model alone does not name its special tokens: see `from_tiktoken`.
         Raises: OSError if it cannot be read; ValueError naming file and line if it is damaged or not this kind.
         """
         return cls(*export.load(Path(path)))
+
+    @classmethod
+    def from_tiktoken(cls, path: Path | str, special_tokens: Sequence[str] = ()) -> "Tokenizer":
+        """The tokenizer of a file of tiktoken ranks, such as Llama 3's tokenizer.model with `llama3_special_tokens()`.
+
+        special_tokens: get the ids after the highest rank, in this order.
+        Raises: OSError if it cannot be read; ValueError naming file and line if it is damaged.
+        """
+        ranks = export.read_tiktoken(path)
+        first = 1 + max(ranks.values(), default=-1)
+        return cls(ranks, {name: first + i for i, name in enumerate(special_tokens)})
 
     @cached_property
     def _encoder(self) -> "_text.Encoder":

@@ -61,6 +61,11 @@ class WordCounts:
         self._table.merge(other._table)
         return self
 
+    def prune(self, min_count: int) -> "WordCounts":
+        """Drop the words that occur less than min_count times. Returns self."""
+        self._table.prune(min_count)
+        return self
+
     def __len__(self) -> int:
         return self._table.num_words()
 

@@ -47,6 +47,7 @@ def test_tiktoken_reads_the_model_file(trained, folder):
     load = pytest.importorskip("tiktoken.load")
     assert load.load_tiktoken_bpe(str(folder / "tokenizer.model")) == trained.mergeable_ranks
     assert read_tiktoken(folder / "tokenizer.model") == trained.mergeable_ranks
+    assert Tokenizer.from_tiktoken(folder / "tokenizer.model", list(trained.special_tokens)) == trained
 
 
 def huggingface_ids(path, texts):

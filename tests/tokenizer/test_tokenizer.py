@@ -266,6 +266,8 @@ def test_bad_texts_are_refused():
         TINY.encode_to_numpy(["ab", "\ud800"])
     with pytest.raises(TypeError, match=r"encode: texts\[0\] must be str or bytes, got int"):
         TINY.encode_to_numpy([7])
+    with pytest.raises(TypeError, match=r"encode: texts must be a list of texts, got one str; pass \[text\]"):
+        TINY.encode_batch("one text", disallowed_special=())
 
 
 @pytest.mark.parametrize(

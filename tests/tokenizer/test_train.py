@@ -174,6 +174,12 @@ def test_counts_of_self_and_of_nothing(tmp_path):
     assert len(WordCounts.load(tmp_path / "empty")) == 0
 
 
+def test_counts_prune():
+    counts = WordCounts().add(["a b", "a c a", "a"], num_threads=2)
+    assert dict(counts.prune(2).items()) == {b"a": 3}
+    assert len(counts.prune(4)) == 0
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
