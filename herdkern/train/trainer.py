@@ -32,6 +32,11 @@ from herdkern.train.optimizer import build_adamw, clip_grad_norm, load_optimizer
 from herdkern.train.schedule import learning_rate
 
 _FILL: Any = torch.utils.deterministic  # a module class of torch that declares its setting at run time
+STOP_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+)  # schedulers send the first or the last before a time limit
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -84,7 +89,7 @@ class PackedBatches:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """How a call of `Trainer.fit` ended. interrupted: SIGTERM came, a checkpoint was written, more steps are left."""
+    """How a call of `Trainer.fit` ended. interrupted: a signal came, a checkpoint was written, more steps are left."""
 
     step: int
     tokens: int
@@ -126,7 +131,7 @@ class Trainer:
         self.metrics = MetricsLog(self.run_dir / "metrics.jsonl")
         self._skipped_in_a_row = 0
         self._peak_flops = 0.0
-        self._terminated = False
+        self._stopping = False
         if isinstance(model, Transformer):
             model.compute_dtype = TORCH_DTYPES[config.dtype]
 
@@ -136,24 +141,25 @@ class Trainer:
         return self.run_dir / "checkpoints"
 
     def fit(self) -> TrainResult:
-        """Train to the last step or to SIGTERM, and leave a checkpoint of where it ended.
+        """Train to the last step, or to SIGTERM, SIGINT or SIGUSR1, and leave a checkpoint of where it ended.
 
         Raises: NonFiniteError as config.on_nonfinite says; ValueError if the run in run_dir had another
         configuration or other data; RuntimeError if another process trains in run_dir; OSError if a checkpoint
         cannot be written.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(self.run_dir / "train.lock"), _deterministic(), self._on_sigterm():
+        with _locked(self.run_dir / "train.lock"), _deterministic(), self._on_signals():
             saved = self.resume()
             write_json_atomic(self.run_dir / "training.json", self._resolved_config())
-            self._peak_flops = measured_peak_flops(TORCH_DTYPES[self.config.dtype])
+            device = next(self.model.parameters()).device.type
+            self._peak_flops = measured_peak_flops(TORCH_DTYPES[self.config.dtype], device=device)
             self.model.train()
             total = self.config.steps * self.config.tokens_per_step
             disable = None if self.progress is None else not self.progress
             with tqdm(
                 total=total, initial=self.tokens, unit="tok", unit_scale=True, disable=disable, desc="train"
             ) as bar:
-                while self.step < self.config.steps and not self._terminated:
+                while self.step < self.config.steps and not self._stopping:
                     record = self._run_step()
                     bar.update(self.config.tokens_per_step)
                     bar.set_postfix(loss=record["loss"], lr=record["lr"], refresh=False)
@@ -320,21 +326,24 @@ class Trainer:
         }
 
     @contextlib.contextmanager
-    def _on_sigterm(self) -> Iterator[None]:
-        """SIGTERM ends the loop after the running step; only the main thread may say so."""
-        self._terminated = False
+    def _on_signals(self) -> Iterator[None]:
+        """A signal of STOP_SIGNALS ends the loop after the running step; only the main thread may say so."""
+        self._stopping = False
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
-        def stop(_signal: int, _frame: Any) -> None:
-            self._terminated = True
+        def stop(number: int, _frame: Any) -> None:
+            if self._stopping and number == signal.SIGINT:
+                raise KeyboardInterrupt  # asked twice: do not wait for the step
+            self._stopping = True
 
-        before = signal.signal(signal.SIGTERM, stop)
+        before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _check_same(what: str, saved: Any, present: Any, folder: Path, path: str = "") -> None:

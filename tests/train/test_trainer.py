@@ -107,6 +107,31 @@ def test_resumed_runs_equal_the_undisturbed_one(tiny_model_config, tiny_train_co
     assert facts(tmp_path / "whole") == facts(tmp_path / "cut")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda n: n.name)
+def test_a_signal_leaves_a_checkpoint_and_the_old_handlers(
+    tiny_model_config, tiny_train_config, sampler, tmp_path, number
+):
+    before = signal.getsignal(number)
+
+    def objective(model, batch):
+        os.kill(os.getpid(), number)
+        return next_token_loss(model, batch)
+
+    _, result = run(tiny_model_config, tiny_train_config, sampler, tmp_path, objective=objective)
+    assert (result.step, result.interrupted, result.checkpoint.name) == (1, True, "step-1")
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_does_not_wait(tiny_model_config, tiny_train_config, sampler, tmp_path):
+    def objective(model, batch):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return next_token_loss(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model_config, tiny_train_config, sampler, tmp_path, objective=objective)
+
+
 def test_a_finished_run_does_nothing_more(tiny_model_config, tiny_train_config, sampler, tmp_path):
     _, first = run(tiny_model_config, tiny_train_config, sampler, tmp_path)
     stamp = (first.checkpoint / "manifest.json").stat().st_mtime_ns
