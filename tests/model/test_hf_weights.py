@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from herdkern.model.hf_weights import config_from_hf, config_to_hf, from_meta_state, load_hf, save_hf, to_meta_state
 from herdkern.model.transformer import Transformer
+from herdkern.tokenizer import train_bpe
 
 TOKENS = torch.arange(3, 60)
 CU_SEQLENS = torch.tensor([0, 57], dtype=torch.int32)
@@ -81,6 +82,19 @@ def test_the_tokenizer_is_saved_beside_the_weights(small_model, tmp_path):
 
     save_hf(small_model, tmp_path, tokenizer=Words())
     assert (tmp_path / "tokenizer.json").read_text() == "{}"
+
+
+def test_transformers_opens_model_and_tokenizer_together(small_config, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    text = "def f(x):\n\treturn  x + 12345  # é 你好\n"
+    tokenizer = train_bpe([text * 3], 300)
+    ids = {"vocab_size": tokenizer.n_vocab, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+    save_hf(Transformer(dataclasses.replace(small_config, **ids)), tmp_path, tokenizer=tokenizer)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(text).input_ids == [tokenizer.bos_id, *tokenizer.encode_ordinary(text)]
+    assert theirs.eos_token_id == tokenizer.eos_id
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.generation_config.eos_token_id == tokenizer.eos_id
 
 
 def test_meta_layout_comes_back_bit_for_bit(small_model, small_config):
