@@ -24,7 +24,9 @@ _UNLIKELY = re.compile(
     r"|banner|outbrain|taboola|teasers?|trending|popular|most-?read|more-?stories|read-?more|see-?also|upsell|paywall"
     r"|copyright|legal|disclaimer|postmeta|post-?meta|entry-?meta|article-?meta|byline|author-?bio|author-?box|authorbox"
     r"|about-?author|biography|bio|credits?|rating|ratings|prevnext|prev-?next|post-?nav|post-?navigation|sphinxsidebar"
-    r"|toc|table-of-contents|catlinks|editsection|mw-editsection|navbox|printfooter|jump|shoutbox|syndication|tools|topbar"
+    r"|toc|table-of-contents|catlinks|editsection|mw-editsection|navbox|printfooter|jump|shoutbox|syndication|tools|topbar|sharedaddy|sd-block|cta"
+    r"|postmetadata|reviews?|rewards?|donat\w+|widgetcontainer|textwidget|aside|placeholder|authors?|feedback|slider"
+    r"|carousel|notification|tooltip|dropdown|likes?|survey|quiz|poll"
     r"|site-?header|page-?header|dateline|timestamp|metadata|job-?alert|download-?links?|hatnote|noticebox)(?:[-_\s]|$)",
     re.IGNORECASE,
 )
@@ -37,6 +39,11 @@ _LIKELY = re.compile(
 )
 _UNNAMED = frozenset(("body", "html", "a", "span", "code", "tt"))  # names of these say nothing
 MAIN_SHARE, PART_COST = 0.5, 40.0
+_CONTENT_NAME = re.compile(  # names that are seldom given to anything else
+    r"(?:^|[-_\s])(?:article|articlebody|article-?body|story-?body|body|main|maincontent|entry-?content|page-?content|hentry"
+    r"|highlight)(?:[-_\s]|$)",
+    re.IGNORECASE,
+)
 _SENTENCE_END = re.compile(r"[.!?…:;。！？؟।][\"'”’»)\]]*\s*$")
 _PAUSES = re.compile(r"[,;،、，.!?。！？]")
 _BOILERPLATE_TEXT = re.compile(
@@ -118,11 +125,13 @@ def _content(tree: FlatTree, config: ExtractConfig) -> list[Block]:
     scores = [_score(block, priors[block.node], tree) for block in blocks]
     sums = _subtree_sums(tree, blocks, scores)
     top = max(range(len(sums)), key=lambda index: (sums[index], index))  # the deepest of equals
-    return [
-        block
-        for block, score in zip(blocks, scores, strict=True)
-        if top <= block.node < tree.ends[top] and _is_kept(block, score, sums, tree, top)
-    ]
+    return _trimmed(
+        [
+            block
+            for block, score in zip(blocks, scores, strict=True)
+            if top <= block.node < tree.ends[top] and _is_kept(block, score, sums, tree, top)
+        ]
+    )
 
 
 def _priors(tree: FlatTree, blocks: list[Block]) -> list[int]:
@@ -150,7 +159,7 @@ def _priors(tree: FlatTree, blocks: list[Block]) -> list[int]:
 
 def _named_prior(names: str, prior: int, is_main: bool) -> int:
     if _UNLIKELY.search(names):
-        return prior if is_main or _LIKELY.search(names) else -1
+        return prior if is_main or _CONTENT_NAME.search(names) else -1
     return 1 if prior == 0 and _LIKELY.search(names) else prior
 
 
@@ -162,7 +171,7 @@ def _score(block: Block, prior: int, tree: FlatTree) -> float:
     ratio = min(1.0, links / length)
     score = length * (1.0 - 2.5 * ratio)
     if block.kind == "heading":
-        return 2.0 if ratio < 0.6 else -10.0
+        return 2.0 if ratio < 0.6 and prior >= 0 else -10.0
     if 2 * block.code_length > length:
         score = 0.5 * length * (1.0 - ratio)  # signatures and names, seldom sentences, often linked
     else:
@@ -198,6 +207,28 @@ def _subtree_sums(tree: FlatTree, blocks: list[Block], scores: list[float]) -> l
     for index in range(len(tree) - 1, 0, -1):
         sums[tree.parents[index]] += max(sums[index], -PART_COST)
     return sums
+
+
+def _trimmed(blocks: list[Block]) -> list[Block]:
+    """`blocks` without the names, dates and links before the first sentence and behind the last one."""
+    room = 0.15 * _text_length(blocks)
+    first, last = 0, len(blocks)
+    while first < last and _is_weak(blocks[first]) and blocks[first].length < room:
+        room -= blocks[first].length
+        first += 1
+    while first < last and (blocks[last - 1].kind == "heading" or _is_weak(blocks[last - 1])):
+        last -= 1
+        room -= blocks[last].length
+        if room < 0:
+            last += 1
+            break
+    return blocks[first:last]
+
+
+def _is_weak(block: Block) -> bool:
+    if block.length >= 90 or block.kind in ("heading", "code") or 2 * block.code_length > block.length:
+        return False
+    return "$" not in block.text and _SENTENCE_END.search(block.text) is None
 
 
 def _is_kept(block: Block, score: float, sums: list[float], tree: FlatTree, top: int) -> bool:

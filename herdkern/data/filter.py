@@ -60,7 +60,7 @@ class FilterConfig:
     max_duplicate_paragraph_characters: float = 0.20
     max_top_ngrams: tuple[float, ...] = (0.20, 0.18, 0.16)
     max_duplicate_ngrams: tuple[float, ...] = (0.15, 0.14, 0.13, 0.12, 0.11, 0.10)
-    technical_share: float = 0.2
+    technical_share: float = 0.1
     technical_repetition: float = 4.0
     c4_min_sentences: int = 5
     c4_min_line_words: int = 3
