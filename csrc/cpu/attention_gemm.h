@@ -31,7 +31,7 @@ constexpr int kMicroRows = 6, kMicroVecs = 1;
 constexpr int kMicroRows = 2, kMicroVecs = 1;
 #endif
 
-// C is added last, not taken as the start: long sums are then sums of partial sums and lose fewer digits.
+// C is added last, not taken as the start, and a long depth is cut (kDepthBlock): sums of partial sums lose fewer digits.
 template <typename Math, int kRows, int kVecs, bool kAccumulate>
 HK_INLINE void micro_tile(const Gemm<typename Math::Elem>& g, int64_t row, int64_t col) {
   const auto* a = g.a + row * g.lda;
@@ -82,9 +82,20 @@ inline void gemm_panel(const Gemm<typename Math::Elem>& g, int64_t col) {
   if (row < g.rows) micro_tile<Math, 1, kVecs, kAccumulate>(g, row, col);
 }
 
+constexpr int64_t kDepthBlock = 64;
+
 // cols: a multiple of 16.  depth: a multiple of kPair.
 template <typename Math, bool kAccumulate>
 inline void vector_gemm(const Gemm<typename Math::Elem>& g) {
+  if (g.depth > kDepthBlock) {
+    auto head = g, tail = g;
+    head.depth = kDepthBlock;
+    tail.depth -= kDepthBlock;
+    tail.a += kDepthBlock;
+    tail.b += kDepthBlock / Math::kPair * g.ldb;
+    vector_gemm<Math, kAccumulate>(head);
+    return vector_gemm<Math, true>(tail);
+  }
   int64_t col = 0;
   for (; col + 16 * kMicroVecs <= g.cols; col += 16 * kMicroVecs) gemm_panel<Math, kMicroVecs, kAccumulate>(g, col);
   if constexpr (kMicroVecs > 1) {
