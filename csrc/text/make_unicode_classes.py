@@ -65,7 +65,8 @@ def main() -> None:
     lines.append(line)
     names = ", ".join(f"{i} {name}" for i, name in enumerate(CLASSES))
     header = f"""// The class of every code point for the split patterns, as run lengths.
-// Written by make_unicode_classes.py: do not edit. Unicode {UNICODE_VERSION}; classes: {names}
+// Written by make_unicode_classes.py: do not edit. Unicode {UNICODE_VERSION}.
+// {names}
 // (kUpper is Lu and Lt, kLetter is Lm and Lo, kSpace is White_Space without the two newlines).
 #pragma once
 #include <cstdint>

@@ -1,5 +1,6 @@
 // The class of every code point for the split patterns, as run lengths.
-// Written by make_unicode_classes.py: do not edit. Unicode 16.0.0; classes: 0 kOther, 1 kLetter, 2 kUpper, 3 kLower, 4 kMark, 5 kNumber, 6 kSpace, 7 kNewline
+// Written by make_unicode_classes.py: do not edit. Unicode 16.0.0.
+// 0 kOther, 1 kLetter, 2 kUpper, 3 kLower, 4 kMark, 5 kNumber, 6 kSpace, 7 kNewline
 // (kUpper is Lu and Lt, kLetter is Lm and Lo, kSpace is White_Space without the two newlines).
 #pragma once
 #include <cstdint>
