@@ -5,6 +5,7 @@ paper and are those of common practice.
 """
 
 import dataclasses
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -46,6 +47,10 @@ class ScheduleConfig:
             raise ValueError(
                 "ScheduleConfig: warmup_steps, anneal_steps, cosine_steps must not be negative, "
                 f"got {self.warmup_steps}, {self.anneal_steps}, {self.cosine_steps}"
+            )
+        if 0 < self.cosine_steps <= self.warmup_steps:
+            raise ValueError(
+                f"ScheduleConfig: cosine_steps must be 0 or above {self.warmup_steps} (warmup_steps), got {self.cosine_steps}"
             )
 
 
@@ -106,6 +111,8 @@ class TrainConfig:
                 f"TrainConfig: warmup_steps + anneal_steps must be at most steps={self.steps}, "
                 f"got {self.schedule.warmup_steps} + {self.schedule.anneal_steps}"
             )
+        if self.average_every_steps and not self.schedule.anneal_steps:
+            warnings.warn("TrainConfig: average_every_steps has no effect without schedule.anneal_steps", stacklevel=3)
 
     @property
     def tokens_per_step(self) -> int:

@@ -9,6 +9,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -132,6 +133,8 @@ class Trainer:
         self._skipped_in_a_row = 0
         self._peak_flops = 0.0
         self._stopping = False
+        if config.eval_every_steps and evaluate is None:
+            warnings.warn("Trainer: eval_every_steps has no effect without evaluate", stacklevel=2)
         if isinstance(model, Transformer):
             model.compute_dtype = TORCH_DTYPES[config.dtype]
 
@@ -292,6 +295,9 @@ class Trainer:
         state = checkpoint.state
         _check_same("configuration", state["identity"], self.config.identity(), folder)
         _check_same("data", state["data"], self.source.fingerprint(), folder)
+        if state["num_threads"] != torch.get_num_threads():
+            threads = f"{state['num_threads']} threads before, {torch.get_num_threads()} now"
+            warnings.warn(f"Trainer: bits may differ from an undisturbed run: {threads}", stacklevel=3)
         weights = self._named_weights()
         if set(weights) != set(checkpoint.tensors["model"]):
             odd = min(set(weights) ^ set(checkpoint.tensors["model"]))

@@ -50,3 +50,8 @@ def test_derived_numbers():
     config = TrainConfig(steps=100, seq_len=256, batch_size=8, schedule=ScheduleConfig(anneal_steps=25))
     assert config.tokens_per_step == 2048
     assert config.anneal_start_sequence == 75 * 8
+
+
+def test_an_average_without_annealing_warns():
+    with pytest.warns(UserWarning, match="average_every_steps has no effect"):
+        TrainConfig(average_every_steps=2)

@@ -160,6 +160,15 @@ def test_other_data_is_refused_by_name(tiny_model_config, tiny_train_config, sam
         run(tiny_model_config, tiny_train_config, sampler, tmp_path)
 
 
+def test_what_has_no_effect_or_another_meaning_warns(tiny_model_config, tiny_train_config, sampler, tmp_path):
+    config = dataclasses.replace(tiny_train_config, eval_every_steps=5)
+    with pytest.warns(UserWarning, match="eval_every_steps has no effect without evaluate"):
+        run(tiny_model_config, config, sampler, tmp_path)
+    torch.set_num_threads(2)
+    with pytest.warns(UserWarning, match="bits may differ .*: 1 threads before, 2 now"):
+        run(tiny_model_config, tiny_train_config, sampler, tmp_path)
+
+
 def test_two_trainers_in_one_folder_are_refused(tiny_model_config, tiny_train_config, sampler, tmp_path):
     started, release = threading.Event(), threading.Event()
 
