@@ -18,6 +18,18 @@ constexpr int64_t kTokenQuantum = 96;  // a multiple of kTileRows and kPanel
 constexpr int64_t kMaxTokens = 480;    // of a chunk
 constexpr int64_t kLogitBytes = int64_t{64} << 20;  // of a chunk's logits, unless that means fewer than kTokenQuantum
 
+// The sum of part(0) ... part(count - 1) by groups: small parts meet each other before they meet a large one.
+template <typename Part>
+HK_INLINE Vec grouped_sum(int64_t count, int64_t group, const Part& part) {
+  Vec total(0.0f);
+  for (int64_t first = 0; first < count; first += group) {
+    Vec of_group = part(first);
+    for (int64_t i = first + 1; i < std::min(first + group, count); ++i) of_group = of_group + part(i);
+    total = total + of_group;
+  }
+  return total;
+}
+
 // How the work is cut: by shape alone, never by the number of threads.
 struct Plan {
   int64_t chunk, num_blocks, padded_dim;
@@ -49,7 +61,7 @@ class Chunks {
         x_columns_(args_.dweight != nullptr ? plan_.padded_dim * words(plan_.chunk) : 0),
         logits_(wants_gradient_ ? round_up(args_.vocab_size, 2) * plan_.chunk : 0),
         partials_(plan_.num_blocks * 2 * plan_.chunk),
-        tokens_(4 * plan_.chunk),
+        tokens_(5 * plan_.chunk),
         dx_sum_(args_.dx != nullptr && padded_ ? plan_.chunk * plan_.padded_dim : 0),
         dweight_sum_(args_.dweight != nullptr && padded_ ? args_.vocab_size * plan_.padded_dim : 0),
         corrections_(kPairs ? plan_.num_blocks : 0) {}
@@ -76,7 +88,8 @@ class Chunks {
   const T* weight_row(int64_t v) const { return static_cast<const T*>(args_.weight) + v * args_.weight_stride; }
   int64_t block_rows(int64_t block) const { return std::min(kVocabBlock, args_.vocab_size - block * kVocabBlock); }
   // Arrays over the tokens of the chunk.
-  float* lse() const { return tokens_.data(); }
+  float* top() const { return tokens_.data(); }                              // largest logit
+  float* inverse_total() const { return tokens_.data() + 4 * plan_.chunk; }  // 1 / sum_v exp(logit - top)
   float* target_logit() const { return tokens_.data() + plan_.chunk; }
   float* scale() const { return tokens_.data() + 2 * plan_.chunk; }
   float* target_dlogit() const { return tokens_.data() + 3 * plan_.chunk; }
@@ -152,8 +165,8 @@ class Chunks {
     for (int64_t t = 0; t < pitch_; t += Vec::kLanes) {
       Vec top = Vec::load(logits + t);
       for (int64_t i = 1; i < num_rows; ++i) top = max(Vec::load(logits + i * pitch_ + t), top);
-      Vec total(0.0f);
-      for (int64_t i = 0; i < num_rows; ++i) total = total + exp(Vec::load(logits + i * pitch_ + t) - top);
+      const Vec total =
+          grouped_sum(num_rows, 8, [&](int64_t i) { return exp(Vec::load(logits + i * pitch_ + t) - top); });
       top.store(maxima + t);
       total.store(maxima + plan_.chunk + t);
     }
@@ -167,21 +180,23 @@ class Chunks {
   // Joins the blocks' maxima and sums in order; then losses and, for the gradient, the entry at the target.
   void finish_losses() {
     for (int64_t t = 0; t < pitch_; t += Vec::kLanes) {
-      Vec top = Vec::load(partials_.data() + t), total = Vec::load(partials_.data() + plan_.chunk + t);
-      for (int64_t block = 1; block < plan_.num_blocks; ++block) {
-        const float* partial = partials_.data() + block * 2 * plan_.chunk + t;
-        const Vec block_top = Vec::load(partial), joint = max(block_top, top);
-        total = total * exp(top - joint) + Vec::load(partial + plan_.chunk) * exp(block_top - joint);
-        top = joint;
-      }
-      float tops[Vec::kLanes], totals[Vec::kLanes];
-      top.store(tops);
-      total.store(totals);
-      for (int i = 0; i < Vec::kLanes; ++i) lse()[t + i] = tops[i] + std::log(totals[i]);
+      const float* maxima = partials_.data() + t;
+      Vec highest = Vec::load(maxima);
+      for (int64_t block = 1; block < plan_.num_blocks; ++block)
+        highest = max(Vec::load(maxima + block * 2 * plan_.chunk), highest);
+      const Vec total = grouped_sum(plan_.num_blocks, 32, [&](int64_t block) {
+        const float* partial = maxima + block * 2 * plan_.chunk;
+        return Vec::load(partial + plan_.chunk) * exp(Vec::load(partial) - highest);
+      });
+      highest.store(top() + t);
+      total.store(inverse_total() + t);
     }
     for (int64_t t = 0; t < pitch_; ++t) {
+      const float total = inverse_total()[t];
+      inverse_total()[t] = 1.0f / total;
       const bool counts = t < count_ && args_.targets[first_ + t] != args_.ignore_index;
-      const float loss = counts ? lse()[t] - target_logit()[t] : 0.0f;
+      // in this order a loss near 0 keeps its digits
+      const float loss = counts ? std::log(total) - (target_logit()[t] - top()[t]) : 0.0f;
       if (t < count_) args_.losses[first_ + t] = loss;
       if (!wants_gradient_) continue;
       const float own_scale = args_.dlosses != nullptr && t < count_ ? args_.dlosses[first_ + t] : token_scale_;
@@ -224,7 +239,7 @@ class Chunks {
   }
 
   HK_INLINE Vec probabilities(const float* logits, int64_t t) const {
-    return exp(Vec::load(logits + t) - Vec::load(lse() + t));
+    return exp(Vec::load(logits + t) - Vec::load(top() + t)) * Vec::load(inverse_total() + t);
   }
 
   // bf16 dlogits twice: pairs along the tokens in row_words (num_rows, pitch / 2), for dweight; pairs along the
@@ -343,7 +358,7 @@ class Chunks {
   const Workspace<Word> x_columns_;                   // x of the chunk, packed for dweight: columns are dimensions
   const Workspace<float> logits_;                     // (vocab_size, pitch): logits, then dlogits
   const Workspace<float> partials_;                   // (num_blocks, 2, chunk): maximum and sum of exponentials
-  const Workspace<float> tokens_;                     // (4, chunk)
+  const Workspace<float> tokens_;                     // (5, chunk)
   const Workspace<float> dx_sum_;                     // (chunk, padded_dim), unless dx itself serves
   const Workspace<float> dweight_sum_;                // (vocab_size, padded_dim), unless dweight itself serves
   std::vector<std::vector<Correction>> corrections_;  // of the chunk, per block

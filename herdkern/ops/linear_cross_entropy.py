@@ -32,14 +32,14 @@ def linear_cross_entropy(
     reduction: Reduction = "mean",
     backend: Backend = "auto",
 ) -> Tensor:
-    """Return the cross entropy of the logits x @ weight.T against `targets`, in float32, in memory that n does not scale.
+    """Return the float32 cross entropy of the logits x @ weight.T against `targets`, never holding n x vocab_size.
 
     x: (n, dim), float32 | bfloat16.  weight: (vocab_size, dim), dtype of x.  targets: (n,) int64, token ids or
     ignore_index.  Under autocast x and weight are cast as for a linear layer.
-    Returns: a scalar, or (n,) with 0 where ignored for reduction="none".  The mean is over the targets that count; it is
-    NaN when all are ignored, as in torch, and the gradients are then zero.
-    Raises: ValueError if the arguments do not fit each other or a target is no token id; NotImplementedError if no backend
-    can run the call.
+    Returns: a scalar, or (n,) with 0 where ignored for reduction="none".  The mean is over the targets that count;
+    it is NaN when all are ignored, as in torch, and the gradients are then zero.
+    Raises: ValueError if the arguments do not fit each other or a target is no token id; NotImplementedError if no
+    backend can run the call.
     """
     if x.is_cpu and torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")

@@ -54,7 +54,9 @@ def test_layouts(assert_matches_fp64, dtype, layout):
 def test_layouts_of_dout(assert_matches_fp64, dtype, dout):
     x, weight = torch.randn(21, 63).to(dtype), torch.randn(63).to(dtype)
     full = torch.randn(63, 63).to(dtype)
-    gradient = {"scalar": full[0, 0], "transposed": full[:, :21].t(), "column-slice": full.repeat(1, 2)[:21, 5:68]}[dout]
+    gradient = {"scalar": full[0, 0], "transposed": full[:, :21].t(), "column-slice": full.repeat(1, 2)[:21, 5:68]}[
+        dout
+    ]
     assert_matches_fp64(rms_norm, rms_norm_reference, [x, weight], gradient)
 
 
