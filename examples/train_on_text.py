@@ -9,7 +9,8 @@ from pathlib import Path
 from herdkern.data.document import Document, document_id, write_documents
 from herdkern.data.mix import TokenSampler
 from herdkern.data.pack import PackConfig, TokenDataset, pack_documents
-from herdkern.model import GenerateConfig, ModelConfig, Transformer, generate
+from herdkern.model import ModelConfig, Transformer
+from herdkern.model.generate import GenerateConfig, generate
 from herdkern.tokenizer import train_bpe
 from herdkern.train import PackedBatches, ScheduleConfig, TrainConfig, Trainer
 
