@@ -50,7 +50,8 @@ class ScheduleConfig:
             )
         if 0 < self.cosine_steps <= self.warmup_steps:
             raise ValueError(
-                f"ScheduleConfig: cosine_steps must be 0 or above {self.warmup_steps} (warmup_steps), got {self.cosine_steps}"
+                f"ScheduleConfig: cosine_steps must be 0 or above warmup_steps={self.warmup_steps}, "
+                f"got {self.cosine_steps}"
             )
 
 

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo  # torch.optim imports it at its first step; here once for all children
 
 sys.path.insert(0, str(Path(__file__).parent))
 from conftest import VOCAB, ArrayDataset
