@@ -150,8 +150,9 @@ class Trainer {
   void merge(uint32_t pair_index, uint32_t token);
   void replace_occurrences(const Pair& pair, uint32_t token);
   void update_index(uint32_t left, uint32_t right, uint32_t token);
+  template <typename KeyOf>
+  void settle(Neighbours& side, KeyOf&& key_of, uint32_t old_symbol, uint32_t token);
   void lose(uint64_t key, int64_t amount);
-  void fill(Neighbours& side);
 
   // The count of the word that holds a slot. Words lie in order of falling count, so this is a step function; `group`
   // is the caller's place in it and only moves forward.
@@ -329,32 +330,21 @@ void Trainer::replace_occurrences(const Pair& pair, uint32_t token) {
 void Trainer::update_index(uint32_t left, uint32_t right, uint32_t token) {
   after_.changes[left].added -= before_.changes[token].removed;
   before_.changes[token].removed = 0;
-  for (uint32_t symbol : before_.symbols) {
-    Change& change = before_.changes[symbol];
-    lose(pair_key(symbol, left), change.removed);
-    if (change.added < threshold_) continue;
-    change.pair = uint32_t(pairs_.size());
-    add_pair(pair_key(symbol, token), change.added, change.num_occurrences);
-    std::push_heap(heap_.begin(), heap_.end());
-  }
-  for (uint32_t symbol : after_.symbols) {
-    Change& change = after_.changes[symbol];
-    lose(pair_key(right, symbol), change.removed);
-    if (change.added < threshold_) continue;
-    change.pair = uint32_t(pairs_.size());
-    add_pair(pair_key(token, symbol), change.added, change.num_occurrences);
-    std::push_heap(heap_.begin(), heap_.end());
-  }
-  fill(before_);
-  fill(after_);
+  settle(before_, [&](uint32_t symbol, uint32_t with) { return pair_key(symbol, with); }, left, token);
+  settle(after_, [&](uint32_t symbol, uint32_t with) { return pair_key(with, symbol); }, right, token);
 }
 
-void Trainer::lose(uint64_t key, int64_t amount) {
-  if (amount == 0) return;
-  if (const uint32_t* index = pair_index_.find(key)) pairs_[*index].frequency -= amount;
-}
-
-void Trainer::fill(Neighbours& side) {
+// Of each neighbour: its pair with `old_symbol` becomes rarer, its pair with `token` is new. key_of(neighbour, other).
+template <typename KeyOf>
+void Trainer::settle(Neighbours& side, KeyOf&& key_of, uint32_t old_symbol, uint32_t token) {
+  for (uint32_t symbol : side.symbols) {
+    Change& change = side.changes[symbol];
+    lose(key_of(symbol, old_symbol), change.removed);
+    if (change.added < threshold_) continue;
+    change.pair = uint32_t(pairs_.size());
+    add_pair(key_of(symbol, token), change.added, change.num_occurrences);
+    std::push_heap(heap_.begin(), heap_.end());
+  }
   for (const auto& [symbol, slot] : side.occurrences) {
     const uint32_t index = side.changes[symbol].pair;
     if (index == kNone) continue;
@@ -362,6 +352,11 @@ void Trainer::fill(Neighbours& side) {
     pair.occurrences[pair.num_occurrences++] = slot;
   }
   side.reset();
+}
+
+void Trainer::lose(uint64_t key, int64_t amount) {
+  if (amount == 0) return;
+  if (const uint32_t* index = pair_index_.find(key)) pairs_[*index].frequency -= amount;
 }
 
 }  // namespace
