@@ -90,22 +90,26 @@ def read_documents(
     on_bad: OnBad = raise_bad_record,
     max_line_bytes: int = MAX_LINE_BYTES,
     text_key: str = "text",
+    html_key: str = "",
 ) -> Iterator[Document]:
     """The documents of `path` by suffix: .jsonl .json .ndjson .txt .text .md .rst (each also .gz or .zst), .parquet.
 
-    A line needs `text_key` alone; keys that are no field of Document go to `meta`. A text file is one document, or one
-    per TEXT_PIECE_BYTES cut at a blank line. Memory stays near max_line_bytes whatever the file holds.
+    A line needs `text_key` alone; keys that are no field of Document go to `meta`. With `html_key` a line without text
+    may hold a page under that key: it becomes the text, marked by `meta["is_html"]`. A text file is one document, or
+    one per TEXT_PIECE_BYTES cut at a blank line. Memory stays near max_line_bytes whatever the file holds.
     Raises: BadRecordError naming file and line, unless `on_bad` collects the bad records and reading goes on behind
     them; ValueError for another suffix.
     """
     path = Path(path)
     kind = _kind(path)
     if kind == "parquet":
-        yield from _read_parquet(path, on_bad, text_key)
+        yield from _read_parquet(path, on_bad, text_key, html_key)
         return
-    read = _read_json_lines if kind == "jsonl" else _read_text
     try:
-        yield from read(path, on_bad, max_line_bytes, text_key)
+        if kind == "jsonl":
+            yield from _read_json_lines(path, on_bad, max_line_bytes, text_key, html_key)
+        else:
+            yield from _read_text(path, on_bad, max_line_bytes)
     except DamagedFileError as error:
         on_bad(BadRecord(f"{path.name}#{error.offset}", error.reason, str(error)))
 
@@ -127,7 +131,9 @@ def _kind(path: Path) -> str:
     )
 
 
-def _read_json_lines(path: Path, on_bad: OnBad, max_line_bytes: int, text_key: str) -> Iterator[Document]:
+def _read_json_lines(
+    path: Path, on_bad: OnBad, max_line_bytes: int, text_key: str, html_key: str
+) -> Iterator[Document]:
     for number, _, line in read_lines(path, max_line_bytes=max_line_bytes):
         record = f"{path.name}#{number}"
 
@@ -152,15 +158,14 @@ def _read_json_lines(path: Path, on_bad: OnBad, max_line_bytes: int, text_key: s
         except ValueError as error:
             bad("invalid_json", str(error))
             continue
-        document = _from_values(values, record, text_key)
+        document = _from_values(values, record, text_key, html_key)
         if isinstance(document, str):
             bad("no_text", document)
         else:
             yield document
 
 
-def _read_text(path: Path, on_bad: OnBad, max_line_bytes: int, text_key: str) -> Iterator[Document]:
-    del text_key
+def _read_text(path: Path, on_bad: OnBad, max_line_bytes: int) -> Iterator[Document]:
     held: list[str] = []
     held_bytes = begin = 0
 
@@ -190,7 +195,7 @@ def _read_text(path: Path, on_bad: OnBad, max_line_bytes: int, text_key: str) ->
         yield cut()
 
 
-def _read_parquet(path: Path, on_bad: OnBad, text_key: str) -> Iterator[Document]:
+def _read_parquet(path: Path, on_bad: OnBad, text_key: str, html_key: str) -> Iterator[Document]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -201,7 +206,7 @@ def _read_parquet(path: Path, on_bad: OnBad, text_key: str) -> Iterator[Document
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if text_key not in file.schema_arrow.names:
+            if text_key not in file.schema_arrow.names and html_key not in file.schema_arrow.names:
                 names = ", ".join(file.schema_arrow.names)
                 on_bad(BadRecord(f"{path.name}#0", "no_text", f"{path}: has no column {text_key!r}, only {names}"))
                 return
@@ -209,7 +214,7 @@ def _read_parquet(path: Path, on_bad: OnBad, text_key: str) -> Iterator[Document
                 for values in batch.to_pylist():
                     record = f"{path.name}#{row}"
                     row += 1
-                    document = _from_values(values, record, text_key)
+                    document = _from_values(values, record, text_key, html_key)
                     if isinstance(document, str):
                         on_bad(BadRecord(record, "no_text", f"{path}, row {row}: {document}"))
                     else:
@@ -218,8 +223,11 @@ def _read_parquet(path: Path, on_bad: OnBad, text_key: str) -> Iterator[Document
         on_bad(BadRecord(f"{path.name}#{row}", "corrupt_parquet", f"{path}, near row {row}: {error}"))
 
 
-def _from_values(values: Any, record: str, text_key: str) -> Document | str:
+def _from_values(values: Any, record: str, text_key: str, html_key: str) -> Document | str:
     """The document, or what is wrong with `values`."""
+    is_html = isinstance(values, dict) and values.get(text_key) is None and isinstance(values.get(html_key), str)
+    if is_html:
+        text_key = html_key
     if not isinstance(values, dict) or not isinstance(values.get(text_key), str):
         got = f"the keys {sorted(values)[:8]}" if isinstance(values, dict) else f"a JSON {type(values).__name__}"
         return f"must be an object with a string {text_key!r}, got {got}"
@@ -229,6 +237,8 @@ def _from_values(values: Any, record: str, text_key: str) -> Document | str:
     meta = dict(meta) if isinstance(meta, dict) else {}
     extra = {key: value for key, value in values.items() if key not in _FIELDS and key not in (text_key, "meta")}
     meta.update((key, value) for key, value in extra.items() if isinstance(value, (str, int, float, bool)))
+    if is_html:
+        meta["is_html"] = True
     timestamp = values.get("timestamp", 0)
     return Document(
         id=known.get("id") or document_id(record, text),

@@ -108,7 +108,8 @@ def extract(html: str | bytes, config: ExtractConfig | None = None, *, http_char
     length = _text_length(blocks)
     if length >= config.min_characters:
         code_share = sum(block.code_length for block in blocks) / length
-        return Extraction(join_blocks(blocks), tree.title, "", round(min(1.0, code_share), 4), len(tree.verbatim))
+        num_formulas = sum(block.num_formulas for block in blocks)
+        return Extraction(join_blocks(blocks), tree.title, "", round(min(1.0, code_share), 4), num_formulas)
     has_blocks = _text_length(blocks_of(tree, keep_alt=False)) >= config.min_characters
     return Extraction("", tree.title, "mostly_links" if has_blocks else "too_short")
 

@@ -31,6 +31,7 @@ class Block:
 
     kind: "text", "heading", "item", "row" or "code".  node: the block element that holds it.
     length: characters that are not spaces; link_length, code_length: those of them in links, in code or formulas.
+    num_formulas: formulas, all as TeX between dollars.
     """
 
     text: str
@@ -39,6 +40,7 @@ class Block:
     length: int
     link_length: int
     code_length: int = 0
+    num_formulas: int = 0
 
 
 def blocks_of(tree: FlatTree, *, keep_alt: bool = True) -> list[Block]:
@@ -77,9 +79,9 @@ class _Renderer:
     def __init__(self, tree: FlatTree, keep_alt: bool):
         self.tree, self.keep_alt = tree, keep_alt
         self.blocks: list[Block] = []
-        self.pieces: list[str] = []
-        self.length = self.link_length = self.code_length = 0
         self.code_end = -1
+        self.pieces: list[str]
+        self.reset()
 
     def run(self) -> list[Block]:
         tree = self.tree
@@ -124,6 +126,7 @@ class _Renderer:
             if text.startswith("$$"):
                 text = f"\n{text}\n"
             self.code_length += len(text)
+            self.num_formulas += 1
             text = text.replace("\n", _NEWLINE).replace(" ", _SPACE)
         count = len(text) - text.count(" ") - text.count("\n")
         self.length += count
@@ -155,16 +158,16 @@ class _Renderer:
         row = table
         index, end = table + 1, tree.ends[table]
         link_end = -1
-        length = link_length = 0
+        length = link_length = num_formulas = 0
 
         def finish() -> None:
-            nonlocal length, link_length
+            nonlocal length, link_length, num_formulas
             text = "\t".join(cells).rstrip("\t")
             if text.strip():
                 kind = "text" if tree.tags[row] == "caption" else "row"
-                self.blocks.append(Block(text, kind, row, max(length, 1), link_length))
+                self.blocks.append(Block(text, kind, row, max(length, 1), link_length, 0, num_formulas))
             cells.clear()
-            length = link_length = 0
+            length = link_length = num_formulas = 0
 
         while index < end:
             tag = tree.tags[index]
@@ -173,7 +176,7 @@ class _Renderer:
                 row = index
             if tag in ("td", "th", "caption"):
                 stop = tree.ends[index]
-                self.pieces, self.length, self.link_length = [], 0, 0
+                self.reset()
                 for inner in range(index + 1, stop):
                     name = tree.tags[inner]
                     if not name:
@@ -187,19 +190,21 @@ class _Renderer:
                 cells.append(" ".join(self.text().split()))
                 length += self.length
                 link_length += self.link_length
+                num_formulas += self.num_formulas
                 index = stop
                 continue
             index += 1
         finish()
-        self.pieces, self.length, self.link_length = [], 0, 0
+        self.reset()
 
     def text(self) -> str:
         """The pieces as text: runs of white space become one space, line breaks and maths stay."""
         text = _SPACES.sub(" ", "".join(self.pieces))
         text = _AROUND_NEWLINE.sub("\n", text)
         if "\\" in text:
-            text = _INLINE_TEX.sub(lambda match: f"${match.group(1).strip()}$", text)
-            text = _DISPLAY_TEX.sub(lambda match: f"\n$${match.group(1).strip()}$$\n", text)
+            text, num_inline = _INLINE_TEX.subn(lambda match: f"${match.group(1).strip()}$", text)
+            text, num_display = _DISPLAY_TEX.subn(lambda match: f"\n$${match.group(1).strip()}$$\n", text)
+            self.num_formulas += num_inline + num_display
         text = _INVISIBLE.sub("", text).replace(_SPACE, " ").replace("\xa0", " ")
         if "\n" not in text:
             return text.strip()
@@ -214,9 +219,22 @@ class _Renderer:
             if not self.blocks or "\n" not in text:
                 text = text.strip()
             self.blocks.append(
-                Block(text, self.kind(node), node, max(self.length, 1), self.link_length, self.code_length)
+                Block(
+                    text,
+                    self.kind(node),
+                    node,
+                    max(self.length, 1),
+                    self.link_length,
+                    self.code_length,
+                    self.num_formulas,
+                )
             )
-        self.pieces, self.length, self.link_length, self.code_length = [], 0, 0, 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new block."""
+        self.pieces = []
+        self.length = self.link_length = self.code_length = self.num_formulas = 0
 
     def kind(self, node: int) -> str:
         """The kind by the nearest heading, list item or cell around `node`."""

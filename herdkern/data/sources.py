@@ -87,7 +87,12 @@ def read_records(
             return
         yield RawPage(path.read_bytes(), "", path.name, 0, record)
     else:
-        yield from read_documents(path, on_bad=on_bad, max_line_bytes=max_record_bytes)
+        for document in read_documents(path, on_bad=on_bad, max_line_bytes=max_record_bytes, html_key="html"):
+            if document.meta.get("is_html"):
+                content = document.text.encode()
+                yield RawPage(content, "utf-8", document.url, document.timestamp, document.record)
+            else:
+                yield document
 
 
 def _read_warc(path: Path, on_bad: OnBad, max_record_bytes: int) -> Iterator[RawPage | Document]:

@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import re
 from collections import Counter
 from pathlib import Path
@@ -294,3 +295,33 @@ def test_code_of_documentation_pages():
         total += len(blocks)
         kept += sum(block in text for block in blocks)
     assert kept / total >= 0.99
+
+
+PIECES = (
+    "<div>", "</div>", "<p>", "<table>", "<tr>", "<td>", "</table>", "<pre>", "</pre>", "<math>", "</math>", "<mfrac>",
+    "<mi>x", "<script type='math/tex'>", "</script>", "<svg>", "<a href='x'>", "</a>", "<li>", "<ul>", "<!--", "-->",
+    "<![CDATA[", "]]>", "<template>", "<noscript>", "<select>", "<option>", "<frameset>", "<plaintext>", "<title>",
+    "<body hidden>", "&#x110000;", "&amp", "<math><annotation encoding='TeX'>", "<img alt='\\frac{1}{2}'>", "\\(", "\\)",
+    "$", "\0", "\x0b", "<br>", "<h1>", "<span class='katex'>", "<mjx-container>", "<base href='::'>",
+    "<svg><foreignObject><p>", "text and more text. ",
+)  # fmt: skip
+
+
+def mutated_page(rng):
+    size = rng.randrange(1, 60)
+    html = "".join(rng.choice(PIECES) for _ in range(size)).encode()
+    noise = bytearray(html)
+    for _ in range(rng.randrange(3)):
+        noise[rng.randrange(len(noise))] = rng.randrange(256)
+    return bytes(noise)
+
+
+@pytest.mark.parametrize("count", [2_000, pytest.param(100_000, marks=pytest.mark.full)])
+def test_any_bytes_give_text_or_a_reason(count):
+    rng = random.Random(count)
+    for _ in range(count):
+        html = mutated_page(rng)
+        found = extract(html, http_charset=rng.choice(("", "utf-8", "utf-16", "euc-jp", "x")))
+        assert bool(found.text) != bool(found.reason), html
+        found.text.encode()
+        assert not set(found.text) & {"\ufdd0", "\ufdd1"}
