@@ -1,5 +1,6 @@
 """The main job: this Python's documentation, crawled, cleaned and learned by a Llama 3 of 5 M parameters in minutes."""
 
+from herdkern.data.corpus import CorpusConfig
 from herdkern.data.language import LanguageConfig
 from herdkern.model.config import micro
 from herdkern.recipes.config import DataConfig, Recipe, SampleConfig, TokenizerConfig
@@ -10,7 +11,10 @@ def demo() -> Recipe:
     """Crawl the documentation of this Python and train about 5 M parameters on it, in minutes on two cores."""
     return Recipe(
         name="demo",
-        data=DataConfig(language=LanguageConfig(languages=("en",))),
+        data=DataConfig(
+            corpus=CorpusConfig(max_code_bytes=3 << 20),  # about as much program text as there is prose
+            language=LanguageConfig(languages=("en",)),
+        ),
         tokenizer=TokenizerConfig(vocab_size=8192),
         model=micro(8192),
         train=TrainConfig(

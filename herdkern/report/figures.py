@@ -200,11 +200,11 @@ def histogram(title: str, edges: Sequence[float], counts: Sequence[float], *, x_
     return svg(title, "".join(body))
 
 
-def bars(rows: Sequence[tuple[str, float, str]], *, colour: str = "c1") -> str:
-    """Horizontal bars as HTML: (label, value, text shown beside the bar); the longest fills its track."""
+def bars(rows: Sequence[tuple[str, float, str]], *, colour: str = "c1", most: float = 0.0) -> str:
+    """Horizontal bars as HTML: (label, value, text shown beside the bar); `most`, or the longest, fills its track."""
     if not rows:
         return '<p class="note">None.</p>'
-    longest = max(value for _, value, _ in rows) or 1.0
+    longest = most or max(value for _, value, _ in rows) or 1.0
     lines = (
         f'<div class="row"><span class="name">{escape(label)}</span><span class="track">'
         f'<i class="{colour}" style="width:{max(value / longest * 100, 0.4):.1f}%"></i></span>'

@@ -83,7 +83,7 @@ def read_run(run_dir: Path | str) -> RunRecord:
         timings=_json_or_empty(run_dir / "timings.json"),
         stages=stages,
         examples={stage.name: dropped_examples(run_dir / "data" / stage.name) for stage in stages},
-        pairs=list(read_lines(run_dir, "pairs.jsonl", 12)),
+        pairs=list(read_lines(run_dir, "pairs.jsonl", 20)),
         removed_lines=read_removed_lines(run_dir),
         metrics=list(read_lines(run_dir, "metrics.jsonl")),
         samples=list(read_lines(run_dir, "samples.jsonl")),

@@ -41,7 +41,7 @@ def summary(record: RunRecord) -> str:
         items.append((f"{evaluation['unigram_bits_per_byte']:.3f}", "unigram baseline, bits per byte"))
     text_stages = [s for s in record.stages if s.docs_out]
     if text_stages:
-        items.append((f"{text_stages[0].docs_in or text_stages[0].docs_out:,}", "records read"))
+        items.append((f"{max(max(s.docs_in, s.docs_out) for s in text_stages):,}", "pages and documents read"))
         items.append((f"{text_stages[-1].docs_out:,}", "documents kept"))
     if record.tokens:
         items.append((compact(sum(t.num_tokens for t in record.tokens)), "tokens in the shards"))
@@ -74,46 +74,54 @@ def funnel(record: RunRecord) -> str:
         )
     legend = '<div class="legend"><span class="key"><i class="keep"></i>kept</span>'
     legend += '<span class="key"><i class="drop"></i>dropped here</span></div>'
-    chart = panel("Documents after each stage", f'<div class="bars">{"".join(rows)}</div>{legend}')
+    chart = panel("Documents after each stage", f'<div class="bars funnel">{"".join(rows)}</div>{legend}')
     cells = [
         [
             words(s.name),
             f"{s.docs_in:,}" if s.docs_in else "",
             f"{s.docs_out:,}",
-            size(s.bytes_in) if s.bytes_in else "",
-            size(s.bytes_out) if s.bytes_out else "",
             f"{1 - s.docs_out / s.docs_in:.1%}" if s.docs_in and s.docs_out <= s.docs_in else "",
+            size(s.bytes_out) if s.bytes_out else "",
         ]
         for s in stages
     ]
-    head = ["stage", "documents in", "out", "text in", "text out", "dropped"]
-    return chart + panel("", table(head, cells, numeric=(1, 2, 3, 4, 5)))
+    return chart + panel(
+        "", table(["stage", "documents in", "out", "dropped", "bytes out"], cells, numeric=(1, 2, 3, 4))
+    )
 
 
 def dropped(record: RunRecord) -> str:
-    """Reasons with counts, and for each a few of the documents that fell to it."""
+    """Reasons with counts; each opens to a few of the documents that fell to it."""
     parts = []
     for stage in (s for s in record.stages if s.dropped and sum(s.dropped.values())):
-        order = sorted(stage.dropped.items(), key=lambda item: (-item[1], item[0]))
-        chart = bars([(words(reason), count, f"{count:,}") for reason, count in order if count], colour="drop")
+        order = [row for row in sorted(stage.dropped.items(), key=lambda item: (-item[1], item[0])) if row[1]]
         shown = record.examples.get(stage.name, {})
-        examples = "".join(
-            _reason(reason, count, shown.get(reason, [])) for reason, count in order if shown.get(reason)
-        )
-        parts.append(panel(f"{words(stage.name)}: {sum(stage.dropped.values()):,} dropped", chart + examples))
-    return "".join(parts)
+        rows = [_reason(reason, count, order[0][1], shown.get(reason, [])) for reason, count in order]
+        heading = f"{words(stage.name)}: {sum(stage.dropped.values()):,} dropped"
+        parts.append(panel(heading, f'<div class="bars">{"".join(rows)}</div>'))
+    note = '<p class="note">Open a reason to read what fell to it.</p>'
+    return note + "".join(parts) if parts else ""
 
 
-def _reason(reason: str, count: int, documents: Sequence[Any]) -> str:
+def _reason(reason: str, count: int, most: int, documents: Sequence[Any]) -> str:
     blocks = []
     for document in documents:
         measured = ", ".join(f"{k} {_short(v)}" for k, v in document.meta.items() if k != "reason")
         about = " · ".join(part for part in (document.url or document.record, measured) if part)
-        blocks.append(f'<div class="url">{escape(about[:300])}</div>{text_block(document.text, 600)}')
-    return details(words(reason), f"{len(documents)} of {count:,}", "".join(blocks))
+        text = text_block(document.text, 600) if document.text else ""
+        blocks.append(f'<div class="url">{escape(about[:400])}</div>{text}')
+    width = max(count / most * 100, 0.4)
+    row = f'<span class="name">{escape(words(reason))}</span>'
+    row += f'<span class="track"><i class="drop" style="width:{width:.1f}%"></i></span>'
+    row += f'<span class="value">{count:,}</span>'
+    if not blocks:
+        return f'<div class="row">{row}</div>'
+    return f'<details class="reason"><summary class="row">{row}</summary>{"".join(blocks)}</details>'
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_short(v)}" for k, v in value.items())
     return f"{value:.3g}" if isinstance(value, float) else str(value)[:80]
 
 
@@ -130,7 +138,8 @@ def duplicates(record: RunRecord) -> str:
         similarity = pair.get("similarity")
         note = f"similarity {similarity:.2f}" if isinstance(similarity, float) else ""
         parts.append(details(title.rpartition("/")[2][-90:] or title[-90:], note, body + "</div>", is_open=not parts))
-    html = panel("Near-duplicates: what was kept and what was dropped for it", "".join(parts)) if parts else ""
+    note = "From the least to the most similar. Clusters grow pair by pair, so members may be less alike than one pair."
+    html = panel("Near-duplicates: what was kept and what was dropped for it", "".join(parts), note) if parts else ""
     if record.removed_lines:
         rows = [(text[:110], count, f"{count:,}") for text, count in record.removed_lines[:20]]
         html += panel("Lines removed because they repeat across documents", bars(rows, colour="drop"))
@@ -280,7 +289,7 @@ def _mfu_note(rows: Sequence[dict[str, Any]]) -> str:
     return next((str(row["mfu_convention"]) for row in reversed(rows) if row.get("mfu_convention")), "")
 
 
-def smoothed(values: Sequence[float], weight: float = 0.05) -> list[float]:
+def smoothed(values: Sequence[float], weight: float = 0.1) -> list[float]:
     """Exponential running mean of `values` with the start corrected for its missing past."""
     out, total, share = [], 0.0, 0.0
     for value in values:
@@ -297,7 +306,8 @@ def evaluation(record: RunRecord) -> str:
         return ""
     rows = [("unigram baseline", float(found.get("unigram_bits_per_byte", 0.0)))]
     rows += [(str(name), float(value)) for name, value in found.get("models") or [("model", found["bits_per_byte"])]]
-    chart = bars([(name, value, f"{value:.3f}") for name, value in rows if value])
+    chart = bars([(name, value, f"{value:.3f}") for name, value in rows[:1] if value], colour="base", most=rows[0][1])
+    chart += bars([(name, value, f"{value:.3f}") for name, value in rows[1:]], most=max(v for _, v in rows))
     note = str(
         found.get(
             "note", "Lower is better. Bits per byte of held-out text; the baseline knows token frequencies alone."
