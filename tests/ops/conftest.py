@@ -5,7 +5,7 @@ import torch
 
 
 def outputs_and_gradients(function, inputs, dout, dtype):
-    """[output, gradient of each input] of `function` with inputs, and dout where the output has their type, in `dtype`."""
+    """[output, gradient of each input] of `function`, each input in dtype(input)."""
     leaves = [x.detach().to(dtype(x)).requires_grad_() for x in inputs]
     out = function(*leaves)
     gradients = torch.autograd.grad(out, leaves, dout.expand(out.shape).to(out.dtype))
