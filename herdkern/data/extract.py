@@ -8,6 +8,7 @@ Source: Kohlschütter et al. 2010 (block features); the Llama 3 report, section 
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -153,15 +154,20 @@ def _priors(tree: FlatTree, blocks: list[Block]) -> list[int]:
             elif attributes and tag not in _UNNAMED:
                 names = f"{attributes.get('class') or ''} {attributes.get('id') or ''}"
                 if names != " ":
-                    prior = _named_prior(_CAMEL.sub("-", names), prior, mass[index] >= main)
+                    unlikely, surely, likely = _name_kinds(names)
+                    if unlikely:
+                        prior = prior if surely or mass[index] >= main else -1
+                    elif likely:
+                        prior = prior or 1
         priors[index] = prior
     return priors
 
 
-def _named_prior(names: str, prior: int, is_main: bool) -> int:
-    if _UNLIKELY.search(names):
-        return prior if is_main or _CONTENT_NAME.search(names) else -1
-    return 1 if prior == 0 and _LIKELY.search(names) else prior
+@lru_cache(maxsize=1 << 14)
+def _name_kinds(names: str) -> tuple[bool, bool, bool]:
+    """Whether class names and id are those of boilerplate, of nothing but content, of content."""
+    names = _CAMEL.sub("-", names)
+    return bool(_UNLIKELY.search(names)), bool(_CONTENT_NAME.search(names)), bool(_LIKELY.search(names))
 
 
 def _score(block: Block, prior: int, tree: FlatTree) -> float:

@@ -5,7 +5,6 @@ The tree is kept as parallel lists in document order, so every later step is a l
 
 import codecs
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from selectolax.lexbor import LexborHTMLParser, LexborNode
@@ -36,6 +35,7 @@ _OPENING = re.compile(
     rb"|footer|nav|aside|object|applet|marquee|select|form|summary|dialog|search)[\s/>]",
     re.IGNORECASE,
 )
+_NO_ATTRIBUTES: dict[str, str | None] = {}
 _META_CHARSET = re.compile(rb"<meta[^>]{0,400}?charset\s*=\s*[\"']?\s*([A-Za-z0-9_:.\-]{2,40})", re.IGNORECASE)
 _BOMS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be"))
 # WHATWG: labels that mean a superset of what they say.
@@ -156,38 +156,35 @@ def parse_html(html: str, *, max_nodes: int = 2_000_000, keep_hidden: bool = Fal
 
 
 def _flatten(root: LexborNode, tree: FlatTree, max_nodes: int, keep_hidden: bool) -> None:
-    index_of: dict[int, int] = {}
-    for count, node in enumerate(_preorder(root)):
+    index_of: dict[int, int] = {}  # of the elements kept, by the parser's node
+    for count, node in enumerate(root.traverse(include_text=True)):
         if count > max_nodes:
             raise PageError("too_many_nodes", f"more than {max_nodes} nodes")
-        tag = node.tag
         parent = -1
-        if tree.tags:
+        if count:
             above = node.parent
             found = index_of.get(above.mem_id) if above is not None else None
             if found is None:
                 continue  # below something left out
             parent = found
+        tag = node.tag
         if tag == "-text":
             text = node.text_content
             if text:
-                tree.add("", text, parent, {})
+                tree.add("", text, parent, _NO_ATTRIBUTES)
             continue
-        if tag is None or tag.startswith("-"):
+        if tag is None or tag[0] == "-":
             continue
-        attributes = node.attributes
-        math = math_text(node, tag, attributes)
-        if math is not None:
-            if math:
-                tree.verbatim.add(tree.add("", math, parent, {}))
-            continue
+        attributes = node.attributes or _NO_ATTRIBUTES
+        if attributes or tag == "math":
+            math = math_text(node, tag, attributes)
+            if math is not None:
+                if math:
+                    tree.verbatim.add(tree.add("", math, parent, _NO_ATTRIBUTES))
+                continue
         if parent >= 0 and _is_left_out(tag, attributes, keep_hidden):
             continue
         index_of[node.mem_id] = tree.add(tag, "", parent, attributes)
-
-
-def _preorder(root: LexborNode) -> Iterator[LexborNode]:
-    return iter(root.traverse(include_text=True))
 
 
 def _is_left_out(tag: str, attributes: dict[str, str | None], keep_hidden: bool) -> bool:

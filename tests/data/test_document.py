@@ -162,7 +162,8 @@ from pathlib import Path
 from herdkern.data.document import read_documents
 bad = []
 texts = [d.text for d in read_documents(sys.argv[1], on_bad=bad.append, max_line_bytes=1 << 20)]
-print(texts, [b.reason for b in bad], int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) < 120 << 10)
+peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+print(texts, [b.reason for b in bad], peak < 120 << 10)
 """
 
 

@@ -301,8 +301,8 @@ PIECES = (
     "<div>", "</div>", "<p>", "<table>", "<tr>", "<td>", "</table>", "<pre>", "</pre>", "<math>", "</math>", "<mfrac>",
     "<mi>x", "<script type='math/tex'>", "</script>", "<svg>", "<a href='x'>", "</a>", "<li>", "<ul>", "<!--", "-->",
     "<![CDATA[", "]]>", "<template>", "<noscript>", "<select>", "<option>", "<frameset>", "<plaintext>", "<title>",
-    "<body hidden>", "&#x110000;", "&amp", "<math><annotation encoding='TeX'>", "<img alt='\\frac{1}{2}'>", "\\(", "\\)",
-    "$", "\0", "\x0b", "<br>", "<h1>", "<span class='katex'>", "<mjx-container>", "<base href='::'>",
+    "<body hidden>", "&#x110000;", "&amp", "<math><annotation encoding='TeX'>", "<img alt='\\frac{1}{2}'>", "\\(",
+    "\\)", "$", "\0", "\x0b", "<br>", "<h1>", "<span class='katex'>", "<mjx-container>", "<base href='::'>",
     "<svg><foreignObject><p>", "text and more text. ",
 )  # fmt: skip
 
