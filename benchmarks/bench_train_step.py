@@ -163,7 +163,8 @@ def check(dtype: torch.dtype) -> Callable[[dict[str, Any]], None]:
 
 def case(name: str, dtype: torch.dtype) -> Case:
     flops = CONFIG.train_flops(make_batch().document_lengths)
-    return Case(name=name, setup=setup(dtype), check=check(dtype), flops=flops)
+    kind = str(dtype).removeprefix("torch.")
+    return Case(name=name, setup=setup(dtype), check=check(dtype), flops=flops, flops_dtype=kind)
 
 
 BENCH = Bench("train_step", [case("micro fp32 8x512", torch.float32), case("micro bf16 8x512", torch.bfloat16)])
