@@ -1,0 +1,94 @@
+"""Writes the table of README.md from benchmarks/results/*.json, one row for each benchmark.
+
+    python benchmarks/collect.py --run     runs every benchmark in full first and keeps its JSON report
+    python benchmarks/collect.py           only writes the table again
+
+A ratio is the time of the best peer over ours, case by case; a row gives the range and the median over all cases, so a
+case that we lose is seen.
+"""
+
+import json
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+MARKERS = re.compile(r"(<!-- benchmarks -->\n).*?(<!-- /benchmarks -->)", re.S)
+
+
+def load_reports(folder: Path) -> list[dict[str, Any]]:
+    """The reports of a folder by name; quick ones and those without a case are left out."""
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return [report for report in reports if report.get("cases") and not report.get("quick")]
+
+
+def milliseconds(value: float) -> str:
+    """A time with three figures and a fitting unit."""
+    return f"{value / 1000:.3g} s" if value >= 1000 else f"{value:.3g} ms" if value >= 1 else f"{1000 * value:.3g} µs"
+
+
+def row(report: dict[str, Any]) -> str:
+    """One line of the table: range of the ratios, and the case in the middle with its times."""
+    cases = [case for case in report["cases"] if case.get("ratio")]
+    if not cases:
+        first = report["cases"][0]
+        ours = milliseconds(first["herdkern"])
+        return f"| `{report['bench']}` | {len(report['cases'])} | no peer | {first['case']}: {ours} |"
+    ordered = sorted(cases, key=lambda case: case["ratio"])
+    low, middle, high = ordered[0], ordered[len(ordered) // 2], ordered[-1]
+    median = statistics.median(case["ratio"] for case in cases)
+    span = f"{low['ratio']:.2g} to {high['ratio']:.2g}, median {median:.2g}" if len(cases) > 1 else f"{median:.2g}"
+    peer = middle["best_peer"]
+    example = f"{middle['case']}: {milliseconds(middle['herdkern'])}, {peer} {milliseconds(middle[peer])}"
+    return f"| `{report['bench']}` | {len(report['cases'])} | {span} | {example} |"
+
+
+def table(reports: list[dict[str, Any]]) -> str:
+    """The table and a line on the machine; a sentence instead if nothing was measured yet."""
+    if not reports:
+        return "No full benchmark run has been recorded yet: `python benchmarks/collect.py --run`.\n"
+    machine = reports[0]["machine"]
+    versions: dict[str, str] = {}
+    for report in reports:
+        versions |= report["machine"].get("versions", {})
+    named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()) if is_peer(name, reports))
+    dates = sorted({report["machine"]["date"] for report in reports})
+    about = f"{machine['cpu']}, {machine['cores']} cores, kernel level {machine.get('isa') or 'of the text kernels'}"
+    head = ["| benchmark | cases | times faster than the best peer | the case in the middle |", "|---|---|---|---|"]
+    foot = (
+        f"\n{about}; {machine['compiler']}; {named}; {dates[-1]}. A figure below 1 is a case where a peer is faster.\n"
+    )
+    return "\n".join([*head, *map(row, reports)]) + "\n" + foot
+
+
+def is_peer(name: str, reports: list[dict[str, Any]]) -> bool:
+    """Whether a package is torch or named by some implementation of some case."""
+    implementations = {key for report in reports for case in report["cases"] for key in case.get("spread", {})}
+    return name == "torch" or any(name.split("-")[0] in key.lower() for key in implementations)
+
+
+def run_all(folder: Path) -> int:
+    """Every benchmark in full, one after the other; returns the number that failed."""
+    failed = 0
+    for script in sorted(HERE.glob("bench_*.py")):
+        out = folder / f"{script.stem.removeprefix('bench_')}.json"
+        failed += subprocess.run([sys.executable, str(script), "--json", str(out)]).returncode != 0
+    return failed
+
+
+def main() -> int:
+    """Runs the benchmarks if asked to, then writes the table; returns the exit status."""
+    folder = HERE / "results"
+    folder.mkdir(exist_ok=True)
+    failed = run_all(folder) if "--run" in sys.argv else 0
+    text = README.read_text(encoding="utf-8")
+    README.write_text(MARKERS.sub(lambda m: m[1] + table(load_reports(folder)) + m[2], text), encoding="utf-8")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
