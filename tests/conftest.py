@@ -1,8 +1,12 @@
 """Settings for every test: new tensors are filled with NaN, so an output that a kernel forgets to write fails."""
 
+import os
 import sys
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores: spinning threads would cost more than they do
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
