@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import secrets
 import sys
 import time
@@ -37,6 +38,7 @@ from herdkern.engine.shards import (
 logger = logging.getLogger(__name__)
 
 StageFunction = Callable[..., dict[str, Any] | None]
+_OURS = re.compile(r"task-\d{5,}(?:\..*\.tmp)?")  # all that a run may delete in the folder of a stage
 
 
 class StageError(RuntimeError):
@@ -80,7 +82,7 @@ class _Outcome:
 
 
 def _run_task(fn: StageFunction, inputs: list[Path], tmp: Path, arguments: tuple[Any, ...]) -> _Outcome:
-    """Run one task in a worker: fresh folder, function, sync and hash. Never raises an Exception."""
+    """Run one task in a worker: fresh folder, function, sync and hash. Raises neither Exception nor SystemExit."""
     started = time.perf_counter()
     try:
         tmp.mkdir(parents=True)
@@ -89,7 +91,7 @@ def _run_task(fn: StageFunction, inputs: list[Path], tmp: Path, arguments: tuple
         if not isinstance(counters, dict):
             raise TypeError(f"a stage function must return a dict of counters, got {type(counters).__name__}")
         return _Outcome(outputs=seal_folder(tmp), counters=counters, seconds=time.perf_counter() - started)
-    except Exception as e:
+    except (Exception, SystemExit) as e:  # a function that calls sys.exit(0) has not finished its task
         with contextlib.suppress(OSError):  # give the space back; what finished earlier is elsewhere
             remove_folder(tmp)
         try:
@@ -364,11 +366,11 @@ class Run:
             yield bar.update
 
     def _remove_strays(self, name: str, is_stray: Callable[[Path], bool]) -> None:
-        """Delete what does not belong into a stage's folder: unfinished tasks, tasks of inputs that are no more."""
+        """Delete unfinished tasks and tasks of inputs that are no more; what no run has made is left alone."""
         folder = self.data_dir / name
         if folder.is_dir():
             for path in folder.iterdir():
-                if is_stray(path):
+                if _OURS.fullmatch(path.name) and is_stray(path):
                     remove_folder(path)
 
 

@@ -34,6 +34,10 @@ def copy_times(inputs, out, config):
     return {"docs_in": len(inputs), "dropped": {text[0]: 1}}
 
 
+def exits(inputs, out, config):
+    sys.exit(0)
+
+
 def read_folder(inputs, out, config):
     (out / "names.txt").write_text("\n".join(sorted(p.name for path in inputs for p in path.iterdir())))
 
@@ -164,6 +168,26 @@ def test_fewer_inputs_leave_no_strays(tmp_path, inputs):
         (tmp_path / "run/data/copy/task-00000.abc.tmp").mkdir()
         run.map("copy", copy_times, inputs[:2], config=Config())
     assert sorted(p.name for p in (tmp_path / "run/data/copy").iterdir()) == ["task-00000", "task-00001"]
+
+
+def test_what_no_run_has_made_is_never_deleted(tmp_path, inputs):
+    folder = tmp_path / "data" / "copy"  # a project whose own folder has the name of a stage
+    folder.mkdir(parents=True)
+    mine = [folder / name for name in ("mine.jsonl", "notes.tmp", "task-list.txt", "task-00000.jsonl")]
+    for path in mine:
+        path.write_text("mine")
+    with Run(tmp_path) as run:
+        run.map("copy", copy_times, inputs, config=Config())
+        run.map("copy", copy_times, inputs[:1], config=Config(times=3))
+    assert [path.read_text() for path in mine] == ["mine"] * 4
+
+
+@pytest.mark.parametrize("kind", ["serial", "threads", "processes"])
+def test_a_function_that_exits_has_not_finished(tmp_path, inputs, kind):
+    with make_executor(kind, 1) as executor, Run(tmp_path / "run", executor=executor) as run:
+        with pytest.raises(StageError, match="SystemExit: 0"):
+            run.map("bad", exits, inputs[:1], config={})
+    assert not (tmp_path / "run" / "journal.jsonl").exists()
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
