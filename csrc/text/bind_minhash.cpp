@@ -160,18 +160,18 @@ py::tuple key_lines(const py::sequence& objects, int num_threads, const std::str
   return join(lists);
 }
 
-void check_pairs(const Array<int64_t>& pairs, int64_t num_docs) {
-  if (pairs.ndim() != 2 || pairs.shape(1) != 2) throw py::value_error("pairs must have shape (num_pairs, 2)");
+void check_pairs(const std::string& function, const Array<int64_t>& pairs, int64_t num_docs) {
+  if (pairs.ndim() != 2 || pairs.shape(1) != 2) throw py::value_error(function + ": pairs must have shape (num_pairs, 2)");
   for (py::ssize_t i = 0; i < pairs.size(); ++i)
     if (pairs.data()[i] < 0 || pairs.data()[i] >= num_docs)
-      throw py::value_error("pairs must lie in [0, " + std::to_string(num_docs) + "), got " +
+      throw py::value_error(function + ": pairs must lie in [0, " + std::to_string(num_docs) + "), got " +
                             std::to_string(pairs.data()[i]));
 }
 
 py::array_t<double> jaccard_of_pairs(const py::sequence& objects, const Array<int64_t>& pairs,
                                      const Array<uint64_t>& word_factors, int num_threads) {
   const Texts texts(objects);
-  check_pairs(pairs, texts.count());
+  check_pairs("exact_jaccard", pairs, texts.count());
   const MinHashKernels& kernels = kernels_of("auto");
   const SignPlan plan = make_plan(word_factors.size(), word_factors);
   const int64_t num_pairs = pairs.shape(0);
@@ -200,10 +200,12 @@ py::array_t<double> jaccard_of_pairs(const py::sequence& objects, const Array<in
 
 Signatures view_signatures(const Array<uint32_t>& signatures, int64_t num_bands, int64_t rows_per_band,
                            const Array<uint64_t>& groups) {
-  if (num_bands < 1 || rows_per_band < 1 || signatures.ndim() != 2 || signatures.shape(1) != num_bands * rows_per_band)
-    throw py::value_error("signatures must have shape (num_docs, num_bands * rows_per_band)");
+  const bool is_2d = signatures.ndim() == 2;  // the product is formed of sizes that cannot overflow
+  if (!is_2d || num_bands < 1 || rows_per_band < 1 || num_bands > signatures.shape(1) ||
+      rows_per_band > signatures.shape(1) / num_bands || signatures.shape(1) != num_bands * rows_per_band)
+    throw py::value_error("candidates: signatures must have shape (num_docs, num_bands * rows_per_band)");
   if (groups.size() != 0 && groups.size() != signatures.shape(0))
-    throw py::value_error("groups must have one entry per document");
+    throw py::value_error("candidates: groups must have one entry per document");
   return {signatures.data(), signatures.shape(0), num_bands, rows_per_band, groups.size() ? groups.data() : nullptr};
 }
 
@@ -236,7 +238,7 @@ py::array_t<int64_t> pair_candidates(const Array<uint32_t>& signatures, int64_t 
 }
 
 py::array_t<int64_t> label_components(const Array<int64_t>& pairs, int64_t num_docs) {
-  check_pairs(pairs, num_docs);
+  check_pairs("connected_components", pairs, num_docs);
   py::array_t<int64_t> out(num_docs);
   int64_t* labels = out.mutable_data();
   py::gil_scoped_release release;

@@ -1,8 +1,9 @@
 """Line dedup: a line that occurs more than 6 times in a bucket of 30 million documents is removed everywhere in it.
 
 Source: The Llama 3 Herd of Models, section 3.1.1 (arXiv:2407.21783). What makes two lines equal follows CCNet
-(arXiv:1911.00359): case, punctuation and spacing do not count and every digit is 0. Lines without a letter or digit are
-never counted. Counts are exact. Buckets are formed by a hash of the document id, each language has its own.
+(arXiv:1911.00359): case (of the letters that minhash.py names), punctuation and spacing do not count and every digit 0
+to 9 is 0. Lines without a letter or digit are never counted. Counts are exact. Buckets are formed by a hash of the
+document id, each language has its own.
 1. keys: one key per line.  2. count: the keys above the limit, by bucket.  3. the lines are removed.
 """
 
@@ -34,7 +35,7 @@ _CODE = re.compile(
     r"|^\s*(?:return|elif|except|raise|assert|yield|print)\b.*[():=]|^\s*(?:if|for|while|with|try|else)\b.*:\s*$"
     r"|==|!=|->|=>|::|\+=|-=|&&|\|\||\w\(\)|\w\[\w*\]|\w = \w"
 )
-_FORMULA = re.compile(r"\$[^$]*[\\^_={}+<>][^$]*\$|\\[a-zA-Z]{2,}|\\[(\[]")
+_FORMULA = re.compile(r"\$[^$\\^_={}+<>]*[\\^_={}+<>][^$]*\$|\\[a-zA-Z]{2,}|\\[(\[]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ def _language(document: Document, config: LineDedupConfig) -> str:
 
 def line_keys(texts: Sequence[str], *, num_threads: int = 1) -> list[NDArray[np.uint64]]:
     """A key for every line of each text (cut at "\\n"), uint64: equal for lines that count as equal, 0 for no words."""
-    values, begins = on_texts(_text.line_keys, texts, num_threads, "auto")
+    values, begins = on_texts("line_keys", _text.line_keys, texts, num_threads, "auto")
     return np.split(values, begins[1:-1]) if len(texts) else []
 
 

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 
+from herdkern import _text
 from herdkern.dedup.clusters import (
     band_keys,
     candidate_pairs,
@@ -157,6 +158,30 @@ def test_wrong_shapes_are_refused():
         band_keys(np.zeros((3, 8), np.uint32), num_bands=2, rows_per_band=4, groups=np.zeros(2, np.uint64))
     with pytest.raises(ValueError, match="min_similarity must lie in"):
         candidate_pairs(np.zeros((3, 8), np.uint32), num_bands=2, rows_per_band=4, min_similarity=1.5)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (4,), (3, 4), (1, 2, 2)])
+def test_pairs_of_another_shape_are_not_read_as_pairs(shape):
+    pairs = np.arange(math.prod(shape)).reshape(shape)
+    with pytest.raises(ValueError, match=r"connected_components: pairs must have shape \(num_pairs, 2\), got"):
+        connected_components(pairs, 12)
+
+
+def test_numbers_that_would_be_cut_are_refused():
+    with pytest.raises(TypeError, match="connected_components: pairs must be whole numbers, got dtype float64"):
+        connected_components(np.array([[0.9, 1.7]]), 3)
+    with pytest.raises(ValueError, match="num_docs must be at least 0, got -1"):
+        connected_components(np.zeros((0, 2), np.int64), -1)
+    wide = np.array([[2**32 + 1, 1], [1, 1]])  # equal in the lower 32 bits alone
+    for function in (candidate_pairs, band_keys):
+        with pytest.raises(TypeError, match=f"{function.__name__}: signatures must be uint32, got int64"):
+            function(wide, num_bands=1, rows_per_band=2)
+    assert connected_components([], 2).tolist() == [0, 1]
+
+
+def test_sizes_whose_product_overflows_are_refused():
+    with pytest.raises(ValueError, match="signatures must have shape"):
+        _text.band_keys(np.zeros((0, 0), np.uint32), 1 << 32, 1 << 32, np.zeros(0, np.uint64))
 
 
 def test_keep_orders():

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from herdkern import _text
+from herdkern.dedup.lines import line_keys
 from herdkern.dedup.minhash import (
     estimate_jaccard,
     exact_jaccard,
@@ -198,6 +199,34 @@ def test_bad_arguments_are_named(arguments, message):
 def test_a_text_of_another_type_is_named():
     with pytest.raises(TypeError, match=r"every text must be str or bytes, got int at index 1"):
         signatures(["a", 5], num_bands=1, rows_per_band=1)
+
+
+@pytest.mark.parametrize("text", ["one text", b"one text"])
+def test_one_text_is_not_a_list_of_characters(text):
+    kind = type(text).__name__
+    for call in (
+        lambda: signatures(text, num_bands=1, rows_per_band=1),
+        lambda: shingle_hashes(text),
+        lambda: line_keys(text),
+        lambda: exact_jaccard(text, np.array([[0, 1]])),
+    ):
+        with pytest.raises(TypeError, match=rf"texts must be a list of texts, got one {kind}; pass \[text\]"):
+            call()
+    with pytest.raises(TypeError, match=r"signatures: texts must be a sequence, got generator; pass list\(texts\)"):
+        signatures((t for t in "ab"), num_bands=1, rows_per_band=1)
+
+
+def test_pairs_of_texts_have_two_columns():
+    with pytest.raises(ValueError, match=r"exact_jaccard: pairs must have shape \(num_pairs, 2\), got \(2, 3\)"):
+        exact_jaccard(["a b", "a c", "a d"], np.array([[0, 1, 2], [1, 2, 0]]))
+    with pytest.raises(ValueError, match=r"exact_jaccard: pairs must lie in \[0, 1\), got 1"):
+        exact_jaccard(["a b"], np.array([[0, 1]]))
+
+
+def test_what_the_caches_hand_out_cannot_be_changed():
+    for array in (*slot_parameters(4, 1), word_factors(5)):
+        with pytest.raises(ValueError, match="read-only"):
+            array[:] = 7
 
 
 def test_signatures_of_other_settings_are_not_compared():
