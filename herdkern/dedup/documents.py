@@ -8,7 +8,7 @@ The result does not depend on the order of documents or shards: inside, document
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,8 @@ from herdkern.engine import Run, StageResult, read_json, write_json_atomic
 MAX_EXAMPLES = 20
 SNIPPET_CHARS = 300
 _BATCH_CHARS = 16 << 20
+_VERIFY_CHARS = 256 << 20  # texts of candidates in memory at a time; their shingle sets take about twice as much
+_MAX_TIME = 1 << 53  # a timestamp of a damaged record may be any whole number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,8 @@ def _sign(inputs: list[Path], out: Path, config: MinHashConfig) -> dict[str, Any
     with open(out / "documents.jsonl", "w", encoding="utf-8", newline="\n") as index:
         for document in read_documents(inputs[0]):
             digest = hashlib.blake2b(document.text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-            row = [document.id, document.timestamp, len(document.text), document.lang, digest, document.url]
+            timestamp = max(-_MAX_TIME, min(document.timestamp, _MAX_TIME))
+            row = [document.id, timestamp, len(document.text), document.lang, digest, document.url]
             index.write(json.dumps(row) + "\n")
             texts.append(document.text)
             num_documents += 1
@@ -160,8 +163,8 @@ def _exact_copies(corpus: _Corpus, ranks: NDArray[np.int64]) -> dict[int, int]:
 
 def _similar_pairs(
     corpus: _Corpus, survivors: NDArray[np.int64], config: MinHashConfig
-) -> tuple[NDArray[np.int64], int, dict[int, str]]:
-    """(verified pairs of document indices, number of candidates, the texts that were read)."""
+) -> tuple[NDArray[np.int64], int, dict[tuple[int, int], float]]:
+    """(verified pairs of document indices, number of candidates, the exact similarities of the verified pairs)."""
     groups = None
     if config.within_language:
         names = {lang: i for i, lang in enumerate(sorted(set(corpus.languages)))}
@@ -180,15 +183,47 @@ def _similar_pairs(
     pairs = survivors[pairs]
     if config.verify != "exact" or not len(pairs):
         return pairs, len(pairs), {}
-    texts = corpus.texts(set(pairs.ravel().tolist()))
-    similarity = _exact(texts, pairs, config)
-    return pairs[similarity >= config.min_similarity], len(pairs), texts
+    similarity = _exact(corpus, pairs, config)
+    is_similar = similarity >= config.min_similarity
+    similar = zip(pairs[is_similar].tolist(), similarity[is_similar].tolist(), strict=True)
+    known = {(first, second): value for (first, second), value in similar}
+    return pairs[is_similar], len(pairs), known
 
 
-def _exact(texts: dict[int, str], pairs: NDArray[np.int64], config: MinHashConfig) -> NDArray[np.float64]:
-    known = sorted(texts)
-    positions = np.searchsorted(np.array(known, dtype=np.int64), pairs)
-    return exact_jaccard([texts[i] for i in known], positions, ngram_size=config.ngram_size)
+def _exact(corpus: _Corpus, pairs: NDArray[np.int64], config: MinHashConfig) -> NDArray[np.float64]:
+    """Jaccard similarity of pairs of documents, float64 (num_pairs,); the texts are read in several passes if many."""
+    found = [np.zeros(0)]
+    for begin, end in _runs(corpus, pairs):
+        texts = corpus.texts(set(pairs[begin:end].ravel().tolist()))
+        known = sorted(texts)
+        positions = np.searchsorted(np.array(known, dtype=np.int64), pairs[begin:end])
+        found.append(exact_jaccard([texts[i] for i in known], positions, ngram_size=config.ngram_size))
+    return np.concatenate(found)
+
+
+def _runs(corpus: _Corpus, pairs: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """(begin, end) of runs of pairs whose texts have about _VERIFY_CHARS characters together."""
+    begin = num_chars = 0
+    inside: set[int] = set()
+    for end, pair in enumerate(pairs.tolist(), start=1):
+        new = set(pair) - inside
+        inside |= new
+        num_chars += sum(int(corpus.lengths[i]) for i in new)
+        if num_chars >= _VERIFY_CHARS or end == len(pairs):
+            yield begin, end
+            begin, num_chars, inside = end, 0, set()
+
+
+def _similarity_to_kept(
+    corpus: _Corpus, near: NDArray[np.int64], known: dict[tuple[int, int], float], config: MinHashConfig
+) -> NDArray[np.float64]:
+    """Exact similarity of every (dropped, kept) in `near`; `known` has those that were compared for the clusters."""
+    order = [(min(pair), max(pair)) for pair in near.tolist()]
+    unknown = np.array([pair for pair in order if pair not in known], dtype=np.int64).reshape(-1, 2)
+    similarities = dict(known)
+    for pair, value in zip(unknown.tolist(), _exact(corpus, unknown, config).tolist(), strict=True):
+        similarities[pair[0], pair[1]] = value
+    return np.array([similarities[pair] for pair in order], dtype=np.float64)
 
 
 def _cluster(inputs: list[Path], out: Path, config: MinHashConfig) -> dict[str, Any]:
@@ -197,7 +232,7 @@ def _cluster(inputs: list[Path], out: Path, config: MinHashConfig) -> dict[str, 
     ranks = keep_order(config.keep, corpus.ids, corpus.timestamps, corpus.lengths)
     copies = _exact_copies(corpus, ranks)
     survivors = np.array([i for i in range(len(corpus)) if i not in copies], dtype=np.int64)
-    pairs, num_candidates, texts = _similar_pairs(corpus, survivors, config)
+    pairs, num_candidates, known = _similar_pairs(corpus, survivors, config)
     labels = connected_components(pairs, len(corpus))
     kept_of: dict[int, int] = {}  # component -> its document of the smallest rank
     for index in survivors.tolist():
@@ -208,14 +243,14 @@ def _cluster(inputs: list[Path], out: Path, config: MinHashConfig) -> dict[str, 
         [(i, kept_of[int(labels[i])]) for i in survivors.tolist() if kept_of[int(labels[i])] != i], dtype=np.int64
     ).reshape(-1, 2)
     if config.verify == "exact":
-        similarity = _exact(texts, near, config) if len(near) else np.zeros(0)
+        similarity = _similarity_to_kept(corpus, near, known, config)
     else:
         similarity = estimate_jaccard(corpus.signatures[near[:, 0]], corpus.signatures[near[:, 1]])
     dropped = {i: ("near_duplicate", kept, float(s)) for (i, kept), s in zip(near.tolist(), similarity, strict=True)}
     for index, original in copies.items():  # of a near-duplicate, then it shares that one's fate
         dropped[index] = dropped.get(original, ("exact_duplicate", original, 1.0))
     _write_clusters(corpus, dropped, out)
-    _write_examples(corpus, near, similarity, texts, out)
+    _write_examples(corpus, near, similarity, out)
     sizes = np.bincount([kept for _, kept, _ in dropped.values()]) if dropped else np.zeros(1, np.int64)
     return {
         "candidate_pairs": num_candidates,
@@ -242,14 +277,11 @@ def _write_clusters(corpus: _Corpus, dropped: dict[int, tuple[str, int, float]],
             f.write(json.dumps(entry) + "\n")
 
 
-def _write_examples(
-    corpus: _Corpus, near: NDArray[np.int64], similarity: NDArray[np.float64], texts: dict[int, str], out: Path
-) -> None:
+def _write_examples(corpus: _Corpus, near: NDArray[np.int64], similarity: NDArray[np.float64], out: Path) -> None:
     """Up to MAX_EXAMPLES near-duplicates over the whole range of similarity, cut to where the texts begin to differ."""
     order = np.lexsort((near[:, 0], similarity)) if len(near) else np.zeros(0, np.int64)
     chosen = order[np.unique(np.linspace(0, len(order) - 1, MAX_EXAMPLES).astype(np.int64))] if len(order) else order
-    missing = {int(i) for i in near[chosen].ravel()} - texts.keys()
-    texts = {**texts, **corpus.texts(missing)}
+    texts = corpus.texts(set(near[chosen].ravel().tolist()))
     with open(out / "pairs.jsonl", "w", encoding="utf-8", newline="\n") as f:
         for pair in chosen.tolist():
             index, kept = near[pair].tolist()

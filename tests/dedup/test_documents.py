@@ -9,6 +9,7 @@ import pytest
 
 from herdkern.data.document import Document, read_documents, write_documents
 from herdkern.dedup import MinHashConfig, dedup_minhash
+from herdkern.dedup.documents import _Corpus
 from herdkern.dedup.minhash import exact_jaccard
 from herdkern.engine import Run
 
@@ -116,6 +117,36 @@ def test_exact_copies_short_and_empty_texts(tmp_path):
     reasons = {d.id: d.meta["reason"] for d in dropped}
     exact, near = "exact_duplicate", "near_duplicate"
     assert reasons == {"01": exact, "02": near, "05": exact, "10": near, "12": exact}
+
+
+@pytest.mark.parametrize("timestamp", [10**20, -(10**20), -(2**63)])
+def test_a_timestamp_of_any_size_stops_nothing(tmp_path, timestamp):
+    text = " ".join(f"word{i}" for i in range(50))
+    documents = [Document(id=f"{i:016x}", text=text, timestamp=t) for i, t in enumerate((5, timestamp))]
+    _, kept, dropped = run_dedup(tmp_path, [documents], MinHashConfig())
+    assert [d.id for d in kept] == [max(documents, key=lambda d: d.timestamp).id]
+    assert [d.id for d in dropped] == [min(documents, key=lambda d: d.timestamp).id]
+
+
+def test_verification_in_passes_gives_the_same(tmp_path, monkeypatch):
+    documents, _ = corpus(np.random.default_rng(3), 40)
+    trees = []
+    for name, limit in (("one", 1 << 28), ("many", 3000)):
+        monkeypatch.setattr("herdkern.dedup.documents._VERIFY_CHARS", limit)
+        passes = []
+        read = _Corpus.texts
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                _Corpus, "texts", lambda self, wanted, read=read, n=passes: n.append(wanted) or read(self, wanted)
+            )
+            (tmp_path / name).mkdir()
+            run_dedup(tmp_path / name, [documents[::2], documents[1::2]], MinHashConfig())
+        folder = tmp_path / name / "run" / "data"
+        trees.append({p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()})
+        lengths = {i: len(d.text) for i, d in enumerate(sorted(documents, key=lambda d: d.id))}
+        assert max(sum(lengths[i] for i in wanted) for wanted in passes[:-1]) <= limit + 2 * max(lengths.values())
+    assert len(passes) > 10
+    assert trees[0] == trees[1]
 
 
 def test_languages_are_apart_unless_asked(tmp_path):
