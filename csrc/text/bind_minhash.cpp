@@ -161,7 +161,8 @@ py::tuple key_lines(const py::sequence& objects, int num_threads, const std::str
 }
 
 void check_pairs(const std::string& function, const Array<int64_t>& pairs, int64_t num_docs) {
-  if (pairs.ndim() != 2 || pairs.shape(1) != 2) throw py::value_error(function + ": pairs must have shape (num_pairs, 2)");
+  if (pairs.ndim() != 2 || pairs.shape(1) != 2)
+    throw py::value_error(function + ": pairs must have shape (num_pairs, 2)");
   for (py::ssize_t i = 0; i < pairs.size(); ++i)
     if (pairs.data()[i] < 0 || pairs.data()[i] >= num_docs)
       throw py::value_error(function + ": pairs must lie in [0, " + std::to_string(num_docs) + "), got " +
