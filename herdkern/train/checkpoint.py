@@ -48,7 +48,7 @@ def save_checkpoint(
     files: Mapping[str, Any] | None = None,
     keep_last: int = 2,
 ) -> Path:
-    """Write root/step-N, then delete all but the newest `keep_last`.
+    """Write root/step-N, then delete all but the newest `keep_last` and whatever an interrupted save left there.
 
     tensors: file stem -> named tensors.  state: JSON values for state.json.  files: further JSON files by name.
     Raises: OSError if the disk is full or the folder cannot be written; earlier checkpoints stay as they are.
@@ -77,7 +77,8 @@ def save_checkpoint(
         aside = old.with_name(old.name + TMP_SUFFIX)  # a half-deleted folder must not look like a checkpoint
         remove_folder(aside)
         old.rename(aside)
-        remove_folder(aside)
+    for rest in root.glob(f"step-*{TMP_SUFFIX}"):  # those just set aside, and what a kill left behind
+        remove_folder(rest)
     return final
 
 

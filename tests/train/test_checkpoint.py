@@ -57,8 +57,10 @@ def test_an_unfinished_one_is_no_checkpoint(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "step-2.tmp").mkdir()
     assert latest_checkpoint(tmp_path) == tmp_path / "step-1"
-    save(tmp_path, 2)
-    assert latest_checkpoint(tmp_path) == tmp_path / "step-2"
+    (tmp_path / "step-1.old.tmp").mkdir()
+    save(tmp_path, 3)
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-3"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-1", "step-3"]  # and the debris is gone
 
 
 def flip(path, offset):
