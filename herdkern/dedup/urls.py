@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, unquote_plus, urlsplit, urlunsplit
 
 from herdkern.data.document import read_documents
 from herdkern.dedup.drop import Decision, drop_documents, write_decisions
@@ -72,13 +72,15 @@ def _strip(parts: SplitResult, config: UrlDedupConfig) -> str:
     host = f"[{host}]" if ":" in host else host
     if parts.port not in (None, _DEFAULT_PORTS[scheme]):
         host = f"{host}:{parts.port}"
-    query = parts.query
-    pairs = parse_qsl(query, keep_blank_values=True)
-    wanted = [(k, v) for k, v in pairs if not any(fnmatchcase(k.lower(), i) for i in config.ignored_parameters)]
-    if len(wanted) != len(pairs):
-        query = urlencode(wanted)
+    # cut as it stands: decoding would make one of values that are not UTF-8 (?q=%E9 and ?q=%E8 are two pages)
+    query = "&".join(field for field in parts.query.split("&") if not _is_ignored(field, config))
     path = _SESSION_IN_PATH.sub("", parts.path) or "/"
     return urlunsplit(("http" if config.merge_schemes else scheme, host, path, query, ""))
+
+
+def _is_ignored(field: str, config: UrlDedupConfig) -> bool:
+    name = unquote_plus(field.partition("=")[0]).lower()
+    return any(fnmatchcase(name, pattern) for pattern in config.ignored_parameters)
 
 
 def _key(url: str) -> str:

@@ -45,6 +45,19 @@ def test_different_pages_stay_different():
     assert canonical_url("http://h.org:8080/") != canonical_url("http://h.org/")
 
 
+@pytest.mark.parametrize("tracking", ["", "&utm_source=feed", "&gclid=1"])
+def test_values_in_another_encoding_stay_apart(tracking):
+    """Pages of sites whose addresses are in Latin-1 or GBK, with and without a parameter that does not count."""
+    plain = ["http://h/?q=%E9", "http://h/?q=%E8", "http://h/?q=%C4%E3", "http://h/?q=%BA%C3"]
+    forms = [canonical_url(url + tracking) for url in plain]
+    assert forms == [canonical_url(url) for url in plain]
+    assert len(set(forms)) == 4
+
+
+def test_names_of_ignored_parameters_may_be_encoded():
+    assert canonical_url("http://h/?a=1&%75tm_x=2&UTM_Y=3") == canonical_url("http://h/?a=1")
+
+
 @pytest.mark.parametrize("url", NOT_WEB)
 def test_what_is_no_web_address_has_no_form(url):
     assert canonical_url(url) == ""
