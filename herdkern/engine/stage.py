@@ -370,8 +370,13 @@ class Run:
         folder = self.data_dir / name
         if folder.is_dir():
             for path in folder.iterdir():
-                if _OURS.fullmatch(path.name) and is_stray(path):
+                if not _OURS.fullmatch(path.name) or not is_stray(path):
+                    continue
+                try:
                     remove_folder(path)
+                except OSError:  # a worker of a killed run may still be writing there until it notices
+                    if not path.name.endswith(TMP_SUFFIX):
+                        raise
 
 
 def _named(record: FileRecord) -> FileRecord:

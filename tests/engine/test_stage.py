@@ -170,6 +170,24 @@ def test_fewer_inputs_leave_no_strays(tmp_path, inputs):
     assert sorted(p.name for p in (tmp_path / "run/data/copy").iterdir()) == ["task-00000", "task-00001"]
 
 
+def test_a_worker_that_outlives_a_killed_run_stops_nothing(tmp_path, inputs, monkeypatch):
+    stray = tmp_path / "run/data/copy/task-00000.abc.tmp"
+    stray.mkdir(parents=True)
+    calls = []
+
+    def remove_while_written(path):
+        calls.append(path)
+        if calls == [stray]:  # a file appears between reading the folder and removing it
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+        shutil.rmtree(path)
+
+    monkeypatch.setattr("herdkern.engine.stage.remove_folder", remove_while_written)
+    with Run(tmp_path / "run") as run:
+        run.map("copy", copy_times, inputs[:1], config=Config())
+    assert calls == [stray, stray]
+    assert [p.name for p in (tmp_path / "run/data/copy").iterdir()] == ["task-00000"]
+
+
 def test_what_no_run_has_made_is_never_deleted(tmp_path, inputs):
     folder = tmp_path / "data" / "copy"  # a project whose own folder has the name of a stage
     folder.mkdir(parents=True)
