@@ -1,6 +1,6 @@
 // Which queries meet which keys in packed attention, and how documents are cut into tiles.
-// Plain index arithmetic on cu_seqlens that g++ and nvcc both compile, so that what the CPU tests prove is what a GPU runs.
-// A cut depends on the document alone, never on its neighbours or on the number of threads.
+// Plain index arithmetic on cu_seqlens that g++ and nvcc both compile, so that what the CPU tests prove is what a GPU
+// runs. A cut depends on the document alone, never on its neighbours or on the number of threads.
 #pragma once
 #include <cstdint>
 
@@ -15,7 +15,9 @@ namespace herdkern {
 HK_HOST_DEVICE inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 HK_HOST_DEVICE inline int64_t round_up(int64_t a, int64_t step) { return ceil_div(a, step) * step; }
 HK_HOST_DEVICE inline int64_t round_down(int64_t a, int64_t step) { return a / step * step; }  // a >= 0
-HK_HOST_DEVICE inline int64_t clamp(int64_t a, int64_t low, int64_t high) { return a < low ? low : a > high ? high : a; }
+HK_HOST_DEVICE inline int64_t clamp(int64_t a, int64_t low, int64_t high) {
+  return a < low ? low : a > high ? high : a;
+}
 
 // One document: its rows of q and of k, v, and the mask between them, which is aligned at the bottom right: the last
 // query sees every key. i counts the document's queries from 0, j its keys.

@@ -1,9 +1,10 @@
-// Backward pass of packed attention: one task is a chunk of keys of one document and one key-value head. It walks over the
-// tiles of queries that see the chunk, for every query head of the group, in a fixed order:
+// Backward pass of packed attention: one task is a chunk of keys of one document and one key-value head. It walks over
+// the tiles of queries that see the chunk, for every query head of the group, in a fixed order:
 //   S^T = K Q^T,  P^T = exp(scale * S^T - lse),  dP^T = V dO^T,  dS^T = P^T * (dP^T - delta),  delta = rowsum(dO * O)
 //   dV += P^T dO,  dK += dS^T Q,  dQ^T += K^T dS^T
-// dK and dV belong to the task. dQ of a document with several chunks is summed in chunk order: a chunk waits until the one
-// before it has added to a tile (Turnstile), so no sum depends on the number of threads and no memory is spent on partial sums.
+// dK and dV belong to the task. dQ of a document with several chunks is summed in chunk order: a chunk waits until the
+// one before it has added to a tile (Turnstile), so no sum depends on the number of threads and no memory is spent on
+// partial sums.
 #pragma once
 #include <sched.h>
 
@@ -17,7 +18,8 @@
 
 namespace herdkern::cpu::HK_ISA {
 
-// Lets the chunks of keys add to a tile of dQ one after the other. Tasks start in chunk order, so whoever is waited for runs.
+// Lets the chunks of keys add to a tile of dQ one after the other. Tasks start in chunk order, so whoever is waited for
+// runs.
 class Turnstile {
  public:
   explicit Turnstile(int64_t tiles) : done_(std::make_unique<std::atomic<int32_t>[]>(static_cast<size_t>(tiles))) {
@@ -121,8 +123,8 @@ class BackwardChunk {
     for (int64_t j = 0; j < padded_keys_; j += slab) {
       const int64_t i = first_column(j, row);
       if (i >= cols) break;
-      Engine::template gemm<true>(
-          {slab, ld_, cols - i, p_ + j * cols + i, cols, dout_pairs + i * ld_, ld_ * Engine::kPair, dv_ + j * ld_, ld_});
+      Engine::template gemm<true>({slab, ld_, cols - i, p_ + j * cols + i, cols, dout_pairs + i * ld_,
+                                   ld_ * Engine::kPair, dv_ + j * ld_, ld_});
       Engine::template gemm<true>(
           {slab, ld_, cols - i, ds_ + j * cols + i, cols, q_pairs + i * ld_, ld_ * Engine::kPair, dk_ + j * ld_, ld_});
     }
@@ -177,8 +179,8 @@ class BackwardChunk {
     }
   }
 
-  // delta = sum_c dout * out = sum_j p * dp. The second form needs all keys of the document at hand, and is exact where `out`
-  // was rounded to bf16: gradients of short documents nearly cancel.
+  // delta = sum_c dout * out = sum_j p * dp. The second form needs all keys of the document at hand, and is exact where
+  // `out` was rounded to bf16: gradients of short documents nearly cancel.
   bool sees_all() const { return chunk_.count == 1; }
 
   // First column that sees key `key` of the chunk; cols for a key of the padding: none.
@@ -209,8 +211,8 @@ class BackwardChunk {
     for (int64_t i = 0; i < cols; i += step) {
       const int64_t last = std::min(row + i + step, doc_.q_len) - 1;
       const int64_t depth = clamp(round_up(doc_.visible_keys(last) - key_, kSlab), 0, padded_keys_);
-      const Gemm<Elem> product{ld_, step, depth, k_t_, padded_keys_, ds_pairs_ + i * Engine::kPair, cols * Engine::kPair,
-                               dq + i, cols};
+      const Gemm<Elem> product{
+          ld_, step, depth, k_t_, padded_keys_, ds_pairs_ + i * Engine::kPair, cols * Engine::kPair, dq + i, cols};
       if (chunk_.index == 0) {
         Engine::template gemm<false>(product);
       } else {
@@ -262,17 +264,21 @@ template <typename Engine, typename In>
 void prepare_queries(const AttentionBackward& args, const Document& doc, float* delta) {
   const AttentionShape& s = args.shape;
   for (int64_t i = 0; i < doc.q_len; ++i) {
-    const int64_t token = doc.q_begin + i, tile_end = std::min(doc.q_len, round_down(i, Engine::kBackwardRows) + Engine::kBackwardRows);
+    const int64_t token = doc.q_begin + i,
+                  tile_end = std::min(doc.q_len, round_down(i, Engine::kBackwardRows) + Engine::kBackwardRows);
     const bool visited = doc.visible_keys(tile_end - 1) > 0;
     for (int64_t head = 0; head < s.num_heads; ++head) {
-      const In* out = static_cast<const In*>(args.out.data) + token * args.out.token_stride + head * args.out.head_stride;
-      const In* dout = static_cast<const In*>(args.dout.data) + token * args.dout.token_stride + head * args.dout.head_stride;
+      const In* out =
+          static_cast<const In*>(args.out.data) + token * args.out.token_stride + head * args.out.head_stride;
+      const In* dout =
+          static_cast<const In*>(args.dout.data) + token * args.dout.token_stride + head * args.dout.head_stride;
       Vec total(0.0f);
       for_each_vec(
           s.head_dim, [&](int64_t c) { total = fma(Vec::load(out + c), Vec::load(dout + c), total); },
           [&](int64_t c, int n) { total = fma(Vec::load_partial(out + c, n), Vec::load_partial(dout + c, n), total); });
       delta[head * s.total_q + token] = sum(total);
-      if (!visited) std::fill_n(static_cast<In*>(args.dq) + (token * s.num_heads + head) * s.head_dim, s.head_dim, In{});
+      if (!visited)
+        std::fill_n(static_cast<In*>(args.dq) + (token * s.num_heads + head) * s.head_dim, s.head_dim, In{});
     }
   }
 }
@@ -306,7 +312,8 @@ void run_backward(const AttentionBackward& args) {
   std::atomic<int64_t> next{0};  // tasks start in this order whatever order OpenMP hands them out in
   parallel_tasks(static_cast<int64_t>(chunks.size()) * s.num_kv_heads, num_threads, [&](int64_t) {
     const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
-    BackwardChunk<Engine, In>(args, shared, chunks[static_cast<size_t>(task / s.num_kv_heads)], task % s.num_kv_heads).run();
+    BackwardChunk<Engine, In>(args, shared, chunks[static_cast<size_t>(task / s.num_kv_heads)], task % s.num_kv_heads)
+        .run();
   });
 }
 

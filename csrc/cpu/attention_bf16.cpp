@@ -1,5 +1,6 @@
 // Attention on bf16 products. Level avx512 does not imply AVX512_BF16, so this file asks the compiler for it and
-// attention.cpp comes here only if the processor has it; level amx multiplies in tiles. Other levels have no such products.
+// attention.cpp comes here only if the processor has it; level amx multiplies in tiles. Other levels have no such
+// products.
 #if defined(HK_ISA_AVX512)
 #pragma GCC target("avx512bf16")
 #endif

@@ -1,6 +1,6 @@
 // Forward pass of packed attention: one task is a tile of queries of one document and one key-value head.
-// The tile walks over the blocks of keys that it can see with a running softmax; rows fold the query heads of the group, so a
-// block of k and v is packed once for all of them.
+// The tile walks over the blocks of keys that it can see with a running softmax; rows fold the query heads of the
+// group, so a block of k and v is packed once for all of them.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -66,7 +66,8 @@ class ForwardTile {
     q_ = b.q.at_least(padded_rows_ * ld_);
     for (int64_t row = 0; row < rows_; ++row)
       load_row(at(args_.q, doc_.q_begin + position_ + row / heads_, head_ + row % heads_), dim_, q_ + row * ld_, ld_);
-    std::memset(static_cast<void*>(q_ + rows_ * ld_), 0, static_cast<size_t>((padded_rows_ - rows_) * ld_) * sizeof(Elem));
+    std::memset(static_cast<void*>(q_ + rows_ * ld_), 0,
+                static_cast<size_t>((padded_rows_ - rows_) * ld_) * sizeof(Elem));
     acc_ = b.acc.at_least(padded_rows_ * ld_);
     std::fill_n(acc_, padded_rows_ * ld_, 0.0f);
     b.rows.assign(static_cast<size_t>(rows_), RowState{kNegInfinity, 0.0f});
@@ -92,7 +93,8 @@ class ForwardTile {
     const bool all_visible = visible(0, key, keys) == keys;
     const int64_t slab = all_visible ? std::max(width, padded_rows_) : kSlab;
 
-    for (int64_t c = 0; c < width; c += slab) {  // scores of a slab of keys: the rows before the diagonal see none of it
+    for (int64_t c = 0; c < width;
+         c += slab) {  // scores of a slab of keys: the rows before the diagonal see none of it
       const int64_t row = round_down(std::max(int64_t{0}, doc_.first_query(key + c) - position_) * heads_, kSlab);
       if (row >= rows_) break;
       Engine::template gemm<false>({padded_rows_ - row, std::min(slab, width - c), ld_, q_ + row * ld_, ld_,
@@ -163,7 +165,8 @@ void run_forward(const AttentionForward& args) {
     const Document doc = document_at(s.cu_q, s.cu_k, d, s.causal);
     for (int64_t i = 0; i < doc.q_len; i += fold.positions) {
       const int64_t positions = std::min(fold.positions, doc.q_len - i);
-      tiles.push_back({positions * doc.visible_keys(i + positions - 1), static_cast<int32_t>(d), static_cast<int32_t>(i)});
+      tiles.push_back(
+          {positions * doc.visible_keys(i + positions - 1), static_cast<int32_t>(d), static_cast<int32_t>(i)});
     }
   }
   std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& a, const Tile& b) { return a.cost > b.cost; });
@@ -173,8 +176,9 @@ void run_forward(const AttentionForward& args) {
                    const Tile& tile = tiles[static_cast<size_t>(task / tasks_per_tile)];
                    const Document doc = document_at(s.cu_q, s.cu_k, tile.doc, s.causal);
                    const int64_t kv_head = task % tasks_per_tile / folds, head = task % folds * fold.heads;
-                   ForwardTile<Engine, In>(args, doc, kv_head, kv_head * group + head, std::min(fold.heads, group - head),
-                                           tile.position, std::min(fold.positions, doc.q_len - tile.position))
+                   ForwardTile<Engine, In>(args, doc, kv_head, kv_head * group + head,
+                                           std::min(fold.heads, group - head), tile.position,
+                                           std::min(fold.positions, doc.q_len - tile.position))
                        .run();
                  });
 }

@@ -31,7 +31,8 @@ constexpr int kMicroRows = 6, kMicroVecs = 1;
 constexpr int kMicroRows = 2, kMicroVecs = 1;
 #endif
 
-// C is added last, not taken as the start, and a long depth is cut (kDepthBlock): sums of partial sums lose fewer digits.
+// C is added last, not taken as the start, and a long depth is cut (kDepthBlock): sums of partial sums lose fewer
+// digits.
 template <typename Math, int kRows, int kVecs, bool kAccumulate>
 HK_INLINE void micro_tile(const Gemm<typename Math::Elem>& g, int64_t row, int64_t col) {
   const auto* a = g.a + row * g.lda;

@@ -15,9 +15,9 @@ struct RowState {
   float max, sum;
 };
 
-// One block of keys of a query, of which it sees the first `visible` (>= 1): turns scores into weights exp(scale * s - max),
-// zero from `visible` up to `width`, and rescales what acc holds from earlier blocks. scores: (width,), overwritten; weights
-// may be the same array. width: a multiple of 16.  scale > 0.
+// One block of keys of a query, of which it sees the first `visible` (>= 1): turns scores into weights exp(scale * s -
+// max), zero from `visible` up to `width`, and rescales what acc holds from earlier blocks. scores: (width,),
+// overwritten; weights may be the same array. width: a multiple of 16.  scale > 0.
 template <typename Engine>
 inline void online_softmax(float* scores, int64_t visible, int64_t width, float scale, RowState& row,
                            typename Engine::Elem* weights, float* acc, int64_t acc_dim) {
@@ -46,8 +46,9 @@ inline void online_softmax(float* scores, int64_t visible, int64_t width, float 
   row.sum += sum(total);
 }
 
-// The transposed tile of the backward pass, keys x queries, one key at a time over queries [begin, end); those before `first`
-// do not see the key and get 0. begin, end: multiples of 16. scale is left out of ds; the caller's last step applies it.
+// The transposed tile of the backward pass, keys x queries, one key at a time over queries [begin, end); those before
+// `first` do not see the key and get 0. begin, end: multiples of 16. scale is left out of ds; the caller's last step
+// applies it.
 HK_INLINE void zero_unseen(float* row, int64_t first, int64_t begin, int64_t end) {
   const int64_t unseen = (first < end ? first : end) - begin;
   if (unseen > 0) std::memset(row + begin, 0, static_cast<size_t>(unseen) * sizeof(float));
@@ -63,12 +64,14 @@ inline void probability_row(float* scores, const float* lse, float scale, int64_
 
 // delta += p * dp.
 inline void add_delta_row(const float* p, const float* dp, float* delta, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += 16) fma(Vec::load(p + i), Vec::load(dp + i), Vec::load(delta + i)).store(delta + i);
+  for (int64_t i = begin; i < end; i += 16)
+    fma(Vec::load(p + i), Vec::load(dp + i), Vec::load(delta + i)).store(delta + i);
 }
 
 // dp: overwritten with ds = p * (dp - delta).
 inline void gradient_row(const float* p, float* dp, const float* delta, int64_t first, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += 16) (Vec::load(p + i) * (Vec::load(dp + i) - Vec::load(delta + i))).store(dp + i);
+  for (int64_t i = begin; i < end; i += 16)
+    (Vec::load(p + i) * (Vec::load(dp + i) - Vec::load(delta + i))).store(dp + i);
   zero_unseen(dp, first, begin, end);
 }
 

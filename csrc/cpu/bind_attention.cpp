@@ -24,7 +24,8 @@ void check_borders(const int32_t* borders, int64_t num_docs, int64_t total, cons
   if (borders[0] != 0) fail("start with 0", borders[0]);
   for (int64_t d = 0; d < num_docs; ++d)
     if (borders[d + 1] < borders[d])
-      fail("not decrease (entry " + std::to_string(d + 1) + " follows " + std::to_string(borders[d]) + ")", borders[d + 1]);
+      fail("not decrease (entry " + std::to_string(d + 1) + " follows " + std::to_string(borders[d]) + ")",
+           borders[d + 1]);
   if (borders[num_docs] != total) fail("end with the number of tokens " + std::to_string(total), borders[num_docs]);
 }
 
@@ -49,7 +50,8 @@ AttentionShape shape(uintptr_t cu_q, uintptr_t cu_k, const py::tuple& sizes, flo
 }
 
 void forward(const py::tuple& q, const py::tuple& k, const py::tuple& v, uintptr_t cu_q, uintptr_t cu_k,
-             const py::tuple& sizes, float scale, bool causal, bool bf16, int num_threads, uintptr_t out, uintptr_t lse) {
+             const py::tuple& sizes, float scale, bool causal, bool bf16, int num_threads, uintptr_t out,
+             uintptr_t lse) {
   const AttentionForward args{shape(cu_q, cu_k, sizes, scale, causal, bf16, num_threads),
                               input(q),
                               input(k),
@@ -61,8 +63,8 @@ void forward(const py::tuple& q, const py::tuple& k, const py::tuple& v, uintptr
 }
 
 void backward(const py::tuple& q, const py::tuple& k, const py::tuple& v, const py::tuple& out, const py::tuple& dout,
-              uintptr_t lse, uintptr_t cu_q, uintptr_t cu_k, const py::tuple& sizes, float scale, bool causal, bool bf16,
-              int num_threads, uintptr_t dq, uintptr_t dk, uintptr_t dv) {
+              uintptr_t lse, uintptr_t cu_q, uintptr_t cu_k, const py::tuple& sizes, float scale, bool causal,
+              bool bf16, int num_threads, uintptr_t dq, uintptr_t dk, uintptr_t dv) {
   const AttentionBackward args{shape(cu_q, cu_k, sizes, scale, causal, bf16, num_threads),
                                input(q),
                                input(k),

@@ -204,7 +204,9 @@ def _operand(x: Tensor) -> tuple[int, int, int]:
     return x.data_ptr(), x.stride(0), x.stride(1)
 
 
-def _common(q: Tensor, k: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, causal: bool, scale: float) -> tuple[Any, ...]:
+def _common(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, causal: bool, scale: float
+) -> tuple[Any, ...]:
     sizes = (cu_seqlens.shape[0] - 1, q.shape[0], k.shape[0], q.shape[1], k.shape[1], q.shape[2])
     pointers = cu_seqlens.data_ptr(), cu_seqlens_k.data_ptr()
     return *pointers, sizes, scale, causal, q.dtype == torch.bfloat16, num_threads()
@@ -217,9 +219,7 @@ def _forward_cpu(
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     common = _common(q, k, cu_seqlens, cu_seqlens_k, causal, scale)
-    native_module().attention_forward(
-        _operand(q), _operand(k), _operand(v), *common, out.data_ptr(), lse.data_ptr()
-    )
+    native_module().attention_forward(_operand(q), _operand(k), _operand(v), *common, out.data_ptr(), lse.data_ptr())
     return out, lse
 
 
@@ -243,7 +243,11 @@ def _backward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dout, q, k, v = _dense_last(dout), _dense_last(q), _dense_last(k), _dense_last(v)
     out, lse = _dense_last(out), lse.contiguous()
-    dq, dk, dv = torch.empty(q.shape, dtype=q.dtype), torch.empty(k.shape, dtype=k.dtype), torch.empty(v.shape, dtype=v.dtype)
+    dq, dk, dv = (
+        torch.empty(q.shape, dtype=q.dtype),
+        torch.empty(k.shape, dtype=k.dtype),
+        torch.empty(v.shape, dtype=v.dtype),
+    )
     native_module().attention_backward(
         _operand(q),
         _operand(k),

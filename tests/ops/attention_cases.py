@@ -86,9 +86,7 @@ def plain_bf16(batch: Packed, causal: bool = True, softmax_scale: float | None =
         p = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
         out = (factor(p) @ v).bfloat16().float()
         ds = p * (dout @ v.mT - (dout * out).sum(-1, keepdim=True))
-        dk, dv = (
-            x.unflatten(0, (-1, group)).sum(1) for x in (factor(ds).mT @ q * scale, factor(p).mT @ dout)
-        )
+        dk, dv = (x.unflatten(0, (-1, group)).sum(1) for x in (factor(ds).mT @ q * scale, factor(p).mT @ dout))
         results.append([out, lse[..., None], factor(ds) @ k * scale, dk, dv])
     out, lse, dq, dk, dv = (torch.cat(x, dim=1) for x in zip(*results, strict=True))
     return [out.transpose(0, 1).bfloat16(), lse[..., 0], *(x.transpose(0, 1).bfloat16() for x in (dq, dk, dv))]

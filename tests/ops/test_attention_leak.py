@@ -20,7 +20,9 @@ def _one_thread(with_threads):
 def random_case(seed: int) -> tuple[Packed, bool]:
     rng = random.Random(seed)
     longest = rng.choice([3, 20, 80, 200])
-    lengths = [rng.choice([0, 1, rng.randint(1, longest)]) for _ in range(rng.randint(2, 9))] + [rng.randint(1, longest)]
+    lengths = [rng.choice([0, 1, rng.randint(1, longest)]) for _ in range(rng.randint(2, 9))] + [
+        rng.randint(1, longest)
+    ]
     rng.shuffle(lengths)
     lengths_k = None
     if rng.random() < 0.4:
@@ -75,7 +77,11 @@ def leaks(batch: Packed, seed: int, **options) -> list[str]:
         for d, (rows, keys) in enumerate(documents(batch)):
             if d != chosen:
                 pairs = zip(NAMES, part(after, rows, keys), part(before, rows, keys), strict=True)
-                found += [f"{name} of document {d} when {chosen} became {value}" for name, x, y in pairs if not torch.equal(x, y)]
+                found += [
+                    f"{name} of document {d} when {chosen} became {value}"
+                    for name, x, y in pairs
+                    if not torch.equal(x, y)
+                ]
     return found
 
 
