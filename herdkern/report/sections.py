@@ -332,7 +332,7 @@ def samples(record: RunRecord) -> str:
     for sample in record.samples:
         prompt, text = str(sample.get("prompt", "")), str(sample.get("text", ""))
         blocks.append(panel("", f'<pre><span class="prompt">{escape(prompt)}</span>{escape(text)}</pre>'))
-    told = [f"temperature {record.samples[0]['temperature']:g}"] if record.samples[0:1] else []
+    told = [f"Temperature {record.samples[0]['temperature']:g}"] if record.samples[0:1] else []
     rate = next((s.counters["tokens_per_s"] for s in record.stages if s.counters.get("tokens_per_s")), 0.0)
     told += [f"{rate:,.0f} tokens/s with the KV cache"] if rate else []
     note = f'<p class="note">The prompt is in colour. {escape(", ".join(told))}.</p>' if told else ""
