@@ -1,5 +1,8 @@
-"""Packed attention with a document mask against what torch offers on a CPU: SDPA per document in a loop, SDPA with a dense
-mask, FlexAttention (forward only there, and only in the full run) and the plain reference."""
+"""Packed attention with a document mask against what torch offers on a CPU.
+
+The peers: SDPA per document in a loop, SDPA with a dense mask, FlexAttention (forward only, all it has on a
+CPU, and only in the full run) and the plain reference.
+"""
 
 import itertools
 import sys
@@ -114,7 +117,7 @@ class Call:
 
 
 def check(calls: dict[str, Call]) -> None:
-    """All on a smaller batch of the same kind: within what the storage type resolves, of the reference in fp64."""
+    """All on a smaller batch of the same kind, against the reference in fp64: a peer may round more often than ours."""
     some = calls["herdkern"]
     lengths = (*(min(n, 40) for n in some.layout.lengths[:3]), 150)
     small = Layout("check", lengths, some.layout.num_heads, some.layout.num_kv_heads, some.layout.head_dim)
@@ -127,7 +130,8 @@ def check(calls: dict[str, Call]) -> None:
         if name == FLEX:
             continue  # a compilation per layout; compared in the case's own shape below
         for got, gold in zip(Call(call.attend, small, call.dtype, call.backward)(), expected, strict=True):
-            allowed = 8 * torch.finfo(call.dtype).eps * max(1.0, gold.abs().max().item())
+            steps = 8 if name == "herdkern" else 64
+            allowed = steps * torch.finfo(call.dtype).eps * max(1.0, gold.abs().max().item())
             assert (got - gold).abs().max().item() <= allowed, name
     if FLEX in calls:
         torch.testing.assert_close(calls[FLEX]()[0], some()[0], atol=0.05, rtol=0.05)

@@ -1,8 +1,11 @@
 // Packed attention on the CPU: for each document and head, out = softmax(scale * q k^T + mask) v, and its gradients.
-// Query head h reads key-value head h / (num_heads / num_kv_heads); nothing is expanded. No tile crosses a document
-// border. Storage fp32 or bf16, sums and softmax fp32. Where the processor multiplies bf16 (AMX, AVX512_BF16) and
-// storage is bf16, probabilities are rounded to bf16 before the second product, as on a GPU. Bit-identical for any
-// number of threads. Source: Dao 2023, "FlashAttention-2" (arXiv:2307.08691), algorithms 1 and 2.
+// Query head h reads key-value head h / (num_heads / num_kv_heads); nothing is expanded. No tile crosses a border of
+// documents. Bit-identical for any number of threads.
+//
+// Storage is fp32 or bf16, sums and softmax are fp32. Where storage is bf16, head_dim > 16 and the processor multiplies
+// bf16 (AMX, AVX512_BF16), probabilities and dS are rounded to bf16 before the products that follow, as on a GPU.
+//
+// Source: Dao 2023, "FlashAttention-2" (arXiv:2307.08691), algorithms 1 and 2.
 #pragma once
 #include <cstdint>
 
@@ -44,6 +47,6 @@ struct AttentionBackward {
 
 HK_DECLARE_PER_LEVEL(void attention_forward(const AttentionForward& args);
                      void attention_backward(const AttentionBackward& args);
-                     // The same on bf16 products; only where bf16_products(), and only at levels avx512 and amx.
+                     // The same on bf16 products; the two above go there at levels avx512 and amx.
                      void attention_forward_bf16(const AttentionForward& args);
                      void attention_backward_bf16(const AttentionBackward& args);)

@@ -1,9 +1,9 @@
 // The matrix products inside an attention tile: C (+)= A B on operands that lie in cache, in 32-bit accumulators.
 //   A: (rows, depth) row-major, leading dimension lda.
-//   B: (depth / kPair, cols, kPair): kPair neighbours in depth lie side by side; ldb elements from one such row to the
-//   next. C: (rows, cols) fp32 row-major.
-// An engine is a way to multiply: FloatEngine anywhere, DotEngine (attention_dot.h) and AmxEngine (attention_amx.h) for
-// bf16.
+//   B: (depth / kPair, cols, kPair): kPair neighbours in depth lie side by side; one such row to the next: ldb
+//   elements. C: (rows, cols) fp32 row-major.
+// An engine is a way to multiply: FloatEngine anywhere; for bf16 DotEngine (attention_dot.h), AmxEngine
+// (attention_amx.h).
 #pragma once
 #include <cstdint>
 

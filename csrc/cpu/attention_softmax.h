@@ -46,9 +46,8 @@ inline void online_softmax(float* scores, int64_t visible, int64_t width, float 
   row.sum += sum(total);
 }
 
-// The transposed tile of the backward pass, keys x queries, one key at a time over queries [begin, end); those before
-// `first` do not see the key and get 0. begin, end: multiples of 16. scale is left out of ds; the caller's last step
-// applies it.
+// The backward pass works on the transposed tile, keys x queries, one key at a time over queries [begin, end). Those
+// before `first` do not see the key and get 0. begin and end are multiples of 16.
 HK_INLINE void zero_unseen(float* row, int64_t first, int64_t begin, int64_t end) {
   const int64_t unseen = (first < end ? first : end) - begin;
   if (unseen > 0) std::memset(row + begin, 0, static_cast<size_t>(unseen) * sizeof(float));
@@ -68,7 +67,7 @@ inline void add_delta_row(const float* p, const float* dp, float* delta, int64_t
     fma(Vec::load(p + i), Vec::load(dp + i), Vec::load(delta + i)).store(delta + i);
 }
 
-// dp: overwritten with ds = p * (dp - delta).
+// dp: overwritten with ds = p * (dp - delta). The factor scale of ds is left to the last step of dq and dk.
 inline void gradient_row(const float* p, float* dp, const float* delta, int64_t first, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i += 16)
     (Vec::load(p + i) * (Vec::load(dp + i) - Vec::load(delta + i))).store(dp + i);

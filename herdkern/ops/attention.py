@@ -1,4 +1,6 @@
-"""Packed attention with a document mask. Source: Dao 2023 (arXiv:2307.08691); document mask: Llama 3, arXiv:2407.21783, 3.2.
+"""Packed attention with a document mask.
+
+Source: Dao 2023, FlashAttention-2 (arXiv:2307.08691); the mask: Llama 3 (arXiv:2407.21783), section 3.2.
 
 A batch is one sequence of tokens, cut into documents by `cu_seqlens`; no query sees a key of another document.
 """
@@ -75,17 +77,18 @@ def attention(
 ) -> Tensor:
     """Return softmax(softmax_scale * q k^T) v within each document of a packed batch.
 
-    q: (total_q, num_heads, head_dim), float32 | bfloat16, any strides.  k, v: (total_k, num_kv_heads, head_dim), dtype of
-        q; num_heads is a multiple of num_kv_heads and query head h reads head h // (num_heads // num_kv_heads).
+    q: (total_q, num_heads, head_dim), float32 | bfloat16, any strides, head_dim <= 256.
+    k, v: (total_k, num_kv_heads, head_dim), dtype of q; num_heads is a multiple of num_kv_heads, and query head h reads
+        head h // (num_heads // num_kv_heads).
     cu_seqlens: (num_docs + 1,) int32 borders of the documents in q, from 0 to total_q; empty documents are allowed.
     cu_seqlens_k: the same for k and v, if the lengths differ (decoding with a KV cache).
     max_seqlen: an upper bound of the document lengths, for GPU kernels; never changes a result.
     causal: a query sees no later key. Where lengths differ the mask is aligned at the bottom right: the last query of a
         document sees all its keys. A query that sees no key gives 0.
     softmax_scale: > 0; head_dim ** -0.5 if None.
-    Returns: shape and dtype of q, contiguous.  Sums and softmax are fp32; results do not depend on the number of threads,
-        nor those of a document on its neighbours.
-    Raises: ValueError if shapes, dtypes, devices or borders do not fit; NotImplementedError if no backend can run the call.
+    Returns: shape and dtype of q, contiguous.  Sums and softmax are fp32. No bit of a document's result depends on the
+        number of threads or on the other documents.
+    Raises: ValueError if shapes, dtypes, devices or borders do not fit; NotImplementedError if no backend can run this.
     """
     return attention_with_lse(
         q,
@@ -164,7 +167,8 @@ def _check(
             )
     elif k.shape[0] != q.shape[0]:
         raise ValueError(
-            f"attention: k must have the {q.shape[0]} tokens of q, got {k.shape[0]}; pass cu_seqlens_k where they differ"
+            f"attention: k must have the {q.shape[0]} tokens of q, got {k.shape[0]}; "
+            "pass cu_seqlens_k where they differ"
         )
     if max_seqlen is not None and max_seqlen < 0:
         raise ValueError(f"attention: max_seqlen must be at least 0, got {max_seqlen}")

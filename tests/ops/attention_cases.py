@@ -1,7 +1,7 @@
 """Packed batches, the roundings of bf16 and the accuracy bound, shared by the tests of attention.
 
-gold is the reference in fp64, ref a plain implementation with the roundings of the test's dtype (fp32: the reference itself;
-bf16: plain_bf16), and |got - gold| <= 2 |ref - gold| + 4 eps max(1, |gold|) in max norm.
+gold is the reference in fp64, ref a plain implementation with the roundings of the test's dtype (fp32: the reference
+itself; bf16: plain_bf16), and |got - gold| <= 2 |ref - gold| + 4 eps max(1, |gold|) in max norm.
 """
 
 import itertools
@@ -62,8 +62,10 @@ def packed(lengths, dtype, heads, head_dim, *, lengths_k=None, seed=0) -> Packed
 
 
 def plain_bf16(batch: Packed, causal: bool = True, softmax_scale: float | None = None) -> list[Tensor]:
-    """FlashAttention-2's equations in plain torch with the roundings that csrc/cpu/attention.h states: `out` is stored in
-    bf16 before delta is taken from it; where the processor multiplies bf16, weights and dS are bf16 in the second products.
+    """FlashAttention-2's equations in plain torch with the roundings that csrc/cpu/attention.h states.
+
+    `out` is stored in bf16 before delta is taken from it; where the processor multiplies bf16, weights and dS are bf16
+    in the second products.
     """
     head_dim, group = batch.q.shape[-1], batch.q.shape[1] // batch.k.shape[1]
     scale = head_dim**-0.5 if softmax_scale is None else softmax_scale

@@ -1,4 +1,4 @@
-"""Attention inside torch: opcheck, torch.compile, meta tensors, autograd's corners, and what it says to a wrong call."""
+"""Attention inside torch: opcheck, torch.compile, meta tensors, autograd's corners, a fork, and wrong calls."""
 
 import hashlib
 import multiprocessing
