@@ -18,13 +18,13 @@ def demo() -> Recipe:
         tokenizer=TokenizerConfig(vocab_size=8192),
         model=micro(8192),
         train=TrainConfig(
-            steps=160,
+            steps=600,
             seq_len=512,
-            batch_size=16,
-            average_every_steps=2,
-            eval_every_steps=32,
-            schedule=ScheduleConfig(peak_lr=4e-3, min_lr=4e-4, warmup_steps=16, anneal_steps=32),
-            checkpoint=CheckpointConfig(every_steps=32, keep_last=2),
+            batch_size=4,
+            average_every_steps=4,
+            eval_every_steps=60,
+            schedule=ScheduleConfig(peak_lr=2e-3, min_lr=2e-4, warmup_steps=30, anneal_steps=120),
+            checkpoint=CheckpointConfig(every_steps=60, keep_last=2),
         ),
         samples=SampleConfig(
             prompts=(
