@@ -83,6 +83,7 @@ class TrainConfig:
     mask_border_targets: bool = True  # do not learn to predict the first token of an unrelated next document
     reset_positions: bool = True  # rotary positions start at 0 in every document, else in every sequence
     average_every_steps: int = 0  # Polyak average over the annealing steps; 0: none
+    average_last_steps: int = 0  # only over so many steps at the end; 0: over all annealing steps
     eval_every_steps: int = 0  # held-out loss; 0: never inside the loop
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped_steps: int = 10  # in a row, with on_nonfinite="skip"
@@ -102,11 +103,9 @@ class TrainConfig:
             raise ValueError(f"TrainConfig: dtype must be 'fp32' or 'bf16', got {self.dtype!r}")
         if self.on_nonfinite not in ("stop", "skip"):
             raise ValueError(f"TrainConfig: on_nonfinite must be 'stop' or 'skip', got {self.on_nonfinite!r}")
-        if min(self.average_every_steps, self.eval_every_steps, self.max_skipped_steps) < 0:
-            raise ValueError(
-                "TrainConfig: average_every_steps, eval_every_steps, max_skipped_steps must not be negative, "
-                f"got {self.average_every_steps}, {self.eval_every_steps}, {self.max_skipped_steps}"
-            )
+        for name in ("average_every_steps", "average_last_steps", "eval_every_steps", "max_skipped_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"TrainConfig: {name} must not be negative, got {getattr(self, name)}")
         if self.schedule.warmup_steps + self.schedule.anneal_steps > self.steps:
             raise ValueError(
                 f"TrainConfig: warmup_steps + anneal_steps must be at most steps={self.steps}, "

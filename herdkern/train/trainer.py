@@ -242,9 +242,10 @@ class Trainer:
         )
 
     def _averages_now(self) -> bool:
-        every = self.config.average_every_steps
-        annealed = self.step - (self.config.steps - self.config.schedule.anneal_steps)
-        return every > 0 and annealed > 0 and annealed % every == 0
+        every, anneal_steps = self.config.average_every_steps, self.config.schedule.anneal_steps
+        counted = min(self.config.average_last_steps or anneal_steps, anneal_steps)
+        left = self.config.steps - self.step
+        return every > 0 and left < counted and left % every == 0  # the last step always takes part
 
     def _speed(self, batches: list[Batch], seconds: float) -> dict[str, Any]:
         speed: dict[str, Any] = {"seconds": seconds}

@@ -277,16 +277,21 @@ def test_skipping_has_an_end(tiny_model_config, tiny_train_config, sampler, tmp_
         run(tiny_model_config, config, sampler, tmp_path, objective=always)
 
 
-def test_average_is_the_mean_of_the_annealing_checkpoints(tiny_model_config, tiny_train_config, sampler, tmp_path):
-    config = dataclasses.replace(tiny_train_config, checkpoint=CheckpointConfig(every_steps=1, keep_last=12))
+@pytest.mark.parametrize(("last", "steps"), [(0, (8, 10, 12)), (4, (10, 12)), (1, (12,)), (99, (8, 10, 12))])
+def test_average_is_the_mean_of_the_annealing_checkpoints(
+    tiny_model_config, tiny_train_config, sampler, tmp_path, last, steps
+):
+    config = dataclasses.replace(
+        tiny_train_config, checkpoint=CheckpointConfig(every_steps=1, keep_last=12), average_last_steps=last
+    )
     trainer, _ = run(tiny_model_config, config, sampler, tmp_path)
-    saved = [load_file(tmp_path / "checkpoints" / f"step-{s}" / "model.safetensors") for s in (8, 10, 12)]
-    assert trainer.average.count == 3
+    saved = [load_file(tmp_path / "checkpoints" / f"step-{s}" / "model.safetensors") for s in steps]
+    assert trainer.average.count == len(steps)
     averaged = Transformer(tiny_model_config)
     trainer.average.copy_to(averaged)
     for name, param in averaged.named_parameters():
         key = name if name.startswith("lm_head") else f"model.{name}"
-        mean = sum(s[key].double() for s in saved) / 3
+        mean = sum(s[key].double() for s in saved) / len(steps)
         assert (trainer.average.mean[name] - mean).abs().max() <= 1e-7
         assert (param.double() - mean).abs().max() <= 1e-7 * max(1.0, float(mean.abs().max()))
 
