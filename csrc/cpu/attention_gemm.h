@@ -1,9 +1,8 @@
 // The matrix products inside an attention tile: C (+)= A B on operands that lie in cache, in 32-bit accumulators.
 //   A: (rows, depth) row-major, leading dimension lda.
-//   B: (depth / kPair, cols, kPair): kPair neighbours in depth lie side by side; one such row to the next: ldb
-//   elements. C: (rows, cols) fp32 row-major.
-// An engine is a way to multiply: FloatEngine anywhere; for bf16 DotEngine (attention_dot.h), AmxEngine
-// (attention_amx.h).
+//   B: (depth / kPair, cols, kPair), rows ldb apart: kPair neighbours in depth lie side by side.
+//   C: (rows, cols) fp32 row-major.
+// An engine is a way to multiply: FloatEngine anywhere; for bf16 those of attention_dot.h and attention_amx.h.
 #pragma once
 #include <cstdint>
 
