@@ -14,6 +14,7 @@ from typing import Any
 from herdkern.data.document import Document, DocumentWriter, read_documents, with_meta
 from herdkern.data.text_counts import (
     DUPLICATE_NGRAMS,
+    NO_FULL_STOP,
     TERMINAL,
     TOP_NGRAMS,
     line_counts,
@@ -30,7 +31,7 @@ _POLICY = re.compile(
 _CITATION = re.compile(r"\[(?:\d{1,3}|edit|citation needed)\]")
 _CODE_LINE = re.compile(
     r"^\s*(?:def |class |import |from \S+ import |return\b|if .*[:{]$|for .*[:{]$|#include|>>> |\$ |public )"
-    r"|^\s*(?:private |@\w)|[;{}]\s*$|^\s{4,}\S|\w\([^)]*\)\s*(?:->.*)?$|^\w[\w.]* = "
+    r"|^\s*(?:private |@\w)|[;{}]\s*$|^\s{4,}\S|\w\([^()]*\)\s*(?:->.*)?$|^\w[\w.]* = "
 )
 
 
@@ -116,7 +117,7 @@ def judge(document: Document, config: FilterConfig) -> Verdict:
         if reason := _fineweb(counts, config):
             return Verdict(reason, text, counts)
     if "c4" in config.rules:
-        return _c4(text, counts, config, is_technical)
+        return _c4(text, counts, config, is_technical or document.lang in NO_FULL_STOP)
     return Verdict("", text, counts)
 
 
@@ -176,13 +177,16 @@ def _fineweb(counts: dict[str, Any], config: FilterConfig) -> str:
     return ""
 
 
-def _c4(text: str, counts: dict[str, Any], config: FilterConfig, is_technical: bool) -> Verdict:
-    """C4: lines that are no sentences go, then documents that hold a placeholder, a brace or too few sentences."""
+def _c4(text: str, counts: dict[str, Any], config: FilterConfig, has_other_lines: bool) -> Verdict:
+    """C4: lines that are no sentences go, then documents that hold a placeholder, a brace or too few sentences.
+
+    has_other_lines: code, or a language without full stops: its lines and sentences are not judged.
+    """
     removed: Counter[str] = Counter()
     text = _CITATION.sub("", text)
     if "lorem ipsum" in text.lower():
         return Verdict("lorem_ipsum", text, counts)
-    if not is_technical:
+    if not has_other_lines:
         if "{" in text:
             return Verdict("curly_bracket", text, counts)
         lines = []

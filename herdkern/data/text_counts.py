@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Scripts written without spaces: one character counts as a word.
-_WORD = re.compile(
-    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\s]+"
+# Scripts written without spaces: one character, with the marks and the punctuation behind it, counts as a word.
+_NO_SPACES = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    r"\uff66-\uff9f\U00020000-\U0003fffd"
 )
-_UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
+_WORD = re.compile(rf"[{_NO_SPACES}][^\w\s]*|[^\s{_NO_SPACES}]+")
+_UNSPACED = re.compile(rf"[{_NO_SPACES}]")
 _LETTER = re.compile(r"[^\W\d_]")
 _PARAGRAPH = re.compile(r"\n{2,}")
 _BULLET = re.compile(r"^\s*(?:[-*+•‣▪◦●○]|\d{1,3}[.)])\s")
-_SENTENCE = re.compile(r"[.!?](?=[\s\"'”’)\]]|$)|[。！？؟।۔]")
+_SENTENCE = re.compile(r"[.!?](?=[\s\"'”’)\]]|$)|[。！？｡؟۔।॥။።។։།]")
 TERMINAL = (
     ".",
     "!",
@@ -42,7 +44,11 @@ TERMINAL = (
     "။",
     "។",
     "։",
+    "።",
+    "།",
+    "｡",
 )
+NO_FULL_STOP = frozenset(("th", "lo"))  # languages whose sentences end in a space
 # Frequent words of a language; a text that holds none of them is a list, a table or another language.
 STOP_WORDS = {
     "en": "the be to of and that have with",

@@ -166,3 +166,17 @@ def test_stage_stores_reason_and_measurements(tmp_path):
     assert dropped[0].text == "short"
     for name in ("documents.jsonl.zst", "dropped.jsonl.zst"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_text_in_scripts_without_spaces_is_judged_by_its_characters():
+    sentences = ["今天我们去公园散步，看到了很多花。", "孩子们在草地上奔跑，老人们聊天。", "天空很蓝，阳光温暖。"]
+    sentences += ["这样的日子让人非常快乐。", "我们还吃了冰淇淋，喝了茶。", "晚上大家一起回家做饭。"]
+    verdict = judge(Document(id="0", text="".join(sentences), lang="zh", source="web"), FilterConfig())
+    assert (verdict.reason, verdict.counts["sentences"]) == ("", 6)
+    thai = "วันนี้เราไปเดินเล่นที่สวนสาธารณะ และเห็นดอกไม้สวยงามมากมาย เด็กๆ วิ่งเล่นบนสนามหญ้า ผู้ใหญ่นั่งคุยกันใต้ต้นไม้"
+    assert judge(Document(id="0", text=thai, lang="th", source="web"), FilterConfig()).reason == ""
+
+
+def test_a_long_line_of_open_brackets_is_read_once():
+    assert code_line_share("f(" * 1_000_000) == 0.0  # in square time this would take hours
+    assert code_line_share("print(a(b)\nfoo(x) -> int\nplain words") == pytest.approx(2 / 3)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from herdkern.data.text_counts import (
     DUPLICATE_NGRAMS,
     STOP_WORDS,
+    TERMINAL,
     TOP_NGRAMS,
     line_counts,
     num_sentences,
@@ -32,6 +33,26 @@ def naive_shares(words):
                     covered.update(range(i, i + size))
             shares[f"duplicate_{size}gram"] = sum(len(words[i]) for i in covered) / total if total else 0.0
     return shares
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("你好。世界再见，朋友。", ["你", "好。", "世", "界", "再", "见，", "朋", "友。"]),
+        ("Python是一种语言", ["Python", "是", "一", "种", "语", "言"]),
+        ("สวัสดี ครับ", ["ส", "วั", "ส", "ดี", "ค", "รั", "บ"]),
+        ("𠀀、ab c", ["𠀀、", "ab", "c"]),
+        ("hello, it's", ["hello,", "it's"]),
+    ],
+)
+def test_punctuation_does_not_swallow_what_is_written_without_spaces(text, words):
+    assert words_of(text) == words
+
+
+@pytest.mark.parametrize("mark", list("。！？｡؟۔।॥။។։።"))
+def test_every_full_stop_that_ends_a_line_ends_a_sentence(mark):
+    assert mark in TERMINAL
+    assert num_sentences(f"ab{mark} cd{mark}") == 2
 
 
 @settings(max_examples=300, deadline=None)
