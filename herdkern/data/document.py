@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,10 +13,12 @@ from typing import Any
 
 import zstandard
 
-from herdkern.data.decompress import CHUNK_BYTES, DamagedFileError, read_lines
+from herdkern.data.decompress import CHUNK_BYTES, MAX_EXPANSION, DamagedFileError, read_lines
 
 MAX_LINE_BYTES = 64 << 20
+OWN_LINE_BYTES = 8 * MAX_LINE_BYTES  # a text of MAX_LINE_BYTES may have grown by escapes when it was written
 TEXT_PIECE_BYTES = 1 << 20  # a longer text file is cut at the next blank line
+MAX_TIMESTAMP = 1 << 53  # beyond it no whole number is a time
 _FIELDS = ("id", "text", "url", "source", "lang", "timestamp", "record")
 
 
@@ -59,6 +63,12 @@ class BadRecordError(ValueError):
         self.bad = bad
 
 
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    line_bytes: int
+    expansion: int
+
+
 OnBad = Callable[[BadRecord], None]
 
 
@@ -88,7 +98,7 @@ def read_documents(
     path: Path | str,
     *,
     on_bad: OnBad = raise_bad_record,
-    max_line_bytes: int = MAX_LINE_BYTES,
+    max_line_bytes: int = 0,
     text_key: str = "text",
     html_key: str = "",
 ) -> Iterator[Document]:
@@ -96,20 +106,27 @@ def read_documents(
 
     A line needs `text_key` alone; keys that are no field of Document go to `meta`. With `html_key` a line without text
     may hold a page under that key: it becomes the text, marked by `meta["is_html"]`. A text file is one document, or
-    one per TEXT_PIECE_BYTES cut at a blank line. Memory stays near max_line_bytes whatever the file holds.
+    one per TEXT_PIECE_BYTES cut at a blank line. Memory stays near max_line_bytes whatever the file holds; 0 stands for
+    MAX_LINE_BYTES, and for OWN_LINE_BYTES where no record may be lost (what a stage wrote must be readable to the next,
+    so there a file may also expand without a limit).
     Raises: BadRecordError naming file and line, unless `on_bad` collects the bad records and reading goes on behind
     them; ValueError for another suffix.
     """
     path = Path(path)
     kind = _kind(path)
+    may_lose = on_bad is not raise_bad_record
+    limits = _Limits(
+        line_bytes=max_line_bytes or (MAX_LINE_BYTES if may_lose else OWN_LINE_BYTES),
+        expansion=MAX_EXPANSION if may_lose else sys.maxsize,
+    )
     if kind == "parquet":
         yield from _read_parquet(path, on_bad, text_key, html_key)
         return
     try:
         if kind == "jsonl":
-            yield from _read_json_lines(path, on_bad, max_line_bytes, text_key, html_key)
+            yield from _read_json_lines(path, on_bad, limits, text_key, html_key)
         else:
-            yield from _read_text(path, on_bad, max_line_bytes)
+            yield from _read_text(path, on_bad, limits)
     except DamagedFileError as error:
         on_bad(BadRecord(f"{path.name}#{error.offset}", error.reason, str(error)))
 
@@ -131,17 +148,15 @@ def _kind(path: Path) -> str:
     )
 
 
-def _read_json_lines(
-    path: Path, on_bad: OnBad, max_line_bytes: int, text_key: str, html_key: str
-) -> Iterator[Document]:
-    for number, _, line in read_lines(path, max_line_bytes=max_line_bytes):
+def _read_json_lines(path: Path, on_bad: OnBad, limits: _Limits, text_key: str, html_key: str) -> Iterator[Document]:
+    for number, _, line in read_lines(path, max_line_bytes=limits.line_bytes, max_expansion=limits.expansion):
         record = f"{path.name}#{number}"
 
         def bad(reason: str, detail: str, *, record: str = record, number: int = number) -> None:
             on_bad(BadRecord(record, reason, f"{path}, line {number}: {detail}"))
 
         if line is None:
-            bad("line_too_long", f"longer than {max_line_bytes} bytes; split it or raise max_line_bytes")
+            bad("line_too_long", f"longer than {limits.line_bytes} bytes; split it or raise max_line_bytes")
             continue
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
@@ -165,7 +180,7 @@ def _read_json_lines(
             yield document
 
 
-def _read_text(path: Path, on_bad: OnBad, max_line_bytes: int) -> Iterator[Document]:
+def _read_text(path: Path, on_bad: OnBad, limits: _Limits) -> Iterator[Document]:
     held: list[str] = []
     held_bytes = begin = 0
 
@@ -174,12 +189,14 @@ def _read_text(path: Path, on_bad: OnBad, max_line_bytes: int) -> Iterator[Docum
         record = f"{path.name}#{begin}"
         return Document(id=document_id(record, text), text=text, record=record)
 
-    for number, offset, line in read_lines(path, max_line_bytes=max_line_bytes):
+    for number, offset, line in read_lines(path, max_line_bytes=limits.line_bytes, max_expansion=limits.expansion):
         if not held:
             begin = offset
         try:
             if line is None:
-                detail = f"{path}, line {number}: longer than {max_line_bytes} bytes; split it or raise max_line_bytes"
+                detail = (
+                    f"{path}, line {number}: longer than {limits.line_bytes} bytes; split it or raise max_line_bytes"
+                )
                 on_bad(BadRecord(f"{path.name}#{offset}", "line_too_long", detail))
                 continue
             held.append((line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).decode())
@@ -237,19 +254,39 @@ def _from_values(values: Any, record: str, text_key: str, html_key: str) -> Docu
     meta = dict(meta) if isinstance(meta, dict) else {}
     extra = {key: value for key, value in values.items() if key not in _FIELDS and key not in (text_key, "meta")}
     meta.update((key, value) for key, value in extra.items() if isinstance(value, (str, int, float, bool)))
+    meta = _writable(meta)
     if is_html:
         meta["is_html"] = True
     timestamp = values.get("timestamp", 0)
+    is_time = isinstance(timestamp, int) and not isinstance(timestamp, bool) and abs(timestamp) <= MAX_TIMESTAMP
     return Document(
-        id=known.get("id") or document_id(record, text),
+        id=clean_text(known.get("id", "")) or document_id(record, text),
         text=text,
         url=clean_text(known.get("url", "")),
         source=clean_text(known.get("source", "")),
-        lang=known.get("lang", ""),
-        timestamp=timestamp if isinstance(timestamp, int) else 0,
+        lang=clean_text(known.get("lang", "")),
+        timestamp=timestamp if is_time else 0,
         record=clean_text(known.get("record") or record),
         meta=meta,
     )
+
+
+def _writable(meta: dict[str, Any]) -> dict[str, Any]:
+    """`meta` as it is if it can be written again; else without what JSON cannot hold, its texts cleaned."""
+    try:
+        json.dumps(meta, ensure_ascii=False, allow_nan=False).encode()
+        return meta
+    except (ValueError, TypeError, RecursionError):
+        return {
+            clean_text(str(key)): value for key, value in ((k, _plain(v)) for k, v in meta.items()) if value is not None
+        }
+
+
+def _plain(value: Any) -> Any:
+    """A scalar that JSON can hold, None for any other value."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return clean_text(value) if isinstance(value, str) else value if isinstance(value, int) else None
 
 
 class DocumentWriter:

@@ -1,6 +1,8 @@
 """What a corpus can come in: WARC, HTML files, JSON lines, Parquet, text. Damage costs the damaged records alone."""
 
 import datetime
+import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +100,13 @@ def read_records(
 def _read_warc(path: Path, on_bad: OnBad, max_record_bytes: int) -> Iterator[RawPage | Document]:
     """Records of a WARC file; behind a damaged stretch reading starts again at the next record that can be found."""
     start = 0
+    cut_at = ""  # the record already reported as truncated
+
+    def note(bad: BadRecord) -> None:
+        nonlocal cut_at
+        cut_at = bad.record if bad.reason in ("truncated_record", "page_too_large") else ""
+        on_bad(bad)
+
     with open(path, "rb") as file:
         size = path.stat().st_size
         if size == 0:
@@ -110,14 +119,43 @@ def _read_warc(path: Path, on_bad: OnBad, max_record_bytes: int) -> Iterator[Raw
             try:
                 for record in ArchiveIterator(_Part(file, start), record_types=types, parse_http=False):
                     last = start + record.stream_pos
-                    found = _read_record(record, f"{path.name}#{last}", on_bad, max_record_bytes)
+                    found = _read_record(record, f"{path.name}#{last}", note, max_record_bytes)
                     if found is not None:
                         yield found
+                if cut_at != f"{path.name}#{last}" and _is_cut(file, last):
+                    on_bad(BadRecord(f"{path.name}#{last}", "truncated_warc", f"{path}: ends within a record"))
                 return
             except OSError as error:
                 detail = f"{path}: damaged near byte {last}: {error}"
                 on_bad(BadRecord(f"{path.name}#{last}", "corrupt_warc", detail))
             start = _next_record(file, last + 1, size)
+
+
+def _is_cut(file: BinaryIO, last: int) -> bool:
+    """Whether the file ends inside the record at byte `last` or one behind it: the reader skips such a rest."""
+    file.seek(last)
+    piece = file.read(_WINDOW)
+    if piece[:2] != b"\x1f\x8b":
+        head, end, _ = piece.partition(b"\r\n\r\n")
+        length = re.search(rb"(?im)^content-length:[ \t]*(\d+)", head)
+        if piece[:5] != b"WARC/" or not end or length is None:
+            return piece[:5] == b"WARC/" and not end
+        stop = last + len(head) + 4 + int(length[1])
+        if stop > file.seek(0, 2):
+            return True
+        file.seek(stop)
+        rest = file.read(_WINDOW).strip()
+        return rest != b"" and b"\r\n\r\n" not in rest
+    inflate = zlib.decompressobj(31)
+    while piece:
+        try:
+            inflate.decompress(piece, _WINDOW)
+        except zlib.error:
+            return False  # damage that the reader has passed over
+        piece = inflate.unconsumed_tail or inflate.unused_data.lstrip(b"\0") or file.read(_WINDOW)
+        if inflate.eof and piece:
+            inflate = zlib.decompressobj(31)
+    return not inflate.eof
 
 
 class _Part:

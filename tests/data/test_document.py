@@ -3,11 +3,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import zstandard
 
 from herdkern.data.document import (
+    MAX_LINE_BYTES,
     BadRecordError,
     Document,
     clean_text,
@@ -243,3 +245,31 @@ def test_unwritable_folder_is_an_error(tmp_path):
 def test_reading_needs_no_torch():
     code = "import sys, herdkern.data.document; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        '"score": NaN', '"meta": {"a": [Infinity], "b": 1}', '"title": "\\ud800"', '"lang": "\\ud800"',
+        '"id": "\\ud800"', '"meta": {"\\ud800": 1}', '"timestamp": 100000000000000000000', '"timestamp": true',
+    ],
+)  # fmt: skip
+def test_what_can_be_read_can_be_written(tmp_path, fields):
+    (tmp_path / "x.jsonl").write_text('{"text": "words", "kept": 5, ' + fields + "}\n")
+    (document,) = read_documents(tmp_path / "x.jsonl")
+    assert (document.text, document.meta.get("kept")) == ("words", 5)
+    assert abs(document.timestamp) < 1 << 53
+    assert not isinstance(document.timestamp, bool)
+    write_documents(tmp_path / "y.jsonl.zst", [document])
+    (again,) = read_documents(tmp_path / "y.jsonl.zst")
+    assert replace(again, record=document.record) == document
+
+
+def test_the_largest_text_of_a_stage_is_read_by_the_next(tmp_path):
+    """A thousandfold expansion and a line beyond MAX_LINE_BYTES: refused from others, not from ourselves."""
+    document = Document(id="0" * 16, text='"' * (MAX_LINE_BYTES * 5 // 8))
+    write_documents(tmp_path / "x.jsonl.zst", [document, replace(document, text="next")])
+    assert [len(d.text) for d in read_documents(tmp_path / "x.jsonl.zst")] == [len(document.text), 4]
+    bad = []
+    assert list(read_documents(tmp_path / "x.jsonl.zst", on_bad=bad.append)) == []
+    assert [b.reason for b in bad] == ["decompression_bomb"]

@@ -154,14 +154,15 @@ def declared(size):
         (bytes(5000), {"corrupt_warc"}),
         (declared(10**15), {"page_too_large"}),
         (declared(10**6), {"truncated_record"}),
-        (b"WARC/1.1\r\n" * 1000, {"corrupt_warc"}),
-        (b"\x1f\x8b\x08" * 2000, {"corrupt_warc"}),
+        (b"WARC/1.1\r\n" * 1000, {"corrupt_warc", "truncated_warc"}),
+        (b"\x1f\x8b\x08" * 2000, {"corrupt_warc", "truncated_warc"}),
     ],
 )
 def test_hostile_files_give_a_reason(tmp_path, content, reasons):
     (tmp_path / "a.warc").write_bytes(content)
     records, bad = collect(tmp_path / "a.warc")
     assert records == []
+    assert bad
     assert {b.reason for b in bad} <= reasons
     assert all(b.record.startswith("a.warc#") for b in bad)
 
@@ -263,3 +264,24 @@ def test_foreign_files_good_and_broken():
     assert found["example-iana.org-chunked.warc"] == (1, set())
     assert found["example-trunc.warc"] == (1, {"corrupt_warc"})
     assert found["example-resource.warc.gz"] == (1, set())
+
+
+@pytest.mark.parametrize("kind", ["warc.gz", "warc"])
+def test_a_cut_file_is_always_reported(tmp_path, kind):
+    """Wherever it is cut but between two records: also in a request or metadata record, or before the first page."""
+    packed = write_warc(tmp_path / "whole.warc.gz", pages(4)).read_bytes()
+    borders, rest = [0], packed
+    while rest:
+        member = zlib.decompressobj(31)
+        record = member.decompress(rest)
+        rest = member.unused_data
+        borders.append(borders[-1] + len(record) if kind == "warc" else len(packed) - len(rest))
+    data = gzip.decompress(packed) if kind == "warc" else packed
+    for cut in range(20, len(data), 37):
+        if min(abs(cut - border) for border in borders) <= 4 + 8 * (kind == "warc"):
+            continue  # nothing, or the blank lines behind a record, is missing
+        (tmp_path / f"cut.{kind}").write_bytes(data[:cut])
+        _, bad = collect(tmp_path / f"cut.{kind}")  # of a header that is cut also what it lacks
+        assert [b.reason in ("truncated_warc", "truncated_record") for b in bad].count(True) == 1, (cut, bad)
+    (tmp_path / f"cut.{kind}").write_bytes(data)
+    assert (len(collect(tmp_path / f"cut.{kind}")[0]), collect(tmp_path / f"cut.{kind}")[1]) == (4, [])
