@@ -20,8 +20,8 @@ _NEWLINE, _SPACE = "\ufdd0", "\ufdd1"  # noncharacters: a newline and a space th
 _SPACES = re.compile(r"[ \t\n\r\f]+")
 _AROUND_NEWLINE = re.compile(f" ?{_NEWLINE} ?")
 _INVISIBLE = re.compile("[\u00ad\u200b\u2060\ufeff\u200e\u200f]")
-_INLINE_TEX = re.compile(r"\\\((.+?)\\\)", re.DOTALL)
-_DISPLAY_TEX = re.compile(r"\\\[(.+?)\\\]", re.DOTALL)
+_INLINE_TEX = re.compile(r"\\\(((?:(?!\\\().)+?)\\\)", re.DOTALL)  # a second \( ends the search: linear time
+_DISPLAY_TEX = re.compile(r"\\\[((?:(?!\\\[).)+?)\\\]", re.DOTALL)
 _FILE_NAME = re.compile(r"^\S*\.(?:jpe?g|png|gif|svg|webp|bmp)$|^(?:img|image|dsc|photo)[-_ ]?\d+", re.IGNORECASE)
 
 
@@ -143,10 +143,18 @@ class _Renderer:
 
     def add_code(self, index: int) -> None:
         tree = self.tree
-        text = "".join(
-            "\n" if tree.tags[inner] == "br" else tree.texts[inner] for inner in range(index + 1, tree.ends[index])
-        )
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        pieces: list[str] = []
+        line_end = -1  # of a block element inside, which some pages use for each line
+        for inner in range(index + 1, tree.ends[index]):
+            tag, piece = tree.tags[inner], tree.texts[inner]
+            starts_line = tag in BLOCK_TAGS or (piece and 0 <= line_end <= inner)
+            if starts_line and pieces and not pieces[-1].endswith("\n") and not piece.startswith("\n"):
+                pieces.append("\n")
+            if piece or tag in BLOCK_TAGS:
+                line_end = tree.ends[inner] if tag in BLOCK_TAGS else -1 if inner >= line_end else line_end
+            if piece or tag == "br":
+                pieces.append(piece or "\n")
+        text = "".join(pieces).replace("\r\n", "\n").replace("\r", "\n")
         body = text.rstrip(" \n\t")
         length = len("".join(body.split()))
         if length:

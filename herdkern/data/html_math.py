@@ -3,11 +3,13 @@
 Source of the forms: W3C MathML Core; KaTeX and MathJax output; MediaWiki's `mwe-math-fallback-image`.
 """
 
+import itertools
 import re
 
 from selectolax.lexbor import LexborNode
 
 MAX_MATH_DEPTH = 200
+KATEX_NODES = 16  # the formula comes before its rendering, some wrappers deep
 _RENDERED = re.compile(r"(?:^|\s)(?:MathJax\w*|mjx-chtml|katex-html|math-error)(?:\s|$)")
 _TEX_IMAGE = re.compile(r"(?:^|\s)(?:tex|latex|math|mwe-math-fallback-image-\w+|ql-img-\w+|math_img)(?:\s|$)")
 _TEX_CHARACTER = re.compile(r"\\[A-Za-z]+|[\^_{}]")
@@ -63,11 +65,19 @@ def math_text(node: LexborNode, tag: str, attributes: dict[str, str | None]) -> 
     if "katex" in classes:
         names = classes.split()
         if "katex-display" in names or "katex" in names:
-            inner = node.css_first("math")
+            inner = _first_math(node)
             if inner is not None:
                 display = "katex-display" in names or inner.attributes.get("display") == "block"
                 return _delimited(_math_tex(inner, inner.attributes), display)
     return "" if _RENDERED.search(classes) else None
+
+
+def _first_math(node: LexborNode) -> LexborNode | None:
+    """The <math> among the first elements of a KaTeX rendering; to search all of it would be quadratic when nested."""
+    for inner in itertools.islice(node.traverse(), KATEX_NODES):
+        if inner.tag == "math":
+            return inner
+    return None
 
 
 def _delimited(tex: str, display: bool) -> str:

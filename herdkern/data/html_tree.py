@@ -5,6 +5,7 @@ The tree is kept as parallel lists in document order, so every later step is a l
 
 import codecs
 import re
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from selectolax.lexbor import LexborHTMLParser, LexborNode
@@ -33,6 +34,11 @@ _HIDDEN_STYLE = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden")
 _OPENING = re.compile(
     rb"<(/?)(?:div|section|article|main|center|blockquote|ul|ol|dl|menu|dir|figure|details|fieldset|address|header|hgroup"
     rb"|footer|nav|aside|object|applet|marquee|select|form|summary|dialog|search)[\s/>]",
+    re.IGNORECASE,
+)
+MIN_FORMATTING = 40  # fewer open at a time cannot do harm
+_FORMATTING = re.compile(
+    r"<(/?)(?:(b|big|code|em|font|i|nobr|s|small|strike|strong|tt|u)(?=[\s/>])[^<>]*>?|(?:p|div|li|td|h[1-6]|dd|dt|br)(?=[\s/>]))",
     re.IGNORECASE,
 )
 _NO_ATTRIBUTES: dict[str, str | None] = {}
@@ -135,6 +141,35 @@ def open_blocks(data: bytes) -> int:
     return deepest
 
 
+def formatting_copies(html: str) -> int:
+    """About how many elements the parser adds or looks at because formatting was left open.
+
+    It opens all of that again in each block, and compares each new one with it.
+    Source: WHATWG HTML, 13.2.4.3, the list of active formatting elements (of equal ones at most three).
+    """
+    if html.count("<") < 2 * MIN_FORMATTING:
+        return 0
+    active: defaultdict[str, list[str]] = defaultdict(list)  # name -> the tags that are open
+    equal: Counter[str] = Counter()
+    num_active = copies = 0
+    for match in _FORMATTING.finditer(html):
+        closing, name = match.group(1), match.group(2)
+        if not closing and num_active > MIN_FORMATTING:
+            copies += num_active
+        if not name:
+            continue
+        if not closing:
+            tag = match.group()
+            if equal[tag] < 3:
+                equal[tag] += 1
+                num_active += 1
+                active[name.lower()].append(tag)
+        elif active[name.lower()]:
+            num_active -= 1
+            equal[active[name.lower()].pop()] -= 1
+    return copies
+
+
 def parse_html(html: str, *, max_nodes: int = 2_000_000, keep_hidden: bool = False) -> FlatTree:
     """The flat tree of `html`; maths is already TeX between dollars.
 
@@ -144,6 +179,9 @@ def parse_html(html: str, *, max_nodes: int = 2_000_000, keep_hidden: bool = Fal
     depth = open_blocks(html.encode("utf-8", "replace"))
     if depth > MAX_OPEN_BLOCKS:
         raise PageError("nested_too_deep", f"{depth} blocks are open at a time, at most {MAX_OPEN_BLOCKS} are parsed")
+    copies = formatting_copies(html)
+    if copies > max_nodes:
+        raise PageError("too_many_nodes", f"formatting left open would cost {copies} elements")
     parser = LexborHTMLParser(html.replace("\0", ""))
     tree = FlatTree()
     title = parser.css_first("head > title")

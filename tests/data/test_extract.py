@@ -325,3 +325,41 @@ def test_any_bytes_give_text_or_a_reason(count):
         assert bool(found.text) != bool(found.reason), html
         found.text.encode()
         assert not set(found.text) & {"\ufdd0", "\ufdd1"}
+
+
+HOSTILE = {
+    "open tex": lambda n: "<p>A sentence, with words. " + "\\(" * n + "\\[" * n + "</p>",
+    "nested katex": lambda n: "<p>A sentence, with words, of some length.</p>" + "<span class=katex>" * n,
+    "formatting times paragraphs": lambda n: "<p>" + "".join(f"<b id={i}>" for i in range(n)) + "<p>x" * n,
+    "formatting alone": lambda n: "<p>" + "".join(f"<font size={i}>x" for i in range(n)),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_what_would_take_square_time_or_memory_ends(kind):
+    found = extract(HOSTILE[kind](20_000))  # formatting times paragraphs: 4e8 elements for 500 kB
+    assert found.reason == ("too_many_nodes" if kind.startswith("formatting") else found.reason)
+
+
+def test_much_formatting_that_is_closed_or_equal_is_no_harm():
+    line = "<p>Some <b>bold</b>, <i>slanted and <em>both</em></i> words make a sentence here. <font color=red>It ends."
+    assert extract(line * 3000).reason == ""
+    assert extract("<b><i>misnested</b></i> <p>A sentence with words, and its end. " * 3000).reason == ""
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("<div class=l>a = 1</div><div class=l>b = 2</div>", "a = 1\nb = 2"),
+        ("<div>a = 1\n</div><div>b = 2\n</div>", "a = 1\nb = 2"),
+        ("<div>a</div>\n<div>b</div>\n\nc", "a\nb\n\nc"),
+        ("<ol><li><span>a</span> b</li><li>c</li></ol>d", "a b\nc\nd"),
+        ("a<br>b\n  <b>c</b> = <i>1</i>", "a\nb\n  c = 1"),
+    ],
+)
+def test_lines_of_code_in_elements_of_their_own_stay_lines(code, text):
+    words = "This is a paragraph about the code, with words and more words. It ends here."
+    assert (
+        extract(f"<article><p>{words}</p><pre>{code}</pre><p>{words}</p></article>").text
+        == f"{words}\n\n{text}\n\n{words}"
+    )
