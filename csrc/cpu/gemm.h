@@ -24,7 +24,9 @@ HK_INLINE int64_t round_up(int64_t value, int64_t multiple) { return (value + mu
 
 struct Fp32 {
   using Word = float;
+  struct Session {};  // what a thread holds while it multiplies
   static constexpr int kDepthPerWord = 1;
+  static constexpr bool kTiles = false;
   static HK_INLINE Vec load(const float* b) { return Vec::load(b); }
   static HK_INLINE void multiply_add(Vec& acc, const float& a, const Vec& b) { acc = fma(Vec(a), b, acc); }
 };
@@ -32,7 +34,9 @@ struct Fp32 {
 #if defined(HK_VEC_AVX512)
 struct Bf16Pair {
   using Word = uint32_t;
+  struct Session {};
   static constexpr int kDepthPerWord = 2;
+  static constexpr bool kTiles = false;
   static HK_INLINE Vec load(const uint32_t* b) { return Vec::load(reinterpret_cast<const float*>(b)); }
   // Assembly, because level avx512 is compiled without AVX512_BF16: its intrinsic would not be accepted there.
   static HK_INLINE void multiply_add(Vec& acc, const uint32_t& a, const Vec& b) {
@@ -65,10 +69,9 @@ HK_INLINE void multiply_tile(const typename Kind::Word* a, int64_t a_stride, con
     }
 }
 
-// All rows of A times one panel of B; see multiply_tile.
 template <typename Kind, bool kUnitDepth>
-void multiply_panel(const typename Kind::Word* a, int64_t a_stride, int64_t rows, const typename Kind::Word* panel,
-                    int64_t depth, float* c, int64_t c_row, bool accumulate) {
+void multiply_rows(const typename Kind::Word* a, int64_t a_stride, int64_t rows, const typename Kind::Word* panel,
+                   int64_t depth, float* c, int64_t c_row, bool accumulate) {
   const int64_t row_step = kUnitDepth ? a_stride : 1;
   int64_t i = 0;
   for (; i + kTileRows <= rows; i += kTileRows)
@@ -79,6 +82,144 @@ void multiply_panel(const typename Kind::Word* a, int64_t a_stride, int64_t rows
       multiply_tile<Kind, 4, kUnitDepth>(a + i * row_step, a_stride, panel, depth, c + i * c_row, c_row, accumulate);
   for (; i < rows; ++i)
     multiply_tile<Kind, 1, kUnitDepth>(a + i * row_step, a_stride, panel, depth, c + i * c_row, c_row, accumulate);
+}
+
+#if defined(HK_ISA_AMX)
+// The tile unit's form of Bf16Pair: tdpbf16ps multiplies 16 rows by 16 words of A with 16 words by 16 columns of B.
+struct Bf16Tiles {
+  using Word = uint32_t;
+  static constexpr int kDepthPerWord = 2;
+  static constexpr bool kTiles = true;
+
+  // Gives the calling thread eight tiles of 16 rows of 64 bytes.
+  struct Session {
+    Session() {
+      struct alignas(64) Config {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+      };
+      const Config config;
+      _tile_loadconfig(&config);
+    }
+    ~Session() { _tile_release(); }
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
+  };
+
+  static void multiply(const uint32_t* a, int64_t a_row, int64_t rows, const uint32_t* panel, int64_t depth, float* c,
+                       int64_t c_row, bool accumulate);
+};
+
+// 32 rows (kTwo) or 16 by one panel in tiles 0 to 3; depth: a multiple of 16 words.
+template <bool kTwo>
+HK_INLINE void amx_block(const uint32_t* a, int64_t a_row, const uint32_t* panel, int64_t depth, float* c,
+                         int64_t c_row, bool accumulate) {
+  static_assert(kPanel == 32, "two tiles of columns");
+  const int64_t a_bytes = a_row * 4, c_bytes = c_row * 4;
+  const uint32_t* low = a + 16 * a_row;
+  float* c_low = c + 16 * c_row;
+  if (accumulate) {
+    _tile_loadd(0, c, c_bytes);
+    _tile_loadd(1, c + 16, c_bytes);
+    if constexpr (kTwo) {
+      _tile_loadd(2, c_low, c_bytes);
+      _tile_loadd(3, c_low + 16, c_bytes);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < depth; k += 16) {
+    _tile_loadd(4, a + k, a_bytes);
+    _tile_loadd(6, panel + k * kPanel, kPanel * 4);
+    _tile_loadd(7, panel + k * kPanel + 16, kPanel * 4);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (kTwo) {
+      _tile_loadd(5, low + k, a_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, c_bytes);
+  _tile_stored(1, c + 16, c_bytes);
+  if constexpr (kTwo) {
+    _tile_stored(2, c_low, c_bytes);
+    _tile_stored(3, c_low + 16, c_bytes);
+  }
+}
+
+// What does not fill tiles, the last rows and the end of depth, goes through vdpbf16ps.
+inline void Bf16Tiles::multiply(const uint32_t* a, int64_t a_row, int64_t rows, const uint32_t* panel, int64_t depth,
+                                float* c, int64_t c_row, bool accumulate) {
+  const int64_t tiled_rows = rows / 16 * 16, tiled_depth = depth / 16 * 16;
+  if (tiled_depth > 0) {
+    int64_t i = 0;
+    for (; i + 32 <= tiled_rows; i += 32)
+      amx_block<true>(a + i * a_row, a_row, panel, tiled_depth, c + i * c_row, c_row, accumulate);
+    if (i < tiled_rows) amx_block<false>(a + i * a_row, a_row, panel, tiled_depth, c + i * c_row, c_row, accumulate);
+  }
+  if (tiled_depth < depth)
+    multiply_rows<Bf16Pair, true>(a + tiled_depth, a_row, tiled_rows, panel + tiled_depth * kPanel, depth - tiled_depth,
+                                  c, c_row, accumulate || tiled_depth > 0);
+  multiply_rows<Bf16Pair, true>(a + tiled_rows * a_row, a_row, rows - tiled_rows, panel, depth, c + tiled_rows * c_row,
+                                c_row, accumulate);
+}
+
+// Sixteen rows of sixteen words, exchanged with their columns.
+HK_INLINE void transpose_16x16(const uint32_t* source, int64_t source_row, uint32_t* out, int64_t out_row) {
+  __m512i r[16], s[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(source + i * source_row);
+  for (int i = 0; i < 16; i += 2) {  // pairs of rows, then of pairs: 4 x 4 words within each 128-bit lane
+    s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(s[i], s[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(s[i], s[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(s[i + 1], s[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(s[i + 1], s[i + 3]);
+  }
+  for (int i = 0; i < 4;
+       ++i) {  // then the lanes: r[4 g + i] holds columns i, i + 4, i + 8, i + 12 of rows 4 g ... 4 g + 3
+    const __m512i low = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), high = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    const __m512i low2 = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    const __m512i high2 = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    _mm512_storeu_si512(out + i * out_row, _mm512_shuffle_i32x4(low, low2, 0x88));
+    _mm512_storeu_si512(out + (i + 4) * out_row, _mm512_shuffle_i32x4(high, high2, 0x88));
+    _mm512_storeu_si512(out + (i + 8) * out_row, _mm512_shuffle_i32x4(low, low2, 0xdd));
+    _mm512_storeu_si512(out + (i + 12) * out_row, _mm512_shuffle_i32x4(high, high2, 0xdd));
+  }
+}
+
+// Rows of A out of a matrix that holds them as columns: out[i * out_row + k] = source[k * source_row + i].
+inline void transpose_words(const uint32_t* source, int64_t source_row, int64_t rows, int64_t depth, uint32_t* out,
+                            int64_t out_row) {
+  for (int64_t k = 0; k < depth; k += 16)
+    for (int64_t i = 0; i < rows; i += 16) {
+      if (k + 16 <= depth && i + 16 <= rows) {
+        transpose_16x16(source + k * source_row + i, source_row, out + i * out_row + k, out_row);
+        continue;
+      }
+      for (int64_t j = i; j < rows && j < i + 16; ++j)
+        for (int64_t l = k; l < depth && l < k + 16; ++l) out[j * out_row + l] = source[l * source_row + j];
+    }
+}
+#endif
+
+// All rows of A times one panel of B; see multiply_tile. Kind::Session must live in the calling thread.
+template <typename Kind, bool kUnitDepth>
+void multiply_panel(const typename Kind::Word* a, int64_t a_stride, int64_t rows, const typename Kind::Word* panel,
+                    int64_t depth, float* c, int64_t c_row, bool accumulate) {
+  if constexpr (!Kind::kTiles) {
+    multiply_rows<Kind, kUnitDepth>(a, a_stride, rows, panel, depth, c, c_row, accumulate);
+  } else {
+    static_assert(kUnitDepth, "the tile unit loads rows of A; transpose_words makes them");
+    Kind::multiply(a, a_stride, rows, panel, depth, c, c_row, accumulate);
+  }
 }
 
 // Packs one panel of B whose columns are rows of `source`: word (k, j) of the panel comes from source row j, element k.

@@ -28,7 +28,7 @@ constexpr bool bit(unsigned value, int index) { return (value >> index) & 1u; }
 
 // What x86-64-v3 adds to the baseline, as far as a compiler may use it.
 bool has_v3(unsigned ecx1, unsigned ebx7) {
-  unsigned a, b, ecx_ext = 0, d;
+  unsigned a = 0, b = 0, ecx_ext = 0, d = 0;
   __get_cpuid(0x80000001, &a, &b, &ecx_ext, &d);
   const bool leaf1 = bit(ecx1, 12) && bit(ecx1, 22) && bit(ecx1, 28) && bit(ecx1, 29);  // FMA MOVBE AVX F16C
   return leaf1 && bit(ebx7, 5) && bit(ebx7, 3) && bit(ebx7, 8) && bit(ecx_ext, 5);      // AVX2 BMI1 BMI2 LZCNT
@@ -45,7 +45,8 @@ bool request_tile_state() {
 
 Features probe() {
   Features found;
-  unsigned a, b, c, d, max_leaf = __get_cpuid_max(0, nullptr);
+  const unsigned max_leaf = __get_cpuid_max(0, nullptr);
+  unsigned a = 0, b = 0, c = 0, d = 0;
   if (max_leaf < 7) return found;
   __get_cpuid(1, &a, &b, &c, &d);
   const unsigned ecx1 = c;

@@ -139,6 +139,7 @@ class Chunks {
   // Logits of one block of the vocabulary, their maximum and the sum of exponentials for every token.
   void logits_of(int64_t block) {
     const int64_t num_rows = block_rows(block), depth = words(args_.dim);
+    [[maybe_unused]] const typename Kind::Session session;
     Workspace<float> own_logits(wants_gradient_ ? 0 : num_rows * pitch_);
     float* logits = wants_gradient_ ? logits_.data() + block * kVocabBlock * pitch_ : own_logits.data();
     // Fp32 words of a bf16 weight are made here; otherwise the rows are words as they lie.
@@ -208,6 +209,7 @@ class Chunks {
   // Turns a block's logits into dlogits where they lie, and adds its rows of dweight.
   void gradient_of(int64_t block) {
     const int64_t num_rows = block_rows(block);
+    [[maybe_unused]] const typename Kind::Session session;
     float* logits = logits_.data() + block * kVocabBlock * pitch_;
     Workspace<Word> row_words(kPairs && args_.dweight != nullptr ? num_rows * words(pitch_) : 0);
     if constexpr (kPairs) {
@@ -301,30 +303,40 @@ class Chunks {
   // dx of the chunk: a thread owns some columns and goes through the vocabulary in order.
   void finish_dx() {
     const int64_t num_panels = plan_.padded_dim / kPanel;
-    const int64_t a_stride = pitch_ * Kind::kDepthPerWord;  // words from one step of depth to the next
-    const auto* a = reinterpret_cast<const Word*>(logits_.data());
     parallel_ranges(num_panels, num_threads_, [&](int64_t panel_begin, int64_t panel_end) {
+      [[maybe_unused]] const typename Kind::Session session;
       constexpr int64_t kGroup = 512 / kPanel;  // columns whose weights are packed together: 192 x 512 words in L2
-      Workspace<Word> packed(words(kVocabDepth) * kPanel * kGroup);
-      for (int64_t group = panel_begin; group < panel_end; group += kGroup) {
-        const int64_t group_end = std::min(group + kGroup, panel_end);
-        for (int64_t v = 0; v < args_.vocab_size; v += kVocabDepth) {
-          const int64_t depth = std::min(kVocabDepth, args_.vocab_size - v);
-          for (int64_t panel = group; panel < group_end; ++panel) {
-            Word* weights = packed.data() + (panel - group) * words(kVocabDepth) * kPanel;
-            const int64_t d = panel * kPanel;
-            pack_straight<Kind>(weight_row(v) + d, args_.weight_stride, std::min<int64_t>(kPanel, args_.dim - d), depth,
-                                weights);
-            multiply_panel<Kind, false>(a + v / Kind::kDepthPerWord * a_stride, a_stride, count_, weights, words(depth),
-                                        dx() + d, plan_.padded_dim, v > 0);
-          }
-        }
-      }
+      Workspace<Word> packed(words(kVocabDepth) * kPanel * kGroup),
+          rows(Kind::kTiles ? count_ * words(kVocabDepth) : 0);
+      for (int64_t group = panel_begin; group < panel_end; group += kGroup)
+        for (int64_t v = 0; v < args_.vocab_size; v += kVocabDepth)
+          add_dx(group, std::min(group + kGroup, panel_end), v, packed.data(), rows.data());
     });
     for (const auto& of_block : corrections_)
       for (const Correction& c : of_block)
         add_scaled(c.lost, weight_row(c.vocab_row), dx() + c.token * plan_.padded_dim);
     if (padded_) copy_rows(dx_sum_.data(), count_, args_.dx + first_ * args_.dim);
+  }
+
+  // Adds kVocabDepth rows of the vocabulary to panels of dx.
+  void add_dx(int64_t panel_begin, int64_t panel_end, int64_t v, Word* packed, Word* rows) const {
+    const int64_t depth = std::min(kVocabDepth, args_.vocab_size - v);
+    const int64_t stride = pitch_ * Kind::kDepthPerWord;  // words from one step of depth to the next
+    const Word* dlogits = reinterpret_cast<const Word*>(logits_.data()) + v / Kind::kDepthPerWord * stride;
+#if defined(HK_ISA_AMX)
+    if constexpr (Kind::kTiles) transpose_words(dlogits, stride, count_, words(depth), rows, words(kVocabDepth));
+#endif
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+      Word* weights = packed + (panel - panel_begin) * words(kVocabDepth) * kPanel;
+      const int64_t d = panel * kPanel;
+      pack_straight<Kind>(weight_row(v) + d, args_.weight_stride, std::min<int64_t>(kPanel, args_.dim - d), depth,
+                          weights);
+      if constexpr (Kind::kTiles)
+        multiply_panel<Kind, true>(rows, words(kVocabDepth), count_, weights, words(depth), dx() + d, plan_.padded_dim,
+                                   v > 0);
+      else
+        multiply_panel<Kind, false>(dlogits, stride, count_, weights, words(depth), dx() + d, plan_.padded_dim, v > 0);
+    }
   }
 
   void finish_dweight() {
@@ -370,6 +382,9 @@ void linear_cross_entropy(const LinearCrossEntropy& args) {
 #if defined(HK_VEC_AVX512)
   constexpr int64_t kWorthPairs = 64;  // below it dlogits are too few to be small each, and there is nothing to gain
   const bool pairs = args.dim % 2 == 0 && args.weight_stride % 2 == 0 && args.vocab_size >= kWorthPairs;
+#if defined(HK_ISA_AMX)
+  if (args.is_bf16 && pairs) return Chunks<Bf16Tiles, bf16>(args).run();
+#endif
   if (args.is_bf16 && pairs && has_avx512_bf16()) return Chunks<Bf16Pair, bf16>(args).run();
 #endif
   args.is_bf16 ? Chunks<Fp32, bf16>(args).run() : Chunks<Fp32, float>(args).run();
