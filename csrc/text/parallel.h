@@ -6,6 +6,7 @@
 #include <exception>
 #include <mutex>
 #include <string_view>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -35,8 +36,12 @@ void parallel_for(int64_t num_tasks, int num_threads, Task&& task) {
     }
   };
   std::vector<std::thread> threads;
+  threads.reserve(static_cast<size_t>(std::min<int64_t>(num_threads, num_tasks)));
   const int64_t extra = std::min<int64_t>(num_threads, num_tasks) - 1;
-  for (int64_t i = 0; i < extra; ++i) threads.emplace_back(work);
+  try {
+    for (int64_t i = 0; i < extra; ++i) threads.emplace_back(work);
+  } catch (const std::system_error&) {  // no more threads to be had: those that started do the work
+  }
   work();
   for (auto& thread : threads) thread.join();
   if (error) std::rethrow_exception(error);

@@ -293,7 +293,7 @@ def _document(page: RawPage, config: ExtractConfig) -> Document | str:
         return found.reason
     meta = {"title": found.title, "code_share": found.code_share, "formulas": found.num_formulas}
     return Document(
-        id=document_id(page.url, page.record),
+        id=document_id(page.url, page.record, found.text),
         text=found.text,
         url=page.url,
         source=config.source,

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from herdkern.data.decompress import read_lines
 from herdkern.data.document import Document, read_documents
-from herdkern.engine import read_json, write_json_atomic
+from herdkern.engine import config_sha256, read_json, write_json_atomic
 from herdkern.tokenizer import Tokenizer
 
 FORMAT, VERSION = "herdkern-tokens", 1
@@ -170,7 +170,7 @@ class _ShardWriter:
             "block_bytes": BLOCK_BYTES,
             "files": {name: _checksums(self._folder / name) for name in (TOKENS, BORDERS, DOCUMENTS)},
         }
-        write_json_atomic(self._folder / MANIFEST, manifest)
+        write_json_atomic(self._folder / MANIFEST, {**manifest, "check": config_sha256(manifest)})
         if self.path.exists():
             shutil.rmtree(self.path)
         os.replace(self._folder, self.path)
@@ -227,6 +227,8 @@ class TokenShard:
             raise CorruptShardError(path, 0, f"format is not {FORMAT!r}")
         if manifest.get("version") != VERSION:
             raise ValueError(f"TokenShard: {path} must have version {VERSION}, got {manifest.get('version')!r}")
+        if manifest.pop("check", None) != config_sha256(manifest):
+            raise CorruptShardError(path, 0, "its own checksum differs")
         try:
             for name in (TOKENS, BORDERS, DOCUMENTS):
                 size = (self.path / name).stat().st_size if (self.path / name).exists() else 0

@@ -83,11 +83,12 @@ def read_records(
     if name.endswith(_WARC_SUFFIXES):
         yield from _read_warc(path, on_bad, max_record_bytes)
     elif name.endswith(_HTML_SUFFIXES):
-        record = f"{path.name}#0"
+        place = f"{path.resolve().parent.name}/{path.name}"  # folders of pages have an index.html each
+        record = f"{place}#0"
         if path.stat().st_size > max_record_bytes:
             on_bad(BadRecord(record, "page_too_large", f"{path}: larger than {max_record_bytes} bytes"))
             return
-        yield RawPage(path.read_bytes(), "", path.name, 0, record)
+        yield RawPage(path.read_bytes(), "", place, 0, record)
     else:
         for document in read_documents(path, on_bad=on_bad, max_line_bytes=max_record_bytes, html_key="html"):
             if document.meta.get("is_html"):

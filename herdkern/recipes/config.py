@@ -13,6 +13,7 @@ from herdkern.data.extract import ExtractConfig
 from herdkern.data.filter import FilterConfig
 from herdkern.data.language import LanguageConfig
 from herdkern.data.pack import PackConfig
+from herdkern.dedup.containment import ContainmentConfig
 from herdkern.dedup.documents import MinHashConfig
 from herdkern.dedup.lines import LineDedupConfig
 from herdkern.dedup.urls import UrlDedupConfig
@@ -40,6 +41,7 @@ class DataConfig:
     urls: UrlDedupConfig = field(default_factory=UrlDedupConfig)
     minhash: MinHashConfig = field(default_factory=MinHashConfig)
     lines: LineDedupConfig = field(default_factory=LineDedupConfig)
+    containment: ContainmentConfig = field(default_factory=ContainmentConfig)
     pack: PackConfig = field(default_factory=PackConfig)
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from herdkern.data.filter import filter_shard
 from herdkern.data.language import language_shard
 from herdkern.data.pack import pack_shard
 from herdkern.data.sources import expand_inputs, group_inputs
+from herdkern.dedup.containment import drop_contained
 from herdkern.dedup.documents import dedup_minhash
 from herdkern.dedup.lines import dedup_lines
 from herdkern.dedup.urls import dedup_urls
@@ -36,7 +37,7 @@ from herdkern.report import write_report
 from herdkern.tokenizer import Tokenizer
 
 DOCUMENTS = "documents.jsonl.zst"
-NUM_STAGES = 16
+NUM_STAGES = 17
 Shards = list[list[Path]]  # the files of each shard
 
 
@@ -136,13 +137,18 @@ def make_tokens(recipe: Recipe, run: Run, files: list[Path], console: Console) -
         line.done(parts)
     by_name = _by_split_and_source(parts.tasks)
     _check_split(by_name, recipe, parts.counters)
+    with console.stage("heldout") as line:
+        heldout, train = (_of_split(by_name, name) for name in ("heldout", "train"))
+        kept = drop_contained(run, heldout, train, recipe.data.containment)
+        line.done(kept)
+    train_only = {name: paths for name, paths in by_name.items() if name.startswith("train/")}
+    by_name = _by_split_and_source(kept.tasks) | train_only
     with console.stage("tokenizer") as line:
         vocabulary = VocabularyConfig(
             vocab_size=recipe.tokenizer.vocab_size, max_text_bytes=recipe.tokenizer.max_text_bytes
         )
-        train_files = [path for name, paths in by_name.items() if name.startswith("train/") for path in paths]
         with in_this_process(run):
-            learned = run.once("tokenizer", learn_vocabulary, train_files, config=vocabulary)
+            learned = run.once("tokenizer", learn_vocabulary, train, config=vocabulary)
         line.done(learned)
     folder = learned.tasks[0] / "tokenizer"
     with console.stage("pack") as line:
@@ -160,6 +166,10 @@ def _by_split_and_source(tasks: Sequence[Path]) -> dict[str, list[Path]]:
         for path in sorted(task.glob("*/*.jsonl.zst")):
             found.setdefault(f"{path.parent.name}/{path.name.removesuffix('.jsonl.zst')}", []).append(path)
     return dict(sorted(found.items()))
+
+
+def _of_split(by_name: dict[str, list[Path]], split: str) -> list[Path]:
+    return [path for name, paths in by_name.items() if name.startswith(f"{split}/") for path in paths]
 
 
 def _check_split(by_name: dict[str, list[Path]], recipe: Recipe, counters: dict[str, Any]) -> None:

@@ -223,10 +223,17 @@ def test_stage_keeps_provenance_and_reasons(tmp_path):
     assert (counters["docs_in"], counters["docs_out"]) == (5, 3)
     assert counters["dropped"] == {"invalid_json": 1, "too_short": 1}
     kept = list(read_documents(tmp_path / "one" / "documents.jsonl.zst"))
-    assert [(d.record, d.source) for d in kept] == [("a.html#0", "web"), ("c.jsonl#1", "notes"), ("c.jsonl#2", "web")]
+    assert [(d.record, d.source) for d in kept] == [
+        ("in/a.html#0", "web"),
+        ("c.jsonl#1", "notes"),
+        ("c.jsonl#2", "web"),
+    ]
     assert kept[0].meta["title"] == "The title"
     dropped = list(read_documents(tmp_path / "one" / "dropped.jsonl.zst"))
-    assert [(d.record, d.meta["reason"]) for d in dropped] == [("b.html#0", "too_short"), ("c.jsonl#3", "invalid_json")]
+    assert [(d.record, d.meta["reason"]) for d in dropped] == [
+        ("in/b.html#0", "too_short"),
+        ("c.jsonl#3", "invalid_json"),
+    ]
     for name in ("documents.jsonl.zst", "dropped.jsonl.zst"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 

@@ -179,6 +179,14 @@ def test_wrong_size_is_refused_at_opening(copied, name, damage):
         TokenShard(copied)
 
 
+@pytest.mark.parametrize(("field", "value"), [("bos_id", 3), ("text_bytes", 0), ("n_vocab", 999)])
+def test_edited_manifest_is_refused(copied, field, value):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").write_text(json.dumps({**manifest, field: value}))
+    with pytest.raises(CorruptShardError, match="its own checksum"):
+        TokenShard(copied)
+
+
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", '{"format": "other"}', '{"format": "herdkern-tokens", "version": 1}']
 )

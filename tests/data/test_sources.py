@@ -194,7 +194,8 @@ def test_html_files_and_documents(tmp_path):
     (tmp_path / "a.html").write_bytes(HTML)
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "t"}) + "\n{\n")
     (tmp_path / "c.txt").write_text("plain")
-    assert collect(tmp_path / "a.html")[0] == [RawPage(HTML, "", "a.html", 0, "a.html#0")]
+    place = f"{tmp_path.name}/a.html"
+    assert collect(tmp_path / "a.html")[0] == [RawPage(HTML, "", place, 0, f"{place}#0")]
     assert [b.reason for b in collect(tmp_path / "a.html", max_record_bytes=10)[1]] == ["page_too_large"]
     records, bad = collect(tmp_path / "b.jsonl")
     assert ([r.text for r in records], [b.record for b in bad]) == (["t"], ["b.jsonl#2"])

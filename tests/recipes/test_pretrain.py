@@ -52,7 +52,7 @@ def test_every_token_leads_back_to_its_record(finished, pages):
     dataset.verify()
     for token in np.linspace(0, dataset.num_tokens - 1, 7).astype(int):
         _, info = dataset.locate(int(token))
-        assert (pages / info["record"].partition("#")[0]).is_file()
+        assert (pages.parent / info["record"].partition("#")[0]).is_file()
 
 
 def test_near_duplicate_is_dropped_and_shown(finished):
