@@ -362,7 +362,8 @@ class Run:
 
         total = sum(record.bytes for task in tasks for record in task.key.inputs)
         left = sum(record.bytes for task in todo for record in task.key.inputs)
-        with tqdm(total=total, initial=total - left, desc=name, unit="B", unit_scale=True, smoothing=0) as bar:
+        shown = {"desc": name, "unit": "B", "unit_scale": True, "smoothing": 0, "leave": False}
+        with tqdm(total=total, initial=total - left, **shown) as bar:
             yield bar.update
 
     def _remove_strays(self, name: str, is_stray: Callable[[Path], bool]) -> None:

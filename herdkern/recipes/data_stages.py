@@ -26,14 +26,17 @@ def crawl_documentation(inputs: list[Path], out: Path, config: CrawlConfig) -> d
     with ExitStack() as stack:
         settings = {"num_processes": config.num_processes, "page_seconds": config.page_seconds}
         site = stack.enter_context(PydocSite(config.packages, **settings))  # type: ignore[arg-type]
-        bar = stack.enter_context(
-            tqdm(total=config.max_pages, desc="crawl", unit="page", smoothing=0.1, disable=not sys.stderr.isatty())
-        )
+        bar = stack.enter_context(_bar(config.max_pages, "crawl", "page"))
 
         def progress(done: int, _: int) -> None:
             bar.update(done - bar.n)
 
         return crawl(f"http://{HOST}/", out, config, connect_to=("127.0.0.1", site.port), progress=progress)
+
+
+def _bar(total: int, name: str, unit: str) -> "tqdm[Any]":
+    """A bar on a terminal, gone when it ends; nothing elsewhere."""
+    return tqdm(total=total, desc=name, unit=unit, smoothing=0.1, leave=False, disable=not sys.stderr.isatty())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +105,7 @@ class VocabularyConfig:
 def learn_vocabulary(inputs: list[Path], out: Path, config: VocabularyConfig) -> dict[str, Any]:
     """Stage: BPE over the training documents (their first max_text_bytes) into out/tokenizer."""
     specials = llama3_special_tokens(16 if config.vocab_size < SMALL_VOCABULARY else 256)
-    with tqdm(total=config.vocab_size, desc="merges", unit="", disable=not sys.stderr.isatty()) as bar:
+    with _bar(config.vocab_size, "tokenizer", "merge") as bar:
 
         def progress(done: int, _: int) -> None:
             bar.update(done - bar.n)
