@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores: spinning threads would cost more than they do
+if "PYTEST_XDIST_WORKER" in os.environ:  # several workers share the cores: more threads would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 

@@ -36,7 +36,7 @@ def stages(recipe: Recipe) -> list[str]:
         "URL dedup: the newest version of each page",
         "document dedup: MinHash over all documents",
         "line dedup: lines that repeat across documents",
-        f"hold out {100 * data.heldout_share:g} % of the documents",
+        f"hold out {100 * data.heldout_share:g} % of the documents, but none that the others contain",
         f"learn a byte-level BPE vocabulary of {recipe.tokenizer.vocab_size:,} entries",
         "pack token shards for each source",
         f"pretrain {train.steps - anneal:,} steps, then anneal {anneal:,} steps with the mix for annealing",

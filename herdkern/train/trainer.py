@@ -160,7 +160,13 @@ class Trainer:
             total = self.config.steps * self.config.tokens_per_step
             disable = None if self.progress is None else not self.progress
             with tqdm(
-                total=total, initial=self.tokens, unit="tok", unit_scale=True, disable=disable, desc="train", leave=False
+                total=total,
+                initial=self.tokens,
+                unit="tok",
+                unit_scale=True,
+                disable=disable,
+                desc="train",
+                leave=False,
             ) as bar:
                 while self.step < self.config.steps and not self._stopping:
                     record = self._run_step()
