@@ -62,7 +62,7 @@ class Bench:
         machine = describe_machine(options.threads)
         print(f"{self.name} on {machine['cpu']}, {machine['cores']} cores, {options.threads} threads")
         cases = [case for case in self.cases if options.case in case.name]
-        deadline = process_start() + 36 if options.quick else float("inf")
+        deadline = process_start() + 32 if options.quick else float("inf")
         results, failed = [], 0
         for i, case in enumerate(cases):
             share = (deadline - time.time()) / (len(cases) - i)

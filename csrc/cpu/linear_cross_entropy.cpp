@@ -15,8 +15,12 @@ constexpr int64_t kVocabBlock = 96;    // rows of weight per task: a multiple of
 constexpr int64_t kDepthBlock = 128;   // of the logits' product: short chains of additions, a panel of x in L1
 constexpr int64_t kVocabDepth = 192;   // of dx's product
 constexpr int64_t kTokenQuantum = 96;  // a multiple of kTileRows and kPanel
-constexpr int64_t kMaxTokens = 480;    // of a chunk
-constexpr int64_t kLogitBytes = int64_t{64} << 20;  // of a chunk's logits, unless that means fewer than kTokenQuantum
+constexpr int64_t kTokenDepth = 480;   // of dweight's product, as kDepthBlock
+// Tokens of a chunk: as many as keep its logits in the last cache, 480 if those are fewer, 1920 if more (each chunk
+// costs a few meetings of all threads), and never so many that the logits take more than 64 MiB, unless that is
+// below 96.
+constexpr int64_t kCachedLogits = int64_t{4} << 20, kUsualTokens = 480, kMaxTokens = 1920;
+constexpr int64_t kMaxLogits = int64_t{16} << 20;
 
 // The sum of part(0) ... part(count - 1) by groups: small parts meet each other before they meet a large one.
 template <typename Part>
@@ -34,16 +38,17 @@ HK_INLINE Vec grouped_sum(int64_t count, int64_t group, const Part& part) {
 struct Plan {
   int64_t chunk, num_blocks, padded_dim;
   explicit Plan(const LinearCrossEntropy& args) {
-    const int64_t fitting = kLogitBytes / (4 * std::max<int64_t>(args.vocab_size, 1)) / kTokenQuantum * kTokenQuantum;
-    chunk = std::min(std::clamp(fitting, kTokenQuantum, kMaxTokens), round_up(args.num_tokens, kPanel));
+    const int64_t cached = std::clamp(kCachedLogits / args.vocab_size, kUsualTokens, kMaxTokens);
+    const int64_t tokens = std::max(std::min(cached, kMaxLogits / args.vocab_size), kTokenQuantum);
+    chunk = std::min(tokens / kTokenQuantum * kTokenQuantum, round_up(args.num_tokens, kPanel));
     num_blocks = (args.vocab_size + kVocabBlock - 1) / kVocabBlock;
     padded_dim = round_up(args.dim, kPanel);
   }
 };
 
 // What the steps share for one chunk of tokens. Kind is how products are done, T how x and weight are stored.
-// Where Kind is Bf16Pair, dlogits are rounded to bf16; the entry at the target, the only one that is not small against
-// the gradient, keeps its rounding error in `residual` and gets it back exactly.
+// With pairs of bf16 the dlogits are rounded; the few that are not small against the gradient, at the target and where
+// the probability is high, get back what the rounding took, in fp32 (Correction).
 template <typename Kind, typename T>
 class Chunks {
   using Word = typename Kind::Word;
@@ -228,9 +233,10 @@ class Chunks {
       a = logits;
     const int64_t depth = words(count_), pitch = plan_.padded_dim;
     float* sum = dweight() + block * kVocabBlock * pitch;
-    for (int64_t d = 0; d < pitch; d += kPanel)
-      multiply_panel<Kind, true>(a, words(pitch_), num_rows, x_columns_.data() + d * depth, depth, sum + d, pitch,
-                                 first_ > 0);
+    for (int64_t t = 0; t < depth; t += words(kTokenDepth))
+      for (int64_t d = 0; d < pitch; d += kPanel)
+        multiply_panel<Kind, true>(a + t, words(pitch_), num_rows, x_columns_.data() + d * depth + t * kPanel,
+                                   std::min(words(kTokenDepth), depth - t), sum + d, pitch, first_ + t > 0);
     if constexpr (kPairs)
       for (const Correction& c : corrections_[block])
         add_scaled(c.lost, x_row(c.token), dweight() + c.vocab_row * pitch);

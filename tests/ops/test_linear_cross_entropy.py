@@ -23,7 +23,7 @@ SIZES = [
     (33, 300, 193),
     (200, 64, 301),
     (5, 16, 1000),
-    (700, 40, 150),
+    (2000, 8, 70),
 ]
 
 
@@ -51,6 +51,12 @@ def test_matches_fp64(assert_matches_fp64, isa, dtype, reduction, size):
     x, weight, targets = example(*size, dtype)
     with forced_isa(isa):
         assert_matches_fp64(*both(targets, reduction=reduction), [x, weight])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_large_vocabulary_in_several_chunks(assert_matches_fp64, dtype):
+    x, weight, targets = example(1000, 8, 9000, dtype)
+    assert_matches_fp64(*both(targets), [x, weight])
 
 
 @pytest.mark.parametrize("isa", available_isas())
@@ -119,7 +125,7 @@ def test_nothing_counts_as_in_torch(dtype, reduction, case):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_same_bits_for_any_number_of_threads(with_threads, isa, dtype, reduction):
-    x, weight, targets = example(600, 40, 500, dtype)
+    x, weight, targets = example(2000, 40, 300, dtype)
     x.requires_grad_()
     weight.requires_grad_()
     results = []
