@@ -1,0 +1,7 @@
+"""`python -m herdkern`: the command line."""
+
+import sys
+
+from herdkern.cli import main
+
+sys.exit(main())
