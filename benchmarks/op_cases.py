@@ -1,5 +1,6 @@
 """What the benchmarks of tensor ops share: one step of forward and backward, and the proof that all agree with fp64."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -23,6 +24,16 @@ class Step:
         return [out.detach(), *torch.autograd.grad(out, self.leaves, dout)]
 
 
+def lazily_compiled(function: Function) -> Function:
+    """torch.compile of the function from its first call on: importing the compiler alone takes seconds."""
+
+    @functools.cache
+    def compiled() -> Function:
+        return torch.compile(function)
+
+    return lambda *args: compiled()(*args)
+
+
 class Steps(dict[str, Step]):
     """Steps by name of the implementation; torch.compile of the reference is added to them.
 
@@ -38,7 +49,7 @@ class Steps(dict[str, Step]):
         *,
         checked: Sequence[Tensor] | None = None,
     ) -> None:
-        functions = {**implementations, "torch plain": reference, COMPILED: torch.compile(reference)}
+        functions = {**implementations, "torch plain": reference, COMPILED: lazily_compiled(reference)}
         dout = _dout(reference, inputs)
         super().__init__({name: Step(function, inputs, dout) for name, function in functions.items()})
         self.reference, self.checked = reference, inputs if checked is None else checked
