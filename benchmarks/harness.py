@@ -110,8 +110,8 @@ def run_case(case: Case, *, seconds: float, quick: bool, limits: "Limits") -> di
     repeats = {name: max(1, min(1000, round(0.003 / max(took, 1e-7)))) for name, took in first.items()}
     samples: dict[str, list[float]] = {name: [] for name in functions}
     order = list(functions)
-    while time.time() - start < seconds or not samples[OURS]:
-        if not samples[OURS] and time.time() - start > seconds:  # no time left: the first calls have to do
+    while time.time() - start < seconds or len(samples[OURS]) < (1 if quick else 5):
+        if quick and not samples[OURS] and time.time() - start > seconds:  # no time left: the first calls have to do
             samples = {name: [took] for name, took in first.items()}
             break
         for name in order:
@@ -157,7 +157,8 @@ def print_case(case: Case, result: dict[str, Any]) -> None:
     ]
     if result["limit_share"] is not None:
         rates.append(f"{100 * result['limit_share']:.0f} % of the limit")
-    print(f"\n{case.name}  ({result['rounds']} rounds{', ours ' if rates else ''}{', '.join(rates)})")
+    few = ", too few to trust" if result["rounds"] < 3 else ""
+    print(f"\n{case.name}  ({result['rounds']} rounds{few}{', ours ' if rates else ''}{', '.join(rates)})")
     for name in sorted(names, key=lambda n: (n != OURS, result[n])):
         against = "" if name == OURS else f"  {result[name] / result[OURS]:6.2f} x ours"
         peak = result["peak_mib"].get(name)
