@@ -21,6 +21,7 @@ BELOW = {  # floor -> what it may import of herdkern (itself always)
     "recipes": {"train", "parallel", "model", "ops", "dedup", "data", "tokenizer", "engine", "report", "env"},
     "env": {"ops", "_ops", "_text", "tokenizer", "dedup"},
     "cli": {"recipes", "report", "train", "model", "dedup", "data", "tokenizer", "engine", "env"},
+    "__main__": {"cli"},
     "__init__": set(),
 }
 WITHOUT_TORCH = {"engine", "tokenizer", "data", "dedup", "report"}
