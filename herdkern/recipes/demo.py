@@ -12,6 +12,7 @@ def demo() -> Recipe:
     return Recipe(
         name="demo",
         data=DataConfig(
+            heldout_share=0.08,
             corpus=CorpusConfig(max_code_bytes=3 << 20),  # about as much program text as there is prose
             language=LanguageConfig(languages=("en",)),
         ),
@@ -22,6 +23,7 @@ def demo() -> Recipe:
             seq_len=512,
             batch_size=4,
             average_every_steps=4,
+            average_last_steps=40,
             average_last_steps=40,
             eval_every_steps=60,
             schedule=ScheduleConfig(peak_lr=2e-3, min_lr=2e-4, warmup_steps=30, anneal_steps=120),

@@ -246,7 +246,7 @@ def training(record: RunRecord) -> str:
     if not rows:
         return ""
     steps, losses = finite(rows, "loss")
-    bands = _anneal_band(rows)
+    bands = _anneal_band(record)
     smooth = smoothed(losses)
     loss = [
         Series(label="each step", x=steps, y=losses, colour="c1", is_faint=True),
@@ -280,9 +280,11 @@ def training(record: RunRecord) -> str:
     return grid(panels)
 
 
-def _anneal_band(rows: Sequence[dict[str, Any]]) -> list[tuple[float, float, str]]:
-    steps = [float(row["step"]) for row in rows if row.get("phase") == "anneal" and "step" in row]
-    return [(min(steps), max(steps), "anneal")] if steps else []
+def _anneal_band(record: RunRecord) -> list[tuple[float, float, str]]:
+    """The steps of the annealing phase as the configuration has them."""
+    train = record.config.get("train") or {}
+    steps, anneal = train.get("steps", 0), (train.get("schedule") or {}).get("anneal_steps", 0)
+    return [(float(steps - anneal), float(steps), "anneal")] if steps and anneal else []
 
 
 def _mfu_note(rows: Sequence[dict[str, Any]]) -> str:

@@ -44,7 +44,6 @@ def metrics() -> list[dict]:
                 "tokens_per_s": 9000 + 500 * math.sin(step),
                 "mfu": 0.21 + 0.01 * math.sin(step),
                 "mfu_convention": "model FLOPs: 6 N + causal attention inside documents; peak: measured",
-                "phase": "anneal" if anneal else "pretrain",
                 **({"heldout_loss": 3.4 + 5 * math.exp(-step / 60)} if step % 50 == 0 else {}),
             }
         )
@@ -97,7 +96,9 @@ def run_dir(tmp_path: Path) -> Path:
     evaluation |= {"models": [["pretrained", 1.49], ["annealed", 1.44], ["averaged", 1.42]]}
     evaluation["by_source"] = {"web": {"bits_per_byte": 1.3, "unigram_bits_per_byte": 2.5, "num_tokens": 40_000}}
     write_json_atomic(run / "evaluation.json", evaluation)
-    write_json_atomic(run / "config.json", {"name": "demo " + HOSTILE, "train": {"steps": 300, "lr": 3e-3}})
+    write_json_atomic(
+        run / "config.json", {"name": "demo " + HOSTILE, "train": {"steps": 300, "schedule": {"anneal_steps": 50}}}
+    )
     write_json_atomic(run / "environment.json", {"herdkern": "0.1.0", "cpu": HOSTILE})
     write_json_atomic(run / "timings.json", {"crawl": 24.0, "extract": 3.1, "pretrain": 131.0})
     write_tokens(run / "tokens/train/shard-00000", [60, 900, 40, 7000, 300], 512, 0)

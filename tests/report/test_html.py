@@ -65,6 +65,10 @@ def test_every_section_is_linked_and_present(run_dir, anchor):
     assert [attrs for tag, attrs in tags if tag == "a" and attrs.get("href") == f"#{anchor}"]
 
 
+def test_annealing_steps_are_marked(run_dir):
+    assert ">anneal</text>" in write_report(run_dir).read_text(encoding="utf-8")
+
+
 def test_same_run_gives_the_same_page(run_dir):
     first = write_report(run_dir).read_bytes()
     assert write_report(run_dir).read_bytes() == first
