@@ -24,7 +24,6 @@ def demo() -> Recipe:
             batch_size=4,
             average_every_steps=4,
             average_last_steps=40,
-            average_last_steps=40,
             eval_every_steps=60,
             schedule=ScheduleConfig(peak_lr=2e-3, min_lr=2e-4, warmup_steps=30, anneal_steps=120),
             checkpoint=CheckpointConfig(every_steps=60, keep_last=2),
