@@ -165,7 +165,6 @@ class Trainer:
                 unit_scale=True,
                 disable=disable,
                 desc="train",
-                leave=False,
             ) as bar:
                 while self.step < self.config.steps and not self._stopping:
                     record = self._run_step()
