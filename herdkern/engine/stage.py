@@ -365,6 +365,7 @@ class Run:
         shown = {"desc": name, "unit": "B", "unit_scale": True, "smoothing": 0, "leave": False}
         with tqdm(total=total, initial=total - left, **shown) as bar:
             yield bar.update
+            bar.refresh()  # its last state is seen, however quick the stage was
 
     def _remove_strays(self, name: str, is_stray: Callable[[Path], bool]) -> None:
         """Delete unfinished tasks and tasks of inputs that are no more; what no run has made is left alone."""
