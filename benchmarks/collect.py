@@ -1,7 +1,8 @@
 """Writes the table of README.md from benchmarks/results/*.json, one row for each benchmark.
 
-    python benchmarks/collect.py --run     runs every benchmark in full first and keeps its JSON report
-    python benchmarks/collect.py           only writes the table again
+    python benchmarks/collect.py --run             runs every benchmark in full first and keeps its JSON report
+    python benchmarks/collect.py --run --quick     the same in the short form; the table says so
+    python benchmarks/collect.py                   only writes the table again
 
 A ratio is the time of the best peer over ours, case by case; a row gives the range and the median over all cases, so a
 case that we lose is seen.
@@ -21,9 +22,9 @@ MARKERS = re.compile(r"(<!-- benchmarks -->\n).*?(<!-- /benchmarks -->)", re.S)
 
 
 def load_reports(folder: Path) -> list[dict[str, Any]]:
-    """The reports of a folder by name; quick ones and those without a case are left out."""
+    """The reports of a folder by name; those without a case are left out."""
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    return [report for report in reports if report.get("cases") and not report.get("quick")]
+    return [report for report in reports if report.get("cases")]
 
 
 def milliseconds(value: float) -> str:
@@ -59,6 +60,8 @@ def table(reports: list[dict[str, Any]]) -> str:
     dates = sorted({report["machine"]["date"] for report in reports})
     about = f"{machine['cpu']}, {machine['cores']} cores, kernel level {machine.get('isa') or 'of the text kernels'}"
     head = ["| benchmark | cases | times faster than the best peer | the case in the middle |", "|---|---|---|---|"]
+    short = sorted(report["bench"] for report in reports if report.get("quick"))
+    about += f"; short runs (`--quick`, few rounds) of {', '.join(short)}" if short else ""
     foot = (
         f"\n{about}; {machine['compiler']}; {named}; {dates[-1]}. A figure below 1 is a case where a peer is faster.\n"
     )
@@ -71,12 +74,12 @@ def is_peer(name: str, reports: list[dict[str, Any]]) -> bool:
     return name == "torch" or any(name.split("-")[0] in key.lower() for key in implementations)
 
 
-def run_all(folder: Path) -> int:
-    """Every benchmark in full, one after the other; returns the number that failed."""
+def run_all(folder: Path, *options: str) -> int:
+    """Every benchmark, one after the other; returns the number that failed."""
     failed = 0
     for script in sorted(HERE.glob("bench_*.py")):
         out = folder / f"{script.stem.removeprefix('bench_')}.json"
-        failed += subprocess.run([sys.executable, str(script), "--json", str(out)]).returncode != 0
+        failed += subprocess.run([sys.executable, str(script), "--json", str(out), *options]).returncode != 0
     return failed
 
 
@@ -84,7 +87,7 @@ def main() -> int:
     """Runs the benchmarks if asked to, then writes the table; returns the exit status."""
     folder = HERE / "results"
     folder.mkdir(exist_ok=True)
-    failed = run_all(folder) if "--run" in sys.argv else 0
+    failed = run_all(folder, *(["--quick"] if "--quick" in sys.argv else [])) if "--run" in sys.argv else 0
     text = README.read_text(encoding="utf-8")
     README.write_text(MARKERS.sub(lambda m: m[1] + table(load_reports(folder)) + m[2], text), encoding="utf-8")
     return 1 if failed else 0
