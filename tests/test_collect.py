@@ -40,6 +40,12 @@ def test_without_reports_it_says_so():
     assert "No full benchmark run" in collect.table([])
 
 
-def test_quick_reports_are_left_out(tmp_path):
-    (tmp_path / "a.json").write_text('{"quick": true, "cases": [1]}')
+def test_short_runs_are_named_and_empty_reports_left_out(tmp_path):
+    (tmp_path / "a.json").write_text('{"bench": "a", "quick": true, "cases": []}')
     assert collect.load_reports(tmp_path) == []
+    reports = collect.load_reports(collect.HERE / "results")
+    short = [report["bench"] for report in reports if report["quick"]]
+    assert all(f"| `{report['bench']}` |" in collect.table(reports) for report in reports)
+    assert ("short runs" in collect.table(reports)) == bool(short)
+    full = [{**report, "quick": False} for report in reports]
+    assert "short runs" not in collect.table(full)
