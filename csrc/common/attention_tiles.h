@@ -19,24 +19,36 @@ HK_HOST_DEVICE inline int64_t clamp(int64_t a, int64_t low, int64_t high) {
   return a < low ? low : a > high ? high : a;
 }
 
+// Which keys a query sees, counted from the key that the last query is aligned with: `left` keys before it and `right`
+// after it. Causal attention is right = 0; kUnbounded is no limit.
+struct Window {
+  int64_t left, right;
+};
+constexpr int64_t kUnbounded = int64_t{1} << 40;
+
 // One document: its rows of q and of k, v, and the mask between them, which is aligned at the bottom right: the last
-// query sees every key. i counts the document's queries from 0, j its keys.
+// query stands at the last key. i counts the document's queries from 0, j its keys. Both ends of what a query sees only
+// move forward from one query to the next.
 struct Document {
   int64_t q_begin, q_len, k_begin, k_len;
-  bool causal;
+  Window window;
 
-  HK_HOST_DEVICE int64_t shift() const { return k_len - q_len; }  // causal: i sees j <= i + shift
+  HK_HOST_DEVICE int64_t shift() const { return k_len - q_len; }  // query i stands at key i + shift
 
-  // Number of keys, counted from the first, that query i sees.
-  HK_HOST_DEVICE int64_t visible_keys(int64_t i) const { return causal ? clamp(i + shift() + 1, 0, k_len) : k_len; }
+  // Query i sees keys [keys_begin(i), keys_end(i)); an empty range where keys_begin >= keys_end.
+  HK_HOST_DEVICE int64_t keys_begin(int64_t i) const { return clamp(i + shift() - window.left, 0, k_len); }
+  HK_HOST_DEVICE int64_t keys_end(int64_t i) const { return clamp(i + shift() + window.right + 1, 0, k_len); }
 
-  // The first query that sees key j; may be q_len: none does.
-  HK_HOST_DEVICE int64_t first_query(int64_t j) const { return causal ? clamp(j - shift(), 0, q_len) : 0; }
+  // Queries [queries_begin(j), queries_end(j)) see key j.
+  HK_HOST_DEVICE int64_t queries_begin(int64_t j) const { return clamp(j - shift() - window.right, 0, q_len); }
+  HK_HOST_DEVICE int64_t queries_end(int64_t j) const { return clamp(j - shift() + window.left + 1, 0, q_len); }
+
+  HK_HOST_DEVICE bool sees_none(int64_t i) const { return keys_begin(i) >= keys_end(i); }
 };
 
 // cu_q, cu_k: (num_docs + 1,).
-HK_HOST_DEVICE inline Document document_at(const int32_t* cu_q, const int32_t* cu_k, int64_t doc, bool causal) {
-  return {cu_q[doc], int64_t{cu_q[doc + 1]} - cu_q[doc], cu_k[doc], int64_t{cu_k[doc + 1]} - cu_k[doc], causal};
+HK_HOST_DEVICE inline Document document_at(const int32_t* cu_q, const int32_t* cu_k, int64_t doc, Window window) {
+  return {cu_q[doc], int64_t{cu_q[doc + 1]} - cu_q[doc], cu_k[doc], int64_t{cu_k[doc + 1]} - cu_k[doc], window};
 }
 
 // Queries of one forward tile, all heads of a group of `group` query heads folded into its rows: row r of the tile is

@@ -1,7 +1,7 @@
-// Vec: 16 floats at once, the one vector type of the CPU kernels, and bf16, the 16-bit storage type.
+// Vec: 16 floats at once, the one vector type of the CPU kernels, and bf16 and fp16, the 16-bit storage types.
 // One register at AVX-512, two at AVX2, four 4-float vectors of the compiler anywhere else. The kernels are written
 // once against it; setup.py compiles them per level with HK_ISA and HK_ISA_<LEVEL>. Loads and stores are unaligned; the
-// _partial ones touch only the first n lanes (0 <= n <= 16, other lanes read as zero). bf16 is rounded to nearest even.
+// _partial ones touch only the first n lanes (0 <= n <= 16, other lanes read as zero). Both round to nearest even.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -27,6 +27,9 @@ namespace herdkern::cpu {
 struct bf16 {
   uint16_t bits;
 };
+struct fp16 {
+  uint16_t bits;
+};
 
 namespace HK_ISA {
 
@@ -34,6 +37,20 @@ HK_INLINE float to_float(float x) { return x; }
 HK_INLINE float to_float(bf16 x) {
   const uint32_t bits = uint32_t{x.bits} << 16;
   float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+HK_INLINE float to_float(fp16 x) {  // by an exact product: the exponent moves from bias 15 to 127, subnormals included
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13,
+                 sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  float value;
+  std::memcpy(&value, &magnitude, sizeof value);
+  value *= 0x1p112f;
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if ((x.bits & 0x7c00u) == 0x7c00u) bits |= 0x7f800000u;  // infinity or NaN
+  bits |= sign;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
@@ -51,6 +68,27 @@ HK_INLINE bf16 from_float<bf16>(float x) {
   std::memcpy(&bits, &x, sizeof bits);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
   return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+template <>
+HK_INLINE fp16 from_float<fp16>(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu))};
+  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // 65520 and above round to infinity
+  uint32_t half;
+  if (magnitude <
+      0x38800000u) {  // below 2^-14, subnormal: adding 0.5 rounds at 2^-24 and leaves the bits at the bottom
+    float value;
+    std::memcpy(&value, &magnitude, sizeof value);
+    value += 0.5f;
+    std::memcpy(&half, &value, sizeof half);
+    half -= 0x3f000000u;
+  } else {
+    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  return {static_cast<uint16_t>(sign | half)};
 }
 
 #if defined(HK_VEC_AVX512)
@@ -77,11 +115,23 @@ struct Vec {
 
   static HK_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
   static HK_INLINE Vec load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static HK_INLINE Vec load(const fp16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
   static HK_INLINE Vec load_partial(const float* p, int n) { return _mm512_maskz_loadu_ps(mask(n), p); }
+  static HK_INLINE Vec load_partial(const fp16* p, int n) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask(n), p));
+  }
   static HK_INLINE Vec load_partial(const bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(mask(n), p)); }
   HK_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
   HK_INLINE void store(bf16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v)); }
+  HK_INLINE void store(fp16* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
   HK_INLINE void store_partial(float* p, int n) const { _mm512_mask_storeu_ps(p, mask(n), v); }
+  HK_INLINE void store_partial(fp16* p, int n) const {
+    _mm256_mask_storeu_epi16(p, mask(n), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
   HK_INLINE void store_partial(bf16* p, int n) const { _mm256_mask_storeu_epi16(p, mask(n), narrow(v)); }
 };
 
@@ -95,6 +145,9 @@ HK_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
 HK_INLINE Vec round(Vec a) { return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 HK_INLINE Vec ldexp(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
 HK_INLINE Vec swap_pairs(Vec a) { return _mm512_permute_ps(a.v, 0xb1); }
+HK_INLINE Vec select_less(Vec a, Vec b, Vec less, Vec other) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), other.v, less.v);
+}
 
 #elif defined(HK_VEC_AVX2)
 
@@ -128,9 +181,14 @@ struct Vec {
   static HK_INLINE Vec load_partial(const float* p, int n) {
     return {_mm256_maskload_ps(p, mask(n)), _mm256_maskload_ps(p + 8, mask(n - 8))};
   }
-  static HK_INLINE Vec load_partial(const bf16* p, int n) {
-    bf16 lanes[16] = {};
-    std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof(bf16));
+  static HK_INLINE Vec load(const fp16* p) {
+    const auto* q = reinterpret_cast<const __m128i*>(p);
+    return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
+  }
+  template <typename T>
+  static HK_INLINE Vec load_partial(const T* p, int n) {  // bf16 and fp16
+    T lanes[16] = {};
+    std::memcpy(lanes, p, static_cast<size_t>(n) * sizeof(T));
     return load(lanes);
   }
   HK_INLINE void store(float* p) const {
@@ -141,14 +199,20 @@ struct Vec {
     const __m256i packed = _mm256_packus_epi32(round_bits(lo), round_bits(hi));  // per 128-bit half: lo hi lo hi
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
   }
+  HK_INLINE void store(fp16* p) const {
+    auto* q = reinterpret_cast<__m128i*>(p);
+    _mm_storeu_si128(q, _mm256_cvtps_ph(lo, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(q + 1, _mm256_cvtps_ph(hi, _MM_FROUND_TO_NEAREST_INT));
+  }
   HK_INLINE void store_partial(float* p, int n) const {
     _mm256_maskstore_ps(p, mask(n), lo);
     _mm256_maskstore_ps(p + 8, mask(n - 8), hi);
   }
-  HK_INLINE void store_partial(bf16* p, int n) const {
-    bf16 lanes[16];
+  template <typename T>
+  HK_INLINE void store_partial(T* p, int n) const {
+    T lanes[16];
     store(lanes);
-    std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(bf16));
+    std::memcpy(p, lanes, static_cast<size_t>(n) * sizeof(T));
   }
 };
 
@@ -174,6 +238,10 @@ HK_INLINE __m256 ldexp(__m256 a, __m256 n) {  // in two halves, so that denormal
 }
 HK_INLINE Vec ldexp(Vec a, Vec n) { return {ldexp(a.lo, n.lo), ldexp(a.hi, n.hi)}; }
 HK_INLINE Vec swap_pairs(Vec a) { return {_mm256_permute_ps(a.lo, 0xb1), _mm256_permute_ps(a.hi, 0xb1)}; }
+HK_INLINE Vec select_less(Vec a, Vec b, Vec less, Vec other) {
+  return {_mm256_blendv_ps(other.lo, less.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
+          _mm256_blendv_ps(other.hi, less.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
+}
 
 #else  // four 4-float vectors of the compiler: SSE2, NEON or whatever the target has
 
@@ -198,7 +266,8 @@ struct Vec {
     std::memcpy(result.q, p, sizeof result.q);
     return result;
   }
-  static HK_INLINE Vec load(const bf16* p) {
+  template <typename T>
+  static HK_INLINE Vec load(const T* p) {  // bf16 and fp16
     float lanes[16];
     for (int i = 0; i < 16; ++i) lanes[i] = to_float(p[i]);
     return load(lanes);
@@ -210,10 +279,11 @@ struct Vec {
     return load(lanes);
   }
   HK_INLINE void store(float* p) const { std::memcpy(p, q, sizeof q); }
-  HK_INLINE void store(bf16* p) const {
+  template <typename T>
+  HK_INLINE void store(T* p) const {  // bf16 and fp16
     float lanes[16];
     store(lanes);
-    for (int i = 0; i < 16; ++i) p[i] = from_float<bf16>(lanes[i]);
+    for (int i = 0; i < 16; ++i) p[i] = from_float<T>(lanes[i]);
   }
   template <typename T>
   HK_INLINE void store_partial(T* p, int n) const {
@@ -245,12 +315,15 @@ HK_INLINE Float4 ldexp(Float4 a, Float4 n) {  // in two halves, so that denormal
 }
 HK_INLINE Vec ldexp(const Vec& a, const Vec& n) { HK_EACH_QUARTER(ldexp(a.q[i], n.q[i])); }
 HK_INLINE Vec swap_pairs(const Vec& a) { HK_EACH_QUARTER((Float4{a.q[i][1], a.q[i][0], a.q[i][3], a.q[i][2]})); }
+HK_INLINE Vec select_less(const Vec& a, const Vec& b, const Vec& less, const Vec& other) {
+  HK_EACH_QUARTER(a.q[i] < b.q[i] ? less.q[i] : other.q[i]);
+}
 
 #undef HK_EACH_QUARTER
 #endif
 
 // max and min return b where either argument is NaN. round expects |a| < 2^22. swap_pairs exchanges lanes 2i and 2i
-// + 1.
+// + 1. select_less(a, b, less, other): `less` where a < b, else `other` (NaN included).
 
 // Calls step(lane_count) with 16 for each full vector of [0, count) and once with what is left; step gets the offset
 // too.
@@ -261,7 +334,28 @@ HK_INLINE void for_each_vec(int64_t count, const Full& full, const Tail& tail) {
   if (i < count) tail(i, static_cast<int>(count - i));
 }
 
-// Sum and maximum over the 16 lanes, in an order that is the same at every level.
+// Sum and maximum over the 16 lanes, halves folded onto each other: the same order at every level. max_lane expects no
+// NaN.
+#if defined(HK_VEC_AVX512) || defined(HK_VEC_AVX2)
+template <typename Fold>
+HK_INLINE float fold_lanes(const Vec& a, const Fold& fold) {
+#if defined(HK_VEC_AVX512)
+  const __m256 low = _mm512_castps512_ps256(a.v), high = _mm512_extractf32x8_ps(a.v, 1);
+#else
+  const __m256 low = a.lo, high = a.hi;
+#endif
+  const __m256 eight = fold(low, high);
+  const __m256 four = fold(eight, _mm256_permute2f128_ps(eight, eight, 1));
+  const __m256 two = fold(four, _mm256_permute_ps(four, 0x4e));
+  return _mm256_cvtss_f32(fold(two, _mm256_permute_ps(two, 0xb1)));
+}
+HK_INLINE float sum(const Vec& a) {
+  return fold_lanes(a, [](__m256 x, __m256 y) { return _mm256_add_ps(x, y); });
+}
+HK_INLINE float max_lane(const Vec& a) {
+  return fold_lanes(a, [](__m256 x, __m256 y) { return _mm256_max_ps(x, y); });
+}
+#else
 HK_INLINE float sum(const Vec& a) {
   float lanes[16];
   a.store(lanes);
@@ -276,6 +370,7 @@ HK_INLINE float max_lane(const Vec& a) {
     for (int i = 0; i < width; ++i) lanes[i] = lanes[i + width] > lanes[i] ? lanes[i + width] : lanes[i];
   return lanes[0];
 }
+#endif
 
 // e^x to about 1 ulp over the whole range: 0 below -104, infinity above 88.73, NaN for NaN.
 // x = n ln 2 + r with |r| <= ln 2 / 2 (ln 2 in two parts, Cody & Waite), then the degree-6 polynomial of Cephes expf.
@@ -290,6 +385,19 @@ HK_INLINE Vec exp(const Vec& x) {
   p = fma(p, r, Vec(1.6666665459e-1f));
   p = fma(p, r, Vec(5.0000001201e-1f));
   return ldexp(fma(p, r * r, r) + Vec(1.0f), n);
+}
+
+// tanh x to about 2 ulp: the odd polynomial of Cephes tanhf below 0.625, 1 - 2 / (e^2x + 1) above it.
+HK_INLINE Vec tanh(const Vec& x) {
+  const Vec square = x * x;
+  Vec p = Vec(-5.70498872745e-3f);
+  p = fma(p, square, Vec(2.06390887954e-2f));
+  p = fma(p, square, Vec(-5.37397155531e-2f));
+  p = fma(p, square, Vec(1.33314422036e-1f));
+  p = fma(p, square, Vec(-3.33332819422e-1f));
+  const Vec small = fma(p * square, x, x);
+  const Vec large = Vec(1.0f) - Vec(2.0f) / (exp(x + x) + Vec(1.0f));
+  return select_less(square, Vec(0.625f * 0.625f), small, large);
 }
 
 // 1 / (1 + e^-x).

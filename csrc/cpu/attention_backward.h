@@ -65,7 +65,7 @@ class BackwardChunk {
       : args_(args),
         shared_(shared),
         chunk_(chunk),
-        doc_(document_at(args.shape.cu_q, args.shape.cu_k, chunk.doc, args.shape.causal)),
+        doc_(args.shape.document(chunk.doc)),
         kv_head_(kv_head),
         key_(chunk.index * Engine::kBackwardKeys),
         keys_(std::min(Engine::kBackwardKeys, doc_.k_len - key_)),
@@ -79,7 +79,7 @@ class BackwardChunk {
     load_keys(buffers);
     const int64_t group = args_.shape.num_heads / args_.shape.num_kv_heads;
     for (int64_t h = 0; h < group; ++h)
-      for (int64_t row = round_down(doc_.first_query(key_), kRows); row < doc_.q_len; row += kRows)
+      for (int64_t row = round_down(doc_.queries_begin(key_), kRows); row < doc_.q_len; row += kRows)
         visit(buffers, kv_head_ * group + h, row);
     store_keys(dk_, args_.shape.scale, static_cast<In*>(args_.dk));
     store_keys(dv_, 1.0f, static_cast<In*>(args_.dv));
@@ -133,7 +133,7 @@ class BackwardChunk {
 
   // First column (query - row, rounded down to a slab) that sees any key of the slab of keys at j.
   int64_t first_column(int64_t j, int64_t row) const {
-    return round_down(std::max(int64_t{0}, doc_.first_query(key_ + j) - row), kSlab);
+    return round_down(std::max(int64_t{0}, doc_.queries_begin(key_ + j) - row), kSlab);
   }
 
   // p_ = P^T and ds_ = dS^T, (padded_keys, cols), from first_column of each slab of keys on.
@@ -185,7 +185,7 @@ class BackwardChunk {
 
   // First column that sees key `key` of the chunk; cols for a key of the padding: none.
   int64_t first_seeing(int64_t key, int64_t row, int64_t cols) const {
-    return key < keys_ ? doc_.first_query(key_ + key) - row : cols;
+    return key < keys_ ? doc_.queries_begin(key_ + key) - row : cols;
   }
 
   // bf16 copies of P^T and dS^T, and of dS^T with pairs of keys side by side.
@@ -203,14 +203,14 @@ class BackwardChunk {
 
   // dQ^T of one tile: added to what earlier chunks left, written out by the last chunk that the tile sees.
   void add_dq(BackwardBuffers<Engine>& b, int64_t head, int64_t row, int64_t rows, int64_t cols, int64_t slab) {
-    const int64_t last_chunk = (doc_.visible_keys(row + rows - 1) - 1) / Engine::kBackwardKeys;
+    const int64_t last_chunk = (doc_.keys_end(row + rows - 1) - 1) / Engine::kBackwardKeys;
     const int64_t tile = chunk_.first_tile + head * ceil_div(doc_.q_len, kRows) + row / kRows;
     float* dq = chunk_.count == 1 ? b.dq.at_least(kRows * ld_) : shared_.dq_sums + tile * kRows * ld_;
     if (chunk_.count > 1) shared_.turnstile->wait(tile, chunk_.index);
     const int64_t step = slab == kSlab ? kSlab : cols;
     for (int64_t i = 0; i < cols; i += step) {
       const int64_t last = std::min(row + i + step, doc_.q_len) - 1;
-      const int64_t depth = clamp(round_up(doc_.visible_keys(last) - key_, kSlab), 0, padded_keys_);
+      const int64_t depth = clamp(round_up(doc_.keys_end(last) - key_, kSlab), 0, padded_keys_);
       const Gemm<Elem> product{
           ld_, step, depth, k_t_, padded_keys_, ds_pairs_ + i * Engine::kPair, cols * Engine::kPair, dq + i, cols};
       if (chunk_.index == 0) {
@@ -266,7 +266,7 @@ void prepare_queries(const AttentionBackward& args, const Document& doc, float* 
   for (int64_t i = 0; i < doc.q_len; ++i) {
     const int64_t token = doc.q_begin + i,
                   tile_end = std::min(doc.q_len, round_down(i, Engine::kBackwardRows) + Engine::kBackwardRows);
-    const bool visited = doc.visible_keys(tile_end - 1) > 0;
+    const bool visited = doc.keys_end(tile_end - 1) > 0;
     for (int64_t head = 0; head < s.num_heads; ++head) {
       const In* out =
           static_cast<const In*>(args.out.data) + token * args.out.token_stride + head * args.out.head_stride;
@@ -290,13 +290,13 @@ void run_backward(const AttentionBackward& args) {
   std::vector<int64_t> order(static_cast<size_t>(s.num_docs));
   for (int64_t d = 0; d < s.num_docs; ++d) order[static_cast<size_t>(d)] = d;
   const auto cost = [&](int64_t d) {
-    const Document doc = document_at(s.cu_q, s.cu_k, d, s.causal);
+    const Document doc = s.document(d);
     return doc.q_len * doc.k_len;
   };
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return cost(a) > cost(b); });
   int64_t tiles = 0;
   for (const int64_t d : order) {
-    const Document doc = document_at(s.cu_q, s.cu_k, d, s.causal);
+    const Document doc = s.document(d);
     const int64_t count = ceil_div(doc.k_len, Engine::kBackwardKeys);
     for (int64_t c = 0; c < count; ++c) chunks.push_back({d, c, count, tiles});
     if (count > 1) tiles += s.num_heads * ceil_div(doc.q_len, Engine::kBackwardRows);
@@ -306,9 +306,8 @@ void run_backward(const AttentionBackward& args) {
   Workspace<float> dq_sums(tiles * Engine::kBackwardRows * round_up(s.head_dim, Engine::kDimStep));
   Turnstile turnstile(tiles);
   const BackwardShared shared{delta.data(), dq_sums.data(), &turnstile};
-  parallel_tasks(s.num_docs, num_threads, [&](int64_t d) {
-    prepare_queries<Engine, In>(args, document_at(s.cu_q, s.cu_k, d, s.causal), delta.data());
-  });
+  parallel_tasks(s.num_docs, num_threads,
+                 [&](int64_t d) { prepare_queries<Engine, In>(args, s.document(d), delta.data()); });
   std::atomic<int64_t> next{0};  // tasks start in this order whatever order OpenMP hands them out in
   parallel_tasks(static_cast<int64_t>(chunks.size()) * s.num_kv_heads, num_threads, [&](int64_t) {
     const int64_t task = next.fetch_add(1, std::memory_order_relaxed);

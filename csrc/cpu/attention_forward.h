@@ -46,7 +46,7 @@ class ForwardTile {
   void run() {
     static thread_local ForwardBuffers<Engine> buffers;
     [[maybe_unused]] typename Engine::Session session;
-    const int64_t last_key = doc_.visible_keys(position_ + rows_ / heads_ - 1);
+    const int64_t last_key = doc_.keys_end(position_ + rows_ / heads_ - 1);
     load_queries(buffers);
     for (int64_t key = 0; key < last_key; key += Engine::kForwardKeys)
       attend(buffers, key, std::min(Engine::kForwardKeys, last_key - key));
@@ -59,7 +59,7 @@ class ForwardTile {
   }
   // Of the block of `keys` keys from `key` on, how many row r sees.
   int64_t visible(int64_t row, int64_t key, int64_t keys) const {
-    return clamp(doc_.visible_keys(position_ + row / heads_) - key, 0, keys);
+    return clamp(doc_.keys_end(position_ + row / heads_) - key, 0, keys);
   }
 
   void load_queries(ForwardBuffers<Engine>& b) {
@@ -95,7 +95,7 @@ class ForwardTile {
 
     for (int64_t c = 0; c < width;
          c += slab) {  // scores of a slab of keys: the rows before the diagonal see none of it
-      const int64_t row = round_down(std::max(int64_t{0}, doc_.first_query(key + c) - position_) * heads_, kSlab);
+      const int64_t row = round_down(std::max(int64_t{0}, doc_.queries_begin(key + c) - position_) * heads_, kSlab);
       if (row >= rows_) break;
       Engine::template gemm<false>({padded_rows_ - row, std::min(slab, width - c), ld_, q_ + row * ld_, ld_,
                                     k_b + c * Engine::kPair, width * Engine::kPair, scores + row * width + c, width});
@@ -123,7 +123,7 @@ class ForwardTile {
     for (int64_t row = 0; row < rows_; ++row) {
       const RowState state = b.rows[static_cast<size_t>(row)];
       const int64_t position = position_ + row / heads_, token = doc_.q_begin + position, head = head_ + row % heads_;
-      const bool sees_none = doc_.visible_keys(position) == 0;
+      const bool sees_none = doc_.keys_end(position) == 0;
       const Vec inverse(sees_none ? 0.0f : 1.0f / state.sum);
       const float* acc = acc_ + row * ld_;
       In* out = static_cast<In*>(args_.out) + (token * args_.shape.num_heads + head) * dim_;
@@ -145,10 +145,10 @@ class ForwardTile {
 inline int64_t attention_work(const AttentionShape& s) {
   int64_t pairs = 0;
   for (int64_t d = 0; d < s.num_docs; ++d) {
-    const Document doc = document_at(s.cu_q, s.cu_k, d, s.causal);
+    const Document doc = s.document(d);
     pairs += doc.q_len * doc.k_len;
   }
-  return pairs * s.num_heads * (s.head_dim + 8) / (s.causal ? 4 : 2);
+  return pairs * s.num_heads * (s.head_dim + 8) / (s.window.right == 0 ? 4 : 2);
 }
 
 template <typename Engine, typename In>
@@ -162,11 +162,10 @@ void run_forward(const AttentionForward& args) {
   };
   std::vector<Tile> tiles;
   for (int64_t d = 0; d < s.num_docs; ++d) {
-    const Document doc = document_at(s.cu_q, s.cu_k, d, s.causal);
+    const Document doc = s.document(d);
     for (int64_t i = 0; i < doc.q_len; i += fold.positions) {
       const int64_t positions = std::min(fold.positions, doc.q_len - i);
-      tiles.push_back(
-          {positions * doc.visible_keys(i + positions - 1), static_cast<int32_t>(d), static_cast<int32_t>(i)});
+      tiles.push_back({positions * doc.keys_end(i + positions - 1), static_cast<int32_t>(d), static_cast<int32_t>(i)});
     }
   }
   std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& a, const Tile& b) { return a.cost > b.cost; });
@@ -174,7 +173,7 @@ void run_forward(const AttentionForward& args) {
   parallel_tasks(static_cast<int64_t>(tiles.size()) * tasks_per_tile, threads_for(attention_work(s), s.num_threads),
                  [&](int64_t task) {
                    const Tile& tile = tiles[static_cast<size_t>(task / tasks_per_tile)];
-                   const Document doc = document_at(s.cu_q, s.cu_k, tile.doc, s.causal);
+                   const Document doc = s.document(tile.doc);
                    const int64_t kv_head = task % tasks_per_tile / folds, head = task % folds * fold.heads;
                    ForwardTile<Engine, In>(args, doc, kv_head, kv_head * group + head,
                                            std::min(fold.heads, group - head), tile.position,

@@ -29,43 +29,62 @@ void check_borders(const int32_t* borders, int64_t num_docs, int64_t total, cons
   if (borders[num_docs] != total) fail("end with the number of tokens " + std::to_string(total), borders[num_docs]);
 }
 
-// sizes: (num_docs, total_q, total_k, num_heads, num_kv_heads, head_dim).
-AttentionShape shape(uintptr_t cu_q, uintptr_t cu_k, const py::tuple& sizes, float scale, bool causal, bool bf16,
-                     int num_threads) {
-  const AttentionShape s{reinterpret_cast<const int32_t*>(cu_q),
-                         reinterpret_cast<const int32_t*>(cu_k),
-                         sizes[0].cast<int64_t>(),
-                         sizes[1].cast<int64_t>(),
-                         sizes[2].cast<int64_t>(),
-                         sizes[3].cast<int64_t>(),
-                         sizes[4].cast<int64_t>(),
-                         sizes[5].cast<int64_t>(),
-                         scale,
-                         causal,
-                         bf16,
-                         num_threads};
+// arguments: (cu_q, cu_k, num_docs, total_q, total_k, num_heads, num_kv_heads, head_dim, scale, softcap, window_left,
+// window_right, sinks, storage, num_threads); a window of -1 is unbounded, sinks may be 0.
+AttentionShape shape(const py::tuple& arguments) {
+  const auto pointer = [&](int i) { return arguments[i].cast<uintptr_t>(); };
+  const auto size = [&](int i) { return arguments[i].cast<int64_t>(); };
+  const auto window = [&](int i) { return size(i) < 0 ? kUnbounded : size(i); };
+  const AttentionShape s{reinterpret_cast<const int32_t*>(pointer(0)),
+                         reinterpret_cast<const int32_t*>(pointer(1)),
+                         size(2),
+                         size(3),
+                         size(4),
+                         size(5),
+                         size(6),
+                         size(7),
+                         arguments[8].cast<float>(),
+                         arguments[9].cast<float>(),
+                         {window(10), window(11)},
+                         reinterpret_cast<const float*>(pointer(12)),
+                         static_cast<Storage>(arguments[13].cast<int>()),
+                         arguments[14].cast<int>()};
   check_borders(s.cu_q, s.num_docs, s.total_q, "cu_seqlens");
-  if (cu_q != cu_k) check_borders(s.cu_k, s.num_docs, s.total_k, "cu_seqlens_k");
+  if (s.cu_q != s.cu_k) check_borders(s.cu_k, s.num_docs, s.total_k, "cu_seqlens_k");
   return s;
 }
 
-void forward(const py::tuple& q, const py::tuple& k, const py::tuple& v, uintptr_t cu_q, uintptr_t cu_k,
-             const py::tuple& sizes, float scale, bool causal, bool bf16, int num_threads, uintptr_t out,
+void forward(const py::tuple& q, const py::tuple& k, const py::tuple& v, const py::tuple& arguments, uintptr_t out,
              uintptr_t lse) {
-  const AttentionForward args{shape(cu_q, cu_k, sizes, scale, causal, bf16, num_threads),
-                              input(q),
-                              input(k),
-                              input(v),
-                              reinterpret_cast<void*>(out),
-                              reinterpret_cast<float*>(lse)};
+  const AttentionForward args{
+      shape(arguments), input(q), input(k), input(v), {}, reinterpret_cast<void*>(out), reinterpret_cast<float*>(lse)};
+  const py::gil_scoped_release released;
+  HK_DISPATCH(attention_forward, args);
+}
+
+// pages: (block_table, its row stride, page size, strides between the pages of k and of v).
+void paged_forward(const py::tuple& q, const py::tuple& k, const py::tuple& v, const py::tuple& pages,
+                   const py::tuple& arguments, int64_t num_pages, uintptr_t out, uintptr_t lse) {
+  const AttentionShape s = shape(arguments);
+  const PagedKeys keys{reinterpret_cast<const int32_t*>(pages[0].cast<uintptr_t>()), pages[1].cast<int64_t>(),
+                       pages[2].cast<int64_t>(), pages[3].cast<int64_t>(), pages[4].cast<int64_t>()};
+  for (int64_t d = 0; d < s.num_docs; ++d)
+    for (int64_t page = 0; page < ceil_div(s.document(d).k_len, keys.size); ++page) {
+      const int32_t id = keys.table[d * keys.table_stride + page];
+      if (id < 0 || id >= num_pages)
+        throw std::invalid_argument("paged_attention: block_table must name pages from 0 to " +
+                                    std::to_string(num_pages - 1) + " (row " + std::to_string(d) + ", entry " +
+                                    std::to_string(page) + "), got " + std::to_string(id));
+    }
+  const AttentionForward args{
+      s, input(q), input(k), input(v), keys, reinterpret_cast<void*>(out), reinterpret_cast<float*>(lse)};
   const py::gil_scoped_release released;
   HK_DISPATCH(attention_forward, args);
 }
 
 void backward(const py::tuple& q, const py::tuple& k, const py::tuple& v, const py::tuple& out, const py::tuple& dout,
-              uintptr_t lse, uintptr_t cu_q, uintptr_t cu_k, const py::tuple& sizes, float scale, bool causal,
-              bool bf16, int num_threads, uintptr_t dq, uintptr_t dk, uintptr_t dv) {
-  const AttentionBackward args{shape(cu_q, cu_k, sizes, scale, causal, bf16, num_threads),
+              uintptr_t lse, const py::tuple& arguments, uintptr_t dq, uintptr_t dk, uintptr_t dv, uintptr_t dsinks) {
+  const AttentionBackward args{shape(arguments),
                                input(q),
                                input(k),
                                input(v),
@@ -74,7 +93,8 @@ void backward(const py::tuple& q, const py::tuple& k, const py::tuple& v, const 
                                reinterpret_cast<const float*>(lse),
                                reinterpret_cast<void*>(dq),
                                reinterpret_cast<void*>(dk),
-                               reinterpret_cast<void*>(dv)};
+                               reinterpret_cast<void*>(dv),
+                               reinterpret_cast<float*>(dsinks)};
   const py::gil_scoped_release released;
   HK_DISPATCH(attention_backward, args);
 }
@@ -83,6 +103,7 @@ void backward(const py::tuple& q, const py::tuple& k, const py::tuple& v, const 
 
 void bind_attention(py::module_& m) {
   m.def("attention_forward", &forward);
+  m.def("paged_attention_forward", &paged_forward);
   m.def("attention_backward", &backward);
 }
 

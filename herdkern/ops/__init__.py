@@ -1,6 +1,6 @@
 """Attention, RMSNorm, SwiGLU, RoPE and the fused linear cross entropy, each with its plain reference."""
 
-from herdkern.ops.attention import attention, attention_reference, attention_with_lse, attention_with_lse_reference
+from herdkern.ops.attention import attention, attention_reference
 from herdkern.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from herdkern.ops.rms_norm import rms_norm, rms_norm_reference
 from herdkern.ops.rope import RopeScaling, rope, rope_reference, rope_table
@@ -10,8 +10,6 @@ __all__ = [
     "RopeScaling",
     "attention",
     "attention_reference",
-    "attention_with_lse",
-    "attention_with_lse_reference",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "rms_norm",

@@ -1,6 +1,7 @@
 """Packed attention with a document mask.
 
-Source: Dao 2023, FlashAttention-2 (arXiv:2307.08691); the mask: Llama 3 (arXiv:2407.21783), section 3.2.
+Source: Dao 2023, FlashAttention-2 (arXiv:2307.08691); the mask: Llama 3 (arXiv:2407.21783), section 3.2; sinks: Xiao et
+al. 2023 (arXiv:2309.17453) as learned logits; softcap: Gemma 2 (arXiv:2408.00118), section 2.
 
 A batch is one sequence of tokens, cut into documents by `cu_seqlens`; no query sees a key of another document.
 """
@@ -11,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from herdkern.ops.backend import Backend, choose, dtype_name, native_module, num_threads, why_not_native
+from herdkern.ops.attention_checks import border_values, check_borders, check_operands, check_softmax
+from herdkern.ops.backend import Backend, choose, native_module, num_threads, why_not_native
 from herdkern.ops.native_op import differentiable_gradients, native_op
 
-_MAX_HEAD_DIM = 256
+_STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Storage of csrc/cpu/attention.h
 
 
 def attention_reference(
@@ -25,42 +27,49 @@ def attention_reference(
     *,
     cu_seqlens_k: Tensor | None = None,
     causal: bool = True,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
     softmax_scale: float | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Any:
     """Return attention in plain torch, document by document, computed in fp32 or the dtype of `q` if that is wider."""
-    return attention_with_lse_reference(
-        q, k, v, cu_seqlens, cu_seqlens_k=cu_seqlens_k, causal=causal, softmax_scale=softmax_scale
-    )[0]
-
-
-def attention_with_lse_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    cu_seqlens_k: Tensor | None = None,
-    causal: bool = True,
-    softmax_scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return attention_with_lse in plain torch."""
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     acc = torch.promote_types(q.dtype, torch.float32)
-    q_docs = pairwise(_borders("cu_seqlens", cu_seqlens, q.shape[0]))
-    k_docs = pairwise(_borders("cu_seqlens_k", cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, k.shape[0]))
+    q_docs = pairwise(border_values("attention", "cu_seqlens", cu_seqlens, q.shape[0]))
+    k_name, cu_k = ("cu_seqlens", cu_seqlens) if cu_seqlens_k is None else ("cu_seqlens_k", cu_seqlens_k)
+    k_docs = pairwise(border_values("attention", k_name, cu_k, k.shape[0]))
     outs, lses = [q[:0]], [q.new_empty(q.shape[1], 0, dtype=acc)]
     for (q_begin, q_end), (k_begin, k_end) in zip(q_docs, k_docs, strict=True):
         q_doc = q[q_begin:q_end].to(acc).unflatten(1, (k.shape[1], -1))  # (q_len, num_kv_heads, group, head_dim)
         scores = torch.einsum("ihgd,jhd->hgij", q_doc, k[k_begin:k_end].to(acc)) * scale
-        if causal:  # query i sees the keys up to i + k_len - q_len
-            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
-            scores = scores.masked_fill(hidden.triu(scores.shape[-1] - scores.shape[-2] + 1), -torch.inf)
-        lse = scores.logsumexp(-1)
+        if softcap > 0:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~_visible(scores, causal, window_size), -torch.inf)
+        logits = scores
+        if sinks is not None:
+            logits = torch.cat([scores, sinks.to(acc).view(k.shape[1], -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+        lse = logits.logsumexp(-1)
         weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])  # sees no key: weights 0
         out = torch.einsum("hgij,jhd->ihgd", weights, v[k_begin:k_end].to(acc))
         outs.append(out.flatten(1, 2).to(q.dtype))
         lses.append(lse.flatten(0, 1))
-    return torch.cat(outs), torch.cat(lses, dim=1)
+    out = torch.cat(outs)
+    return (out, torch.cat(lses, dim=1).detach()) if return_lse else out
+
+
+def _visible(scores: Tensor, causal: bool, window_size: tuple[int, int]) -> Tensor:
+    """(q_len, k_len): does query i see key j? Aligned at the bottom right: the last query stands at the last key."""
+    q_len, k_len = scores.shape[-2:]
+    left, right = window_size[0], 0 if causal else window_size[1]
+    ahead = torch.arange(k_len, device=scores.device) - torch.arange(q_len, device=scores.device)[:, None]
+    ahead = ahead - (k_len - q_len)  # how far key j lies ahead of where query i stands
+    seen = torch.ones_like(ahead, dtype=torch.bool)
+    if left >= 0:
+        seen &= ahead >= -left
+    if right >= 0:
+        seen &= ahead <= right
+    return seen
 
 
 def attention(
@@ -72,94 +81,67 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen: int | None = None,
     causal: bool = True,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
     softmax_scale: float | None = None,
+    return_lse: bool = False,
     backend: Backend = "auto",
-) -> Tensor:
-    """Return softmax(softmax_scale * q k^T) v within each document of a packed batch.
+) -> Any:
+    """Return softmax(softmax_scale * q k^T) v within each document of a packed batch; with its lse if `return_lse`.
 
-    q: (total_q, num_heads, head_dim), float32 | bfloat16, any strides, head_dim <= 256.
+    q: (total_q, num_heads, head_dim), float32 | bfloat16 | float16, any strides, head_dim <= 256.
     k, v: (total_k, num_kv_heads, head_dim), dtype of q; num_heads is a multiple of num_kv_heads, and query head h reads
         head h // (num_heads // num_kv_heads).
     cu_seqlens: (num_docs + 1,) int32 borders of the documents in q, from 0 to total_q; empty documents are allowed.
     cu_seqlens_k: the same for k and v, if the lengths differ (decoding with a KV cache).
     max_seqlen: an upper bound of the document lengths, for GPU kernels; never changes a result.
     causal: a query sees no later key. Where lengths differ the mask is aligned at the bottom right: the last query of a
-        document sees all its keys. A query that sees no key gives 0.
+        document stands at its last key. A query that sees no key gives 0.
+    window_size: (left, right): how many keys before and after its own a query sees; -1 for all, right is 0 if causal.
+    softcap: scores become softcap * tanh(score / softcap); 0 for none.
+    sinks: (num_heads,), one more logit in each softmax that takes weight and has no value; has a gradient.
     softmax_scale: > 0; head_dim ** -0.5 if None.
-    Returns: shape and dtype of q, contiguous.  Sums and softmax are fp32. No bit of a document's result depends on the
-        number of threads or on the other documents.
-    Raises: ValueError if shapes, dtypes, devices or borders do not fit; NotImplementedError if no backend can run this.
+    Returns: shape and dtype of q, contiguous; with `return_lse` also softmax_lse: (num_heads, total_q) float32, the
+        logarithm of each softmax denominator (-inf where a query sees no key and there is no sink), without a gradient.
+        Sums and softmax are fp32. No bit of a document's result depends on the number of threads, on the other
+        documents or on their order.
+    Raises: TypeError for an argument that must be a tensor; ValueError if shapes, dtypes, devices, borders or options
+        do not fit; NotImplementedError if no backend can run this.
     """
-    return attention_with_lse(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen=max_seqlen,
-        causal=causal,
-        softmax_scale=softmax_scale,
-        backend=backend,
-    )[0]
-
-
-def attention_with_lse(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen: int | None = None,
-    causal: bool = True,
-    softmax_scale: float | None = None,
-    backend: Backend = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Return attention and softmax_lse, the logarithm of each query's softmax denominator. Arguments as for attention.
-
-    Returns: out as attention; softmax_lse: (num_heads, total_q) float32, -inf where a query sees no key. It carries no
-        gradient: it is for combining partial results, not for a loss.
-    """
-    _check(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, softmax_scale)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    why_not = {"native": why_not_native(q, torch.float32, torch.bfloat16), "reference": None}
+    check_operands("attention", q, k, v)
+    _check_documents(q, k, cu_seqlens, cu_seqlens_k, max_seqlen)
+    check_softmax("attention", q, window_size, softcap, sinks, softmax_scale)
+    unfinished = tuple(window_size) != (-1, -1) or softcap != 0 or sinks is not None
+    lacks = "the kernels lack window_size, softcap and sinks" if unfinished else None
+    why_not = {"native": why_not_native(q, *_STORAGE) or lacks, "reference": None}
     if choose("attention", backend, why_not) == "reference":
-        out, lse = attention_with_lse_reference(
-            q, k, v, cu_seqlens, cu_seqlens_k=cu_seqlens_k, causal=causal, softmax_scale=scale
+        return attention_reference(
+            q,
+            k,
+            v,
+            cu_seqlens,
+            cu_seqlens_k=cu_seqlens_k,
+            causal=causal,
+            window_size=window_size,
+            softcap=softcap,
+            sinks=sinks,
+            softmax_scale=softmax_scale,
+            return_lse=return_lse,
         )
-        return out, lse.detach()
-    return _forward(q, k, v, cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, causal, scale)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    options = window_size[0], 0 if causal else window_size[1], float(softcap), scale
+    sinks = None if sinks is None else sinks.float()
+    out, lse = _forward(q, k, v, cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, sinks, *options)
+    return (out, lse) if return_lse else out
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen: int | None,
-    softmax_scale: float | None,
+def _check_documents(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, max_seqlen: int | None
 ) -> None:
-    if q.dim() != 3:
-        raise ValueError(f"attention: q must be (total_q, num_heads, head_dim), got {tuple(q.shape)}")
-    if k.dim() != 3 or k.shape[2] != q.shape[2]:
-        raise ValueError(f"attention: k must be (total_k, num_kv_heads, {q.shape[2]}), got {tuple(k.shape)}")
-    if v.shape != k.shape:
-        raise ValueError(f"attention: v must have the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
-    if not 1 <= q.shape[2] <= _MAX_HEAD_DIM:
-        raise ValueError(f"attention: head_dim must be 1 to {_MAX_HEAD_DIM}, got {q.shape[2]}")
-    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
-        raise ValueError(
-            f"attention: num_heads must be a positive multiple of num_kv_heads={k.shape[1]}, got {q.shape[1]}"
-        )
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise ValueError(f"attention: {name} must be {dtype_name(q.dtype)} as q, got {dtype_name(x.dtype)}")
-        if x.device != q.device:
-            raise ValueError(f"attention: {name} must be on {q.device} as q, got {x.device}")
-    _check_borders("cu_seqlens", cu_seqlens, q)
+    check_borders("attention", "cu_seqlens", cu_seqlens, q)
     if cu_seqlens_k is not None:
-        _check_borders("cu_seqlens_k", cu_seqlens_k, q)
+        check_borders("attention", "cu_seqlens_k", cu_seqlens_k, q)
         if cu_seqlens_k.shape != cu_seqlens.shape:
             raise ValueError(
                 f"attention: cu_seqlens_k must have as many entries as cu_seqlens ({cu_seqlens.shape[0]}), "
@@ -172,35 +154,10 @@ def _check(
         )
     if max_seqlen is not None and max_seqlen < 0:
         raise ValueError(f"attention: max_seqlen must be at least 0, got {max_seqlen}")
-    if softmax_scale is not None and not 0.0 < softmax_scale < float("inf"):
-        raise ValueError(f"attention: softmax_scale must be positive and finite, got {softmax_scale}")
 
 
-def _check_borders(name: str, borders: Tensor, q: Tensor) -> None:
-    if borders.dtype != torch.int32:
-        raise ValueError(f"attention: {name} must be int32, got {dtype_name(borders.dtype)}")
-    if borders.dim() != 1 or borders.shape[0] < 1:
-        raise ValueError(f"attention: {name} must have shape (num_docs + 1,), got {tuple(borders.shape)}")
-    if not borders.is_contiguous():
-        raise ValueError(f"attention: {name} must be contiguous, got stride {borders.stride(0)}; call .contiguous()")
-    if borders.device != q.device:
-        raise ValueError(f"attention: {name} must be on {q.device} as q, got {borders.device}")
-
-
-def _borders(name: str, borders: Tensor, total: int) -> list[int]:
-    """The borders as a list, checked as the native op checks them."""
-    values: list[int] = borders.tolist()
-    if values[0] != 0:
-        raise ValueError(f"attention: {name} must start with 0, got {values[0]}")
-    for doc, (begin, end) in enumerate(pairwise(values)):
-        if end < begin:
-            raise ValueError(f"attention: {name} must not decrease (entry {doc + 1} follows {begin}), got {end}")
-    if values[-1] != total:
-        raise ValueError(f"attention: {name} must end with the number of tokens {total}, got {values[-1]}")
-    return values
-
-
-def _dense_last(x: Tensor) -> Tensor:
+def dense_last(x: Tensor) -> Tensor:
+    """Return `x`, copied if its last dimension is strided."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -208,27 +165,30 @@ def _operand(x: Tensor) -> tuple[int, int, int]:
     return x.data_ptr(), x.stride(0), x.stride(1)
 
 
-def _common(
-    q: Tensor, k: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, causal: bool, scale: float
+def _shape(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, sinks: Tensor | None, options: tuple[Any, ...]
 ) -> tuple[Any, ...]:
+    """The arguments of shape() in csrc/cpu/bind_attention.cpp; options: window left, right, softcap, scale."""
     sizes = (cu_seqlens.shape[0] - 1, q.shape[0], k.shape[0], q.shape[1], k.shape[1], q.shape[2])
-    pointers = cu_seqlens.data_ptr(), cu_seqlens_k.data_ptr()
-    return *pointers, sizes, scale, causal, q.dtype == torch.bfloat16, num_threads()
+    left, right, softcap, scale = options
+    softmax = (scale, softcap, left, right, 0 if sinks is None else sinks.data_ptr())
+    return cu_seqlens.data_ptr(), cu_seqlens_k.data_ptr(), *sizes, *softmax, _STORAGE[q.dtype], num_threads()
 
 
 def _forward_cpu(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, sinks: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = _dense_last(q), _dense_last(k), _dense_last(v)
+    q, k, v = dense_last(q), dense_last(k), dense_last(v)
+    sinks = None if sinks is None else sinks.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    common = _common(q, k, cu_seqlens, cu_seqlens_k, causal, scale)
-    native_module().attention_forward(_operand(q), _operand(k), _operand(v), *common, out.data_ptr(), lse.data_ptr())
+    shape = _shape(q, k, cu_seqlens, cu_seqlens_k, sinks, options)
+    native_module().attention_forward(_operand(q), _operand(k), _operand(v), shape, out.data_ptr(), lse.data_ptr())
     return out, lse
 
 
 def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, sinks: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
@@ -242,29 +202,23 @@ def _backward_cpu(
     lse: Tensor,
     cu_seqlens: Tensor,
     cu_seqlens_k: Tensor,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dout, q, k, v = _dense_last(dout), _dense_last(q), _dense_last(k), _dense_last(v)
-    out, lse = _dense_last(out), lse.contiguous()
-    dq, dk, dv = (
-        torch.empty(q.shape, dtype=q.dtype),
-        torch.empty(k.shape, dtype=k.dtype),
-        torch.empty(v.shape, dtype=v.dtype),
-    )
+    sinks: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dout, q, k, v = dense_last(dout), dense_last(q), dense_last(k), dense_last(v)
+    out, lse = dense_last(out), lse.contiguous()
+    sinks = None if sinks is None else sinks.contiguous()
+    dq, dk, dv, dsinks = _backward_fake(dout, q, k, v, out, lse, cu_seqlens, cu_seqlens_k, sinks, *options)
     native_module().attention_backward(
-        _operand(q),
-        _operand(k),
-        _operand(v),
-        _operand(out),
-        _operand(dout),
+        *map(_operand, (q, k, v, out, dout)),
         lse.data_ptr(),
-        *_common(q, k, cu_seqlens, cu_seqlens_k, causal, scale),
+        _shape(q, k, cu_seqlens, cu_seqlens_k, sinks, options),
         dq.data_ptr(),
         dk.data_ptr(),
         dv.data_ptr(),
+        0 if sinks is None else dsinks.data_ptr(),
     )
-    return dq, dk, dv
+    return dq, dk, dv, dsinks
 
 
 def _backward_fake(
@@ -276,43 +230,61 @@ def _backward_fake(
     lse: Tensor,
     cu_seqlens: Tensor,
     cu_seqlens_k: Tensor,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    sinks: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dsinks = q.new_empty((0,) if sinks is None else sinks.shape, dtype=torch.float32)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, cu_seqlens_k, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, cu_seqlens, cu_seqlens_k, *output)
+    *tensors, left, right, softcap, scale = inputs
+    ctx.options = left, right, softcap, scale
+    ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx: Any, dout: Tensor | None, _: None) -> tuple[Any, ...]:
-    q, k, v, cu_seqlens, cu_seqlens_k, out, lse = ctx.saved_tensors
+    q, k, v, cu_seqlens, cu_seqlens_k, sinks, out, lse = ctx.saved_tensors
+    no_options = (None,) * 4
     if dout is None:
-        return (None,) * 7
+        return (None,) * 10
     if torch.is_grad_enabled():
+        left, right, softcap, scale = ctx.options
 
-        def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attention_reference(
-                q, k, v, cu_seqlens, cu_seqlens_k=cu_seqlens_k, causal=ctx.causal, softmax_scale=ctx.scale
+        def reference(q: Tensor, k: Tensor, v: Tensor, *sinks: Tensor) -> Tensor:
+            out: Tensor = attention_reference(
+                q,
+                k,
+                v,
+                cu_seqlens,
+                cu_seqlens_k=cu_seqlens_k,
+                causal=False,
+                window_size=(left, right),
+                softcap=softcap,
+                sinks=sinks[0] if sinks else None,
+                softmax_scale=scale,
             )
+            return out
 
-        return *differentiable_gradients(reference, (q, k, v), dout), None, None, None, None
-    gradients = _backward(dout, q, k, v, out, lse, cu_seqlens, cu_seqlens_k, ctx.causal, ctx.scale)
-    return *(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad)), None, None, None, None
+        inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
+        dq, dk, dv, *dsinks = differentiable_gradients(reference, inputs, dout)
+        return dq, dk, dv, None, None, dsinks[0] if dsinks else None, *no_options
+    dq, dk, dv, dsinks = _backward(dout, q, k, v, out, lse, cu_seqlens, cu_seqlens_k, sinks, *ctx.options)
+    gradients = dq, dk, dv, None, None, None if sinks is None else dsinks
+    return *(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad)), *no_options
 
 
+_OPTIONS = "Tensor? sinks, int window_left, int window_right, float softcap, float scale"
 _backward = native_op(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens,"
-    " Tensor cu_seqlens_k, bool causal, float scale) -> (Tensor, Tensor, Tensor)",
+    f" Tensor cu_seqlens_k, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward_cpu,
     _backward_fake,
 )
 _forward = native_op(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_k, bool causal, float scale)"
+    f"attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_k, {_OPTIONS})"
     " -> (Tensor, Tensor)",
     _forward_cpu,
     _forward_fake,

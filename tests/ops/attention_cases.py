@@ -4,18 +4,21 @@ gold is the reference in fp64, ref a plain implementation with the roundings of 
 itself; bf16: plain_bf16), and |got - gold| <= 2 |ref - gold| + 4 eps max(1, |gold|) in max norm.
 """
 
+import functools
 import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from herdkern.ops import attention_with_lse_reference
+from herdkern.ops import attention, attention_reference
 from herdkern.ops.backend import active_isa, native_module
 
 DTYPES = [torch.float32, torch.bfloat16]
 HEADS = [(2, 2), (4, 2), (4, 1), (8, 1)]  # (num_heads, num_kv_heads): groups of 1, 2, 4, 8
 NAMES = ("out", "softmax_lse", "dq", "dk", "dv")
+attention_with_lse = functools.partial(attention, return_lse=True)
+attention_with_lse_reference = functools.partial(attention_reference, return_lse=True)
 
 
 def short(dtype: torch.dtype) -> str:

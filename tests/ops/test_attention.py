@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from attention_cases import DTYPES, HEADS, NAMES, Packed, assert_bound, borders, packed, short
+from attention_cases import DTYPES, HEADS, NAMES, Packed, assert_bound, attention_with_lse, borders, packed, short
 
-from herdkern.ops import attention, attention_reference, attention_with_lse
+from herdkern.ops import attention, attention_reference
 from herdkern.ops.backend import available_isas, forced_isa
 
 ISAS = available_isas()

@@ -7,9 +7,7 @@ import random
 
 import pytest
 import torch
-from attention_cases import HEADS, NAMES, Packed, borders, packed
-
-from herdkern.ops import attention_with_lse
+from attention_cases import HEADS, NAMES, Packed, attention_with_lse, borders, packed
 
 
 @pytest.fixture(autouse=True)

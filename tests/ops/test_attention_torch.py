@@ -6,9 +6,17 @@ import re
 
 import pytest
 import torch
-from attention_cases import DTYPES, NAMES, borders, packed, short
+from attention_cases import (
+    DTYPES,
+    NAMES,
+    attention_with_lse,
+    attention_with_lse_reference,
+    borders,
+    packed,
+    short,
+)
 
-from herdkern.ops import attention, attention_reference, attention_with_lse, attention_with_lse_reference
+from herdkern.ops import attention, attention_reference
 
 
 def normal(*shape, dtype=torch.float32, **options):
@@ -21,14 +29,28 @@ def test_opcheck_forward(dtype, causal):
     batch = packed([5, 0, 9], dtype, (4, 2), 8)
     q, k, v = (x.requires_grad_() for x in (batch.q, batch.k, batch.v))
     op = torch.ops.herdkern.attention_forward.default
-    torch.library.opcheck(op, (q, k, v, batch.cu_seqlens, batch.cu_seqlens, causal, 0.35))
+    torch.library.opcheck(op, (q, k, v, batch.cu_seqlens, batch.cu_seqlens, None, -1, 0 if causal else -1, 0.0, 0.35))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_opcheck_backward(dtype):
     batch = packed([5, 0, 9], dtype, (4, 2), 8)
     out, lse = attention_with_lse(batch.q, batch.k, batch.v, batch.cu_seqlens)
-    arguments = (batch.dout, batch.q, batch.k, batch.v, out, lse, batch.cu_seqlens, batch.cu_seqlens, True, 0.35)
+    arguments = (
+        batch.dout,
+        batch.q,
+        batch.k,
+        batch.v,
+        out,
+        lse,
+        batch.cu_seqlens,
+        batch.cu_seqlens,
+        None,
+        -1,
+        0,
+        0.0,
+        0.35,
+    )
     torch.library.opcheck(torch.ops.herdkern.attention_backward.default, arguments)
 
 
@@ -154,7 +176,7 @@ ERRORS = [
     ({"k": torch.zeros(6, 2, 9)}, "k must be (total_k, num_kv_heads, 8), got (6, 2, 9)"),
     ({"k": torch.zeros(6, 8)}, "k must be (total_k, num_kv_heads, 8), got (6, 8)"),
     ({"v": torch.zeros(5, 2, 8)}, "v must have the shape of k (6, 2, 8), got (5, 2, 8)"),
-    ({"q": torch.zeros(6, 3, 8)}, "num_heads must be a positive multiple of num_kv_heads=2, got 3"),
+    ({"q": torch.zeros(6, 3, 8)}, "num_heads of q must be a positive multiple of num_kv_heads=2, got 3"),
     ({"k": torch.zeros(6, 2, 8).bfloat16()}, "k must be float32 as q, got bfloat16"),
     ({"v": torch.zeros(6, 2, 8, device="meta")}, "v must be on cpu as q, got meta"),
     ({"cu_seqlens": borders([2, 4]).long()}, "cu_seqlens must be int32, got int64"),
@@ -185,7 +207,7 @@ ERRORS = [
     ({"max_seqlen": -1}, "max_seqlen must be at least 0, got -1"),
     (
         {"q": torch.zeros(6, 4, 257), "k": torch.zeros(6, 2, 257), "v": torch.zeros(6, 2, 257)},
-        "head_dim must be 1 to 256, got 257",
+        "head_dim of q must be 1 to 256, got 257",
     ),
 ]
 
@@ -199,7 +221,7 @@ def test_wrong_call(changes, message, backend):
 
 def test_no_backend_for_a_dtype_says_why():
     x = torch.zeros(6, 2, 8, dtype=torch.float64)
-    with pytest.raises(NotImplementedError, match="dtype must be float32 or bfloat16, got float64"):
+    with pytest.raises(NotImplementedError, match="dtype must be float32 or bfloat16 or float16, got float64"):
         attention(x, x, x, borders([6]), backend="native")
     with pytest.warns(UserWarning, match="attention: using 'reference' because native: dtype"):
         attention(x, x, x, borders([6]))
