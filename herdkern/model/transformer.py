@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from herdkern import ops
+from herdkern.documents import position_ids_from_cu_seqlens
 from herdkern.model.config import ModelConfig
 from herdkern.model.layers import Block, KVCache, Linear, RMSNorm
 
@@ -78,7 +79,7 @@ class Transformer(nn.Module):
                 f"Transformer: tokens must be (total_tokens,) int64, got {tuple(tokens.shape)} {tokens.dtype}"
             )
         if positions is None:
-            positions = document_positions(cu_seqlens, tokens.numel())
+            positions = position_ids_from_cu_seqlens(cu_seqlens, tokens.numel())
         if positions.shape != tokens.shape:
             raise ValueError(f"Transformer: positions must be {tuple(tokens.shape)}, got {tuple(positions.shape)}")
         x = self.embed_tokens(tokens).to(self.compute_dtype)  # (total_tokens, dim)
@@ -95,13 +96,6 @@ class Transformer(nn.Module):
         """Cross entropy in nats of targets: (total_tokens,) int64 (-100: not counted), never holding all logits."""
         weight = self.lm_head.weight.to(hidden.dtype)
         return ops.linear_cross_entropy(hidden, weight, targets, reduction=reduction)
-
-
-def document_positions(cu_seqlens: Tensor, total_tokens: int) -> Tensor:
-    """The place of every token in its document, (total_tokens,) int64, from borders cu_seqlens: (num_docs + 1,)."""
-    lengths = cu_seqlens.diff().to(torch.int64)
-    starts = torch.repeat_interleave(cu_seqlens[:-1].to(torch.int64), lengths, output_size=total_tokens)
-    return torch.arange(total_tokens, device=cu_seqlens.device) - starts
 
 
 def _rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:

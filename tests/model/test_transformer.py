@@ -9,7 +9,7 @@ import torch
 
 from herdkern.model.config import ModelConfig
 from herdkern.model.hf_weights import to_meta_state
-from herdkern.model.transformer import Transformer, document_positions
+from herdkern.model.transformer import Transformer
 
 
 def oracle_logits(state: dict[str, np.ndarray], config: ModelConfig, tokens: np.ndarray) -> np.ndarray:
@@ -120,11 +120,6 @@ def test_positions_may_continue_across_documents(small_model):
     reset = small_model(tokens, cu_seqlens)
     running = small_model(tokens, cu_seqlens, torch.arange(64))
     assert (reset - running).abs().max() <= 2e-5
-
-
-def test_document_positions():
-    cu_seqlens = torch.tensor([0, 3, 3, 4, 6], dtype=torch.int32)
-    assert document_positions(cu_seqlens, 6).tolist() == [0, 1, 2, 0, 0, 1]
 
 
 @pytest.mark.filterwarnings("ignore:.*using 'reference'")  # native kernels are fp32 and bf16
