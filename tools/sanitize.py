@@ -53,6 +53,7 @@ def build(kind: str) -> Path:
 
 
 def main() -> int:
+    """Runs the command line and returns its exit status."""
     if len(sys.argv) < 2 or sys.argv[1] not in FLAGS:
         print(__doc__)
         return 2
