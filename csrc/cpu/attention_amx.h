@@ -66,12 +66,14 @@ struct AmxEngine {
   static constexpr int64_t kBackwardRows = 128, kBackwardKeys = 128;
   using Session = AmxSession;
 
-  template <bool kAccumulate>
+  template <bool kAccumulate, bool kTransposedA = false>
   static void gemm(const Gemm<bf16>& g) {
+    static_assert(!kTransposedA, "a tile of A is read by rows");
     for (int64_t col = 0; col < g.cols; col += 32)
       for (int64_t row = 0; row < g.rows; row += 32) amx_block<kAccumulate>(g, row, col);
   }
   static HK_INLINE void store(bf16* p, const Vec& x) { DotEngine::store(p, x); }
+  static HK_INLINE void store_pairs(bf16* p, const Vec& even, const Vec& odd) { DotEngine::store_pairs(p, even, odd); }
 };
 
 }  // namespace herdkern::cpu::HK_ISA

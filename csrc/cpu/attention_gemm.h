@@ -1,5 +1,5 @@
 // The matrix products inside an attention tile: C (+)= A B on operands that lie in cache, in 32-bit accumulators.
-//   A: (rows, depth) row-major, leading dimension lda.
+//   A: (rows, depth) row-major, leading dimension lda; or transposed like B: (depth / kPair, rows, kPair).
 //   B: (depth / kPair, cols, kPair), rows ldb apart: kPair neighbours in depth lie side by side.
 //   C: (rows, cols) fp32 row-major.
 // An engine is a way to multiply: FloatEngine anywhere; for bf16 those of attention_dot.h and attention_amx.h.
@@ -32,9 +32,9 @@ constexpr int kMicroRows = 2, kMicroVecs = 1;
 
 // C is added last, not taken as the start, and a long depth is cut (kDepthBlock): sums of partial sums lose fewer
 // digits.
-template <typename Math, int kRows, int kVecs, bool kAccumulate>
+template <typename Math, int kRows, int kVecs, bool kAccumulate, bool kTransposedA>
 HK_INLINE void micro_tile(const Gemm<typename Math::Elem>& g, int64_t row, int64_t col) {
-  const auto* a = g.a + row * g.lda;
+  const auto* a = g.a + row * (kTransposedA ? Math::kPair : g.lda);
   const auto* b = g.b + col * Math::kPair;
   float* c = g.c + row * g.ldc + col;
   Vec sums[kRows][kVecs];
@@ -48,10 +48,11 @@ HK_INLINE void micro_tile(const Gemm<typename Math::Elem>& g, int64_t row, int64
     for (int j = 0; j < kVecs; ++j) right[j] = Math::load(b + 16 * j * Math::kPair);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
-      const Vec left = Math::broadcast(a + i * g.lda + k);
+      const Vec left = Math::broadcast(kTransposedA ? a + i * Math::kPair : a + i * g.lda + k);
 #pragma GCC unroll 2
       for (int j = 0; j < kVecs; ++j) sums[i][j] = Math::multiply_add(left, right[j], sums[i][j]);
     }
+    if constexpr (kTransposedA) a += g.lda;
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i)
@@ -62,44 +63,43 @@ HK_INLINE void micro_tile(const Gemm<typename Math::Elem>& g, int64_t row, int64
     }
 }
 
-// All rows of one panel of 16 * kVecs columns: the panel of B stays in the first-level cache.
-template <typename Math, int kVecs, bool kAccumulate>
+// All rows of one panel of 16 * kVecs columns: the panel of B stays in the first-level cache. Eight rows are two tiles
+// of four where six fit: one of two would run at half the rate.
+template <typename Math, int kVecs, bool kAccumulate, bool kTransposedA>
 inline void gemm_panel(const Gemm<typename Math::Elem>& g, int64_t col) {
   int64_t row = 0;
-  for (; row + kMicroRows <= g.rows; row += kMicroRows) micro_tile<Math, kMicroRows, kVecs, kAccumulate>(g, row, col);
-  if constexpr (kMicroRows > 4) {
-    if (row + 4 <= g.rows) {
-      micro_tile<Math, 4, kVecs, kAccumulate>(g, row, col);
-      row += 4;
-    }
-  }
+  for (; row + kMicroRows <= g.rows && !(kMicroRows == 6 && g.rows - row == 8); row += kMicroRows)
+    micro_tile<Math, kMicroRows, kVecs, kAccumulate, kTransposedA>(g, row, col);
+  if constexpr (kMicroRows > 4)
+    for (; row + 4 <= g.rows; row += 4) micro_tile<Math, 4, kVecs, kAccumulate, kTransposedA>(g, row, col);
   if constexpr (kMicroRows > 2) {
     if (row + 2 <= g.rows) {
-      micro_tile<Math, 2, kVecs, kAccumulate>(g, row, col);
+      micro_tile<Math, 2, kVecs, kAccumulate, kTransposedA>(g, row, col);
       row += 2;
     }
   }
-  if (row < g.rows) micro_tile<Math, 1, kVecs, kAccumulate>(g, row, col);
+  if (row < g.rows) micro_tile<Math, 1, kVecs, kAccumulate, kTransposedA>(g, row, col);
 }
 
 constexpr int64_t kDepthBlock = 64;
 
 // cols: a multiple of 16.  depth: a multiple of kPair.
-template <typename Math, bool kAccumulate>
+template <typename Math, bool kAccumulate, bool kTransposedA = false>
 inline void vector_gemm(const Gemm<typename Math::Elem>& g) {
   if (g.depth > kDepthBlock) {
     auto head = g, tail = g;
     head.depth = kDepthBlock;
     tail.depth -= kDepthBlock;
-    tail.a += kDepthBlock;
+    tail.a += kTransposedA ? kDepthBlock / Math::kPair * g.lda : kDepthBlock;
     tail.b += kDepthBlock / Math::kPair * g.ldb;
-    vector_gemm<Math, kAccumulate>(head);
-    return vector_gemm<Math, true>(tail);
+    vector_gemm<Math, kAccumulate, kTransposedA>(head);
+    return vector_gemm<Math, true, kTransposedA>(tail);
   }
   int64_t col = 0;
-  for (; col + 16 * kMicroVecs <= g.cols; col += 16 * kMicroVecs) gemm_panel<Math, kMicroVecs, kAccumulate>(g, col);
+  for (; col + 16 * kMicroVecs <= g.cols; col += 16 * kMicroVecs)
+    gemm_panel<Math, kMicroVecs, kAccumulate, kTransposedA>(g, col);
   if constexpr (kMicroVecs > 1) {
-    if (col < g.cols) gemm_panel<Math, 1, kAccumulate>(g, col);
+    if (col < g.cols) gemm_panel<Math, 1, kAccumulate, kTransposedA>(g, col);
   }
 }
 
@@ -117,13 +117,13 @@ struct FloatEngine {
   static constexpr int kPair = 1;
   static constexpr int64_t kDimStep = 16;                            // head_dim is padded to a multiple
   static constexpr int64_t kRowStep = 1;                             // and the rows of A
-  static constexpr int64_t kForwardRows = 128, kForwardKeys = 128;   // tile of the forward pass
+  static constexpr int64_t kForwardRows = 256, kForwardKeys = 128;   // tile of the forward pass
   static constexpr int64_t kBackwardRows = 64, kBackwardKeys = 128;  // tile of the backward pass
   struct Session {};  // what a thread must hold while it multiplies: nothing
 
-  template <bool kAccumulate>
+  template <bool kAccumulate, bool kTransposedA = false>
   static void gemm(const Gemm<float>& g) {
-    vector_gemm<FloatMath, kAccumulate>(g);
+    vector_gemm<FloatMath, kAccumulate, kTransposedA>(g);
   }
   static HK_INLINE void store(float* p, const Vec& x) { x.store(p); }
 };

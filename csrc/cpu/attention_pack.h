@@ -111,6 +111,50 @@ inline const bf16* paired_rows(const bf16* tile, int64_t rows, int64_t ld, bf16*
 }
 #endif
 
+// Columns of a panel, the unit in which B operands of the forward pass are packed: a panel's rows lie side by side in
+// memory, so that it fills every set of the first-level cache alike. The last panel may be half as wide.
+constexpr int64_t kPanel = 32;
+
+// 16 elements of a row from column c on, zero from column dim on.
+template <typename In>
+HK_INLINE Vec load_columns(const In* row, int64_t c, int64_t dim) {
+  if (c + 16 <= dim) return Vec::load(row + c);
+  return Vec::load_partial(row + c, static_cast<int>(clamp(dim - c, 0, 16)));
+}
+
+// Rows of `dim` elements, each where rows[r] points -> panels of B: (padded_rows / kPair, width, kPair) one after the
+// other, zero beyond num_rows and dim. cols: a multiple of 16.
+template <typename In>
+inline void pack_panels(const In* const* rows, int64_t num_rows, int64_t padded_rows, int64_t dim, int64_t cols,
+                        float* panels) {
+  for (int64_t r = 0; r < padded_rows; ++r)
+    for (int64_t c = 0; c < cols; c += 16) {
+      const int64_t panel = round_down(c, kPanel), width = cols - panel < kPanel ? cols - panel : kPanel;
+      const Vec x = r < num_rows ? load_columns(rows[r], c, dim) : Vec(0.0f);
+      x.store(panels + panel * padded_rows + r * width + c - panel);
+    }
+}
+
+#ifdef HK_VEC_AVX512
+HK_INLINE __m512i load_words(const bf16* row, int64_t c, int64_t dim) {  // 16 columns as the low halves of words
+  if (c + 16 <= dim) return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + c)));
+  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(Vec::mask(static_cast<int>(clamp(dim - c, 0, 16))), row + c));
+}
+
+// padded_rows: even.
+inline void pack_panels(const bf16* const* rows, int64_t num_rows, int64_t padded_rows, int64_t dim, int64_t cols,
+                        bf16* panels) {
+  for (int64_t r = 0; r < padded_rows; r += 2)
+    for (int64_t c = 0; c < cols; c += 16) {
+      const int64_t panel = round_down(c, kPanel), width = cols - panel < kPanel ? cols - panel : kPanel;
+      const __m512i even = r < num_rows ? load_words(rows[r], c, dim) : _mm512_setzero_si512();
+      const __m512i odd = r + 1 < num_rows ? load_words(rows[r + 1], c, dim) : _mm512_setzero_si512();
+      _mm512_storeu_si512(panels + panel * padded_rows + r * width + 2 * (c - panel),
+                          _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+    }
+}
+#endif
+
 // Memory of one tile operand, 64-byte aligned: grown when needed and kept, so that a task costs no page faults.
 template <typename T>
 class TileBuffer {
