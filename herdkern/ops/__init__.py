@@ -2,6 +2,7 @@
 
 from herdkern.ops.attention import attention, attention_reference
 from herdkern.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from herdkern.ops.paged_attention import paged_attention, paged_attention_reference
 from herdkern.ops.rms_norm import rms_norm, rms_norm_reference
 from herdkern.ops.rope import RopeScaling, rope, rope_reference, rope_table
 from herdkern.ops.swiglu import swiglu, swiglu_reference
@@ -12,6 +13,8 @@ __all__ = [
     "attention_reference",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
+    "paged_attention",
+    "paged_attention_reference",
     "rms_norm",
     "rms_norm_reference",
     "rope",

@@ -23,6 +23,14 @@ def check_operands(function: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Check q: (total_q, num_heads, head_dim) and k, v: (total_k, num_kv_heads, head_dim) against each other."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(function, name, x)
+    check_queries(function, q)
+    if k.dim() != 3 or k.shape[2] != q.shape[2]:
+        raise ValueError(f"{function}: k must be (total_k, num_kv_heads, {q.shape[2]}), got {tuple(k.shape)}")
+    check_keys_match(function, q, {"k": k, "v": v})
+
+
+def check_queries(function: str, q: Tensor) -> None:
+    """Check q: (total_q, num_heads, head_dim)."""
     if q.dim() != 3:
         raise ValueError(f"{function}: q must be (total_q, num_heads, head_dim), got {tuple(q.shape)}")
     if not 1 <= q.shape[2] <= MAX_HEAD_DIM:
@@ -30,9 +38,6 @@ def check_operands(function: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dtype not in FLOATS:
         names = ", ".join(map(dtype_name, FLOATS))
         raise ValueError(f"{function}: q must be one of {names}, got {dtype_name(q.dtype)}")
-    if k.dim() != 3 or k.shape[2] != q.shape[2]:
-        raise ValueError(f"{function}: k must be (total_k, num_kv_heads, {q.shape[2]}), got {tuple(k.shape)}")
-    check_keys_match(function, q, {"k": k, "v": v})
 
 
 def check_keys_match(function: str, q: Tensor, keys: dict[str, Tensor]) -> None:
