@@ -1,0 +1,1 @@
+"""Doors into other libraries: each module changes its library only when its register() is called."""

@@ -1,0 +1,88 @@
+"""Where the tokens of a batch of rows lie in a packed one: borders, and what is moved if padding has holes."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Borders of the documents, and the rows of the flattened batch that are packed (None: all, in place).
+
+    cu_seqlens_q, cu_seqlens_k: (num_docs + 1,) int32; cu_seqlens_k is None where it would be the same.
+    rows_of_q, rows_of_k: int64 into (batch * q_len,) and (batch * kv_len,).
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor | None = None
+    rows_of_q: Tensor | None = None
+    rows_of_k: Tensor | None = None
+
+
+def has_holes(valid: Tensor) -> bool:
+    """Return whether a row of valid: (batch, row_len) has padding between two real tokens."""
+    return bool(((valid[:, 1:] & ~valid[:, :-1]).sum(1) + valid[:, 0] > 1).any())
+
+
+def pack(
+    joined: Tensor, valid: Tensor | None, q_len: int, first_query: int, position_ids: Tensor | None = None
+) -> Layout:
+    """Return the layout of rows whose queries stand at keys first_query to first_query + q_len.
+
+    joined: (batch, kv_len) bool, does key j belong to the document of key j - 1?
+    valid: (batch, kv_len) bool, keys that are no padding; None if all are.
+    position_ids: (batch or 1, q_len), counted anew in each document; first_query is 0 then.
+    """
+    batch_size, kv_len = joined.shape
+    end = first_query + q_len
+    joined = joined.clone()
+    joined[:, 0] = False
+    if end < kv_len:  # behind the queries lies the part of a static cache that is still empty
+        joined[:, end] = False
+    keep = None
+    if valid is not None and has_holes(valid):
+        keep = valid.flatten().nonzero().flatten()
+    elif valid is not None:  # each padding token is a document of its own, so that nothing need be moved
+        joined[:, 1:] &= valid[:, 1:] & valid[:, :-1]
+
+    def kept(x: Tensor) -> Tensor:
+        return x.flatten() if keep is None else x.flatten()[keep]
+
+    begins = _changes(kept((~joined).flatten().cumsum(0)))
+    if position_ids is not None:
+        positions = kept(F.pad(position_ids.expand(batch_size, -1), (0, kv_len - q_len)))
+        ahead = positions.diff(prepend=positions[:1])
+        # beside a mask a count may jump over padding, never fall
+        begins |= (ahead != 1) if valid is None else (ahead <= 0)
+    borders = torch.cat([begins, begins.new_ones(1)]).nonzero().flatten()
+    if q_len == kv_len:
+        return Layout(cu_seqlens_q=borders.to(torch.int32), rows_of_q=keep, rows_of_k=keep)
+    place = torch.arange(kv_len, device=joined.device).expand(batch_size, kv_len)
+    queries_before = F.pad(kept((place >= first_query) & (place < end)).cumsum(0), (1, 0))
+    rows_of_q = None
+    if keep is not None and valid is not None:
+        rows_of_q = valid[:, first_query:end].flatten().nonzero().flatten()
+    cu_seqlens_q, cu_seqlens_k = queries_before[borders].to(torch.int32), borders.to(torch.int32)
+    return Layout(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, rows_of_q=rows_of_q, rows_of_k=keep)
+
+
+def pack_across(valid: Tensor | None, batch_size: int, q_len: int, kv_len: int, device: torch.device) -> Layout:
+    """Return the layout of queries that see all real keys of their row: cross attention.
+
+    valid: (batch, kv_len) bool, keys that are no padding; None if all are.
+    """
+    cu_seqlens_q = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * q_len
+    if valid is None:
+        even = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * kv_len
+        return Layout(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=even)
+    cu_seqlens_k = F.pad(valid.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    return Layout(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, rows_of_k=valid.flatten().nonzero().flatten())
+
+
+def _changes(x: Tensor) -> Tensor:
+    """(n,) bool: does x[i] differ from x[i - 1]? True for the first."""
+    changed = torch.ones(x.shape, dtype=torch.bool, device=x.device)
+    changed[1:] = x[1:] != x[:-1]
+    return changed
