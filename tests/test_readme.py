@@ -54,7 +54,8 @@ def test_every_source_file_is_on_the_map():
 
 
 def test_readme_is_short():
-    assert len(README.splitlines()) < 250
+    """The map grows with the tree and is not counted."""
+    assert len(README.splitlines()) - len(map_paths()) < 150
 
 
 def python_blocks() -> list[tuple[str, str]]:
