@@ -1,7 +1,7 @@
 """Sampling with a KV cache: ragged prompts in one batch, each row as if it were alone.
 
-Every row draws from a random generator of its own, so a row does not depend on its neighbours. Finished rows stay in
-the cache and take part in nothing.  Nucleus sampling: Holtzman et al. 2020 (arXiv:1904.09751).
+Every row draws from a random generator of its own, so a row does not depend on its neighbours. Finished rows give
+their place in the cache back.  Nucleus sampling: Holtzman et al. 2020 (arXiv:1904.09751).
 """
 
 from collections.abc import Sequence
@@ -73,7 +73,9 @@ def generate(
             token = sample(row_logits, config, generators[row])
             ended = token in config.stop_tokens
             fresh[row] = () if ended else (token,)
-            if not ended:
+            if ended:
+                cache.end(row)
+            else:
                 outputs[row].append(token)
     return outputs
 

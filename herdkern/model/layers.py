@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from herdkern import ops
+from herdkern.documents import cu_seqlens_from_lengths
 from herdkern.model.config import ModelConfig
 
 
@@ -26,51 +27,78 @@ class Attend(Protocol):
 
 
 class KVCache:
-    """Keys and values of every layer for sequences that grow, each in a row of `capacity` places.
+    """Keys and values of every layer for sequences that grow, in pages that a sequence takes as it needs them.
 
-    A row is cut into two documents for attention, what is filled and what is free; no query belongs to the free
-    part, so ragged sequences need neither padding nor copying.
+    The pool starts small and doubles when its pages run out, so memory follows the tokens that are there and not
+    batch_size * capacity. A sequence that has ended gives its pages back.
     """
 
     def __init__(
-        self, config: ModelConfig, batch_size: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        page_size: int = 64,
     ) -> None:
-        shape = (config.num_layers, batch_size * capacity, config.num_kv_heads, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (config.num_layers, batch_size, page_size, config.num_kv_heads, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)  # (num_layers, num_pages, page_size, heads, head_dim)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.capacity = capacity
+        self.capacity, self.page_size = capacity, page_size
         self.lengths = [0] * batch_size
+        self.pages: list[list[int]] = [[] for _ in range(batch_size)]
+        self._free = list(range(batch_size - 1, -1, -1))  # the last one is taken first
         self._slots = torch.empty(0, dtype=torch.int64)
-        self.cu_seqlens_q = torch.zeros(2 * batch_size + 1, dtype=torch.int32)
-        self.cu_seqlens_k = torch.zeros(2 * batch_size + 1, dtype=torch.int32)
+        self.cu_seqlens_q = torch.zeros(batch_size + 1, dtype=torch.int32)
+        self.seqlens_k = torch.zeros(batch_size, dtype=torch.int32)
+        self.block_table = torch.zeros(batch_size, 0, dtype=torch.int32)
 
     def begin(self, num_new: list[int]) -> Tensor:
         """Make room for `num_new[i]` more tokens of row i and return the positions of all new tokens, (sum,) int64."""
         slots: list[int] = []
         positions: list[int] = []
-        cu_q, cu_k = [0], [0]
         for row, count in enumerate(num_new):
             start, end = self.lengths[row], self.lengths[row] + count
             if end > self.capacity:
                 raise ValueError(
                     f"KVCache: row {row} must have at most {self.capacity} tokens, got {end}; raise capacity"
                 )
-            slots.extend(range(row * self.capacity + start, row * self.capacity + end))
+            while len(self.pages[row]) * self.page_size < end:
+                self.pages[row].append(self._take_page())
+            slots.extend(
+                self.pages[row][i // self.page_size] * self.page_size + i % self.page_size for i in range(start, end)
+            )
             positions.extend(range(start, end))
-            cu_q += [cu_q[-1] + count] * 2
-            cu_k += [row * self.capacity + end, (row + 1) * self.capacity]
             self.lengths[row] = end
         device = self.k.device
+        width = max(map(len, self.pages), default=0)
+        table = [pages + [0] * (width - len(pages)) for pages in self.pages]
         self._slots = torch.tensor(slots, dtype=torch.int64, device=device)
-        self.cu_seqlens_q = torch.tensor(cu_q, dtype=torch.int32, device=device)
-        self.cu_seqlens_k = torch.tensor(cu_k, dtype=torch.int32, device=device)
+        self.block_table = torch.tensor(table, dtype=torch.int32, device=device).view(len(table), width)
+        self.cu_seqlens_q = cu_seqlens_from_lengths(torch.tensor(num_new, device=device))
+        self.seqlens_k = torch.tensor(self.lengths, dtype=torch.int32, device=device)
         return torch.tensor(positions, dtype=torch.int64, device=device)
 
+    def end(self, row: int) -> None:
+        """Give the pages of a row back; the row is empty again."""
+        self._free += reversed(self.pages[row])
+        self.pages[row], self.lengths[row] = [], 0
+
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v: (new_tokens, num_kv_heads, head_dim) of one layer and return that layer's whole cache."""
-        self.k[layer].index_copy_(0, self._slots, k)
-        self.v[layer].index_copy_(0, self._slots, v)
+        """Store k, v: (new_tokens, num_kv_heads, head_dim) of one layer and return that layer's pages."""
+        self.k[layer].flatten(0, 1).index_copy_(0, self._slots, k)
+        self.v[layer].flatten(0, 1).index_copy_(0, self._slots, v)
         return self.k[layer], self.v[layer]
+
+    def _take_page(self) -> int:
+        if not self._free:
+            num_pages = self.k.shape[1]
+            self.k = torch.cat([self.k, torch.zeros_like(self.k)], dim=1)
+            self.v = torch.cat([self.v, torch.zeros_like(self.v)], dim=1)
+            self._free = list(range(2 * num_pages - 1, num_pages - 1, -1))
+        return self._free.pop()
 
 
 class Linear(nn.Module):
@@ -129,7 +157,7 @@ class Attention(nn.Module):
             out = self.attend(q, k, v, cu_seqlens)
         else:
             k, v = cache.update(self.layer, k, v)
-            out = self.attend(q, k, v, cache.cu_seqlens_q, cu_seqlens_k=cache.cu_seqlens_k)
+            out = ops.paged_attention(q, k, v, cache.block_table, cache.cu_seqlens_q, cache.seqlens_k)
         return self.o_proj(out.flatten(-2))
 
 

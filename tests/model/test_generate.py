@@ -79,10 +79,24 @@ def test_temperature_sharpens():
 def test_cache_refuses_more_than_its_capacity(small_config):
     cache = KVCache(small_config, batch_size=2, capacity=4, dtype=torch.float32, device="cpu")
     assert cache.begin([3, 1]).tolist() == [0, 1, 2, 0]
-    assert cache.cu_seqlens_q.tolist() == [0, 3, 3, 4, 4]
-    assert cache.cu_seqlens_k.tolist() == [0, 3, 4, 5, 8]
+    assert cache.cu_seqlens_q.tolist() == [0, 3, 4]
+    assert cache.seqlens_k.tolist() == [3, 1]
     with pytest.raises(ValueError, match="row 0 must have at most 4 tokens, got 5"):
         cache.begin([2, 1])
+
+
+def test_cache_grows_by_pages_and_takes_them_back(small_config):
+    cache = KVCache(small_config, batch_size=2, capacity=40, dtype=torch.float32, device="cpu", page_size=4)
+    cache.begin([9, 2])
+    assert cache.block_table.tolist() == [cache.pages[0], [*cache.pages[1], 0, 0]]
+    assert len({*cache.pages[0], *cache.pages[1]}) == 4
+    assert cache.k.shape[1] == 4
+    taken = set(cache.pages[0])
+    cache.end(0)
+    cache.begin([0, 10])
+    assert cache.seqlens_k.tolist() == [0, 12]
+    assert taken >= set(cache.pages[1][1:])  # what row 0 gave back is used again, the pool does not grow
+    assert cache.k.shape[1] == 4
 
 
 @pytest.mark.parametrize(
