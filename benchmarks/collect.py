@@ -1,8 +1,10 @@
-"""Writes the table of README.md from benchmarks/results/*.json, one row for each benchmark.
+"""Writes the tables of README.md and docs/attention.md from benchmarks/results/*.json.
+
+README has one row for each benchmark, docs/attention.md one for each case of attention.
 
     python benchmarks/collect.py --run             runs every benchmark in full first and keeps its JSON report
     python benchmarks/collect.py --run --quick     the same in the short form; the table says so
-    python benchmarks/collect.py                   only writes the table again
+    python benchmarks/collect.py                   only writes the tables again
 
 A ratio is the time of the best peer over ours, case by case; a row gives the range and the median over all cases, so a
 case that we lose is seen.
@@ -16,8 +18,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import attention_picture
+
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
+ATTENTION = HERE.parent / "docs/attention.md"
 MARKERS = re.compile(r"(<!-- benchmarks -->\n).*?(<!-- /benchmarks -->)", re.S)
 
 
@@ -68,6 +73,16 @@ def table(reports: list[dict[str, Any]]) -> str:
     return "\n".join([*head, *map(row, reports)]) + "\n" + foot
 
 
+def attention_page(folder: Path, text: str) -> str:
+    """`text` with the table of every report named attention*.json, each after its own heading."""
+    parts = []
+    for report in load_reports(folder):
+        if report["bench"].startswith("attention"):
+            level = report["machine"]["isa"]
+            parts.append(f"### Level {level}\n\n{attention_picture.table(report)}")
+    return MARKERS.sub(lambda m: m[1] + "\n".join(parts) + m[2], text)
+
+
 def is_peer(name: str, reports: list[dict[str, Any]]) -> bool:
     """Whether a package is torch or named by some implementation of some case."""
     implementations = {key for report in reports for case in report["cases"] for key in case.get("spread", {})}
@@ -90,6 +105,7 @@ def main() -> int:
     failed = run_all(folder, *(["--quick"] if "--quick" in sys.argv else [])) if "--run" in sys.argv else 0
     text = README.read_text(encoding="utf-8")
     README.write_text(MARKERS.sub(lambda m: m[1] + table(load_reports(folder)) + m[2], text), encoding="utf-8")
+    ATTENTION.write_text(attention_page(folder, ATTENTION.read_text(encoding="utf-8")), encoding="utf-8")
     return 1 if failed else 0
 
 

@@ -1,51 +1,59 @@
 """Times our code against its peers in interleaved rounds, after proving that all compute the same.
 
-    python benchmarks/bench_X.py [--quick] [--case PART] [--threads N] [--json FILE]
+    python benchmarks/bench_X.py [--quick] [--case PART] [--threads N] [--clock wall|cpu] [--isa LEVEL] [--json FILE]
     pytest benchmarks                      ours alone, under pytest-benchmark
 
 Each case is set up, checked (no time is printed if that fails) and run once to warm up; then every round times each
 implementation once, in rotating order, so that a slow minute of the machine falls on all alike. The table shows
 medians, the spread (half of the samples lie within it) and the memory that one call adds at its peak; "limit" is the
-share of the machine that our median reaches: of the measured copy bandwidth for `bytes`, of torch's measured GEMM rate
-for `flops`, whichever is the tighter. The last line is JSON.
+share of the machine that our median reaches: of the measured copy bandwidth for `bytes`; for `flops` of the arithmetic
+peak or of torch's measured GEMM rate, as the case says; of two, the tighter. The last line is JSON.
+
+Times are of the wall clock at all cores; a benchmark that says so adds the CPU time of one thread, which a busy machine
+disturbs least. `--threads 1` takes CPU time alone. `--isa avx2` restricts ours and torch alike, as a processor without
+AVX-512 would (HERDKERN_ISA=avx2 restricts ours alone).
 """
 
 import argparse
 import dataclasses
-import gc
-import importlib.metadata
 import json
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from machine import Limits, clock, describe_machine, peak_growth, process_start, timed
+
 Functions = dict[str, Callable[[], Any]]
 OURS = "herdkern"
-PACKAGES = (
-    "torch numpy tiktoken tokenizers rustbpe sentencepiece datasketch rensa transformers selectolax resiliparse "
-    "trafilatura fastwarc zstandard pyarrow"
-).split()
+ISA_OF_TORCH = {"ATEN_CPU_CAPABILITY": "{}", "ONEDNN_MAX_CPU_ISA": "{}", "MKL_ENABLE_INSTRUCTIONS": "{}"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One problem. `setup` builds it and returns the implementations, ours under "herdkern"."""
+    """One problem. `setup` builds it and returns the implementations, ours under "herdkern".
+
+    An implementation may have `laps`, lists of the seconds of its parts that it fills by `clock` itself, and `warm_up`,
+    a small call for the process in which its memory is measured.
+    """
 
     name: str
     setup: Callable[[], Any]
     check: Callable[[Any], None] | None = None  # raises AssertionError if they do not agree
     bytes: float = 0  # read and written by one call, at least
     flops: float = 0
-    flops_dtype: str = "float32"  # whose GEMM rate is the limit
-    slow_peers: tuple[str, ...] = ()  # left out of --quick
+    flops_dtype: str = "float32"  # whose rate is the limit
+    flops_limit: str = "gemm"  # torch's product, or "peak": chains of the best instruction
+    slow_peers: tuple[str, ...] = ()  # left out of --quick and of one thread; one round is enough
+    aside: tuple[str, ...] = ()  # shown, but not compared: they do no more than the lap `aside_lap` of ours
+    aside_lap: str = "forward"
+    is_large: bool = False  # left out of --quick and of pytest
+    memory_apart: bool = False  # each implementation's memory in a process of its own; none in --quick
+    extra: Callable[[Any, dict[str, Any], Limits], dict[str, Any]] | None = None  # more keys, from functions and result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,20 +62,30 @@ class Bench:
 
     name: str
     cases: Sequence[Case]
+    seconds: float = 20  # for one case, three rounds at least
+    one_thread: bool = False  # also CPU time at one thread
+    summarise: Callable[[dict[str, Any], bool], None] | None = None  # adds to the report; told whether it is --quick
+    after: Callable[[Path], None] | None = None  # told where the report was written
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Runs the script's command line and returns its exit status."""
         options = parse(self, arguments)
+        if options.memory_of:
+            return print_memory(self.cases, *options.memory_of)
         limits = Limits(options.threads)
         machine = describe_machine(options.threads)
-        print(f"{self.name} on {machine['cpu']}, {machine['cores']} cores, {options.threads} threads")
-        cases = [case for case in self.cases if options.case in case.name]
+        print(
+            f"{self.name} on {machine['cpu']}, {machine['cores']} cores, {options.threads} threads, {clock.kind} clock"
+        )
+        print("lscpu: " + ", ".join(f"{name} {value}" for name, value in machine["lscpu"].items()))
+        cases = [case for case in self.cases if options.case in case.name and not (options.quick and case.is_large)]
         deadline = process_start() + 32 if options.quick else float("inf")
+        print_limits(cases, limits)
         results, failed = [], 0
         for i, case in enumerate(cases):
             share = (deadline - time.time()) / (len(cases) - i)
             try:
-                result = run_case(case, seconds=max(0.2, min(share, 20)), quick=options.quick, limits=limits)
+                result = run_case(case, max(0.2, min(share, self.seconds)), options, limits)
             except AssertionError as error:
                 print(f"\n{case.name}: WRONG RESULT, no times: {error}")
                 failed += 1
@@ -75,70 +93,151 @@ class Bench:
             print_case(case, result)
             results.append(result)
         machine["limits"] = limits.measured
-        report = {"bench": self.name, "unit": "ms", "quick": options.quick, "cases": results, "machine": machine}
+        name = f"{self.name}-{options.isa}" if options.isa else self.name
+        report = {"bench": name, "unit": "ms", "quick": options.quick, "cases": results, "machine": machine}
+        if self.summarise:
+            self.summarise(report, options.quick)
         if options.json:
             Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+        if options.json and self.after:
+            self.after(Path(options.json))
         print("\n" + json.dumps(report))
         return 1 if failed else 0
 
 
 def parse(bench: Bench, arguments: Sequence[str] | None) -> argparse.Namespace:
+    cores = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(
         description=f"Benchmark {bench.name}; cases: {', '.join(c.name for c in bench.cases)}"
     )
-    parser.add_argument("--quick", action="store_true", help="end within 45 s, with fewer rounds")
+    parser.add_argument("--quick", action="store_true", help="end within 45 s: fewer rounds, no large cases")
     parser.add_argument("--case", default="", metavar="PART", help="only cases whose name contains PART")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of torch and ours")
+    parser.add_argument("--threads", type=int, metavar="N", help=f"threads of torch and ours (default: {cores}, all)")
+    parser.add_argument("--clock", choices=("wall", "cpu"), help="default: wall; cpu for one thread")
+    parser.add_argument("--isa", choices=("baseline", "avx2", "avx512", "amx"), help="level of ours and of torch")
     parser.add_argument("--json", metavar="FILE", help="also write the report to FILE")
+    parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "NAME"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(options.threads)
+    if options.isa and os.environ.get("HERDKERN_ISA") != options.isa:  # torch reads its own when it is imported
+        torch_isa = "default" if options.isa == "baseline" else options.isa
+        env = {name: value.format(torch_isa) for name, value in ISA_OF_TORCH.items()}
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **env, "HERDKERN_ISA": options.isa})
+    options.one_thread = bench.one_thread and options.threads is None and cores > 1 and not options.quick
+    options.threads = options.threads or cores
+    clock.kind = options.clock or ("cpu" if options.threads == 1 else "wall")
+    set_threads(options.threads)
     return options
 
 
-def run_case(case: Case, *, seconds: float, quick: bool, limits: "Limits") -> dict[str, Any]:
+def set_threads(threads: int) -> None:
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+
+
+def run_case(case: Case, seconds: float, options: argparse.Namespace, limits: Limits) -> dict[str, Any]:
     """Times one case for about `seconds`, setup and check included."""
     start = time.time()
     functions = case.setup()
-    for name in case.slow_peers if quick else ():
+    for name in case.slow_peers if options.quick else ():
         functions.pop(name, None)
     if case.check is not None:
         case.check(functions)
+    memory: dict[str, int] = {}
     first = {name: timed(function, 1) for name, function in functions.items()}  # warm-up, and how long a call takes
-    memory = {name: peak_growth(function) for name, function in functions.items() if first[name] < seconds / 4}
-    first.update({name: timed(functions[name], 1) for name in memory})
+    if not case.memory_apart:
+        memory = {name: peak_growth(function) for name, function in functions.items() if first[name] < seconds / 4}
+        first.update({name: timed(functions[name], 1) for name in memory})
+    elif not options.quick:
+        memory = {name: memory_apart(case, name, options) for name in functions}
+        start = max(start, time.time() - seconds / 3)
+    samples = measure(case, functions, first, start + seconds, quick=options.quick)
+    result = summary(case, functions, samples, limits)
+    result["peak_mib"] = {name: round(grown / 2**20, 1) for name, grown in memory.items()}
+    if options.one_thread:
+        result |= at_one_thread(case, functions, result, seconds / 3)
+    return result | (case.extra(functions, result, limits) if case.extra else {})
+
+
+def measure(
+    case: Case, functions: Functions, first: dict[str, float], end: float, *, quick: bool
+) -> dict[str, list[float]]:
+    """Rounds until `end` (in seconds since the epoch), three of them at least; a slow peer may miss the later ones."""
     repeats = {name: max(1, min(1000, round(0.003 / max(took, 1e-7)))) for name, took in first.items()}
+    share = (end - time.time()) / len(functions)
+    rounds = {
+        name: max(1 if name in case.slow_peers else 3, min(200, int(share / (took * repeats[name]))))
+        for name, took in first.items()
+    }
+    if quick and time.time() > end:  # no time left: the first calls have to do
+        return {name: [took] for name, took in first.items()}
+    for function in functions.values():
+        for lap in getattr(function, "laps", {}).values():
+            lap.clear()
     samples: dict[str, list[float]] = {name: [] for name in functions}
     order = list(functions)
-    while time.time() - start < seconds or len(samples[OURS]) < (1 if quick else 5):
-        if quick and not samples[OURS] and time.time() - start > seconds:  # no time left: the first calls have to do
-            samples = {name: [took] for name, took in first.items()}
+    for turn in range(max(rounds.values())):
+        if time.time() > end and turn >= (1 if quick else 3):
             break
         for name in order:
-            samples[name].append(timed(functions[name], repeats[name]))
+            if turn < rounds[name]:
+                samples[name].append(timed(functions[name], repeats[name]))
         order = order[1:] + order[:1]
-        if len(samples[OURS]) >= 200:
-            break
-    return summary(case, samples, memory, limits)
+    return samples
 
 
-def summary(case: Case, samples: dict[str, list[float]], memory: dict[str, int], limits: "Limits") -> dict[str, Any]:
+def at_one_thread(case: Case, functions: Functions, result: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """CPU time of ours and the peers at one thread, and what more threads bring: that time over the wall time."""
+    threads, kind = sys.modules["torch"].get_num_threads(), clock.kind
+    some = {name: f for name, f in functions.items() if name not in case.slow_peers}
+    first = {name: 1e-3 * result[name] * threads for name in some}
+    set_threads(1)
+    clock.kind = "cpu"
+    try:
+        few = dataclasses.replace(case, slow_peers=tuple(some) if max(first.values()) > seconds / 6 else ())
+        samples = measure(few, some, first, time.time() + seconds, quick=False)
+    finally:
+        set_threads(threads)
+        clock.kind = kind
+    medians = {name: statistics.median(taken) for name, taken in samples.items()}
+    peers = [t for name, t in medians.items() if name not in (OURS, *case.aside)]
+    return {
+        "cpu_ms_1_thread": {name: round(1e3 * t, 5) for name, t in medians.items()},
+        "ratio_1_thread": round(min(peers) / medians[OURS], 3) if peers else None,
+        f"scaling_{threads}_threads": round(1e3 * medians[OURS] / result[OURS], 3),
+    }
+
+
+def summary(case: Case, functions: Functions, samples: dict[str, list[float]], limits: Limits) -> dict[str, Any]:
     """The entry of one case in the report, times in milliseconds."""
     medians = {name: statistics.median(some) for name, some in samples.items()}
-    ours, peers = medians[OURS], {name: t for name, t in medians.items() if name != OURS}
+    ours, peers = medians[OURS], {name: t for name, t in medians.items() if name not in (OURS, *case.aside)}
     best = min(peers, key=peers.__getitem__, default=None)
     result: dict[str, Any] = {"case": case.name, **{name: round(1e3 * t, 5) for name, t in medians.items()}}
     result["ratio"] = None if best is None else round(peers[best] / ours, 3)
     result["best_peer"] = best
-    result["limit_share"] = limits.share(case, ours)
+    result["limit_share"] = limit_share(case, ours, limits)
     result["spread"] = {name: round(1e3 * spread(some), 5) for name, some in samples.items()}
     result["rounds"] = len(samples[OURS])
-    result["peak_mib"] = {name: round(grown / 2**20, 1) for name, grown in memory.items()}
     if case.flops:
         result["gflop_per_s"] = round(case.flops / ours / 1e9, 2)
+        result["gemm_share"] = round(case.flops / ours / 1e9 / limits.gemm_gflop_per_s(case.flops_dtype), 4)
     if case.bytes:
         result["gb_per_s"] = round(case.bytes / ours / 1e9, 4)
+    for name, function in functions.items():
+        for lap, taken in getattr(function, "laps", {}).items():
+            result.setdefault(f"{lap}_ms", {})[name] = round(1e3 * statistics.median(taken), 5)
     return result
+
+
+def limit_share(case: Case, seconds: float, limits: Limits) -> float | None:
+    """The limit's time over `seconds`; None if the case names neither bytes nor flops."""
+    least = 0.0
+    if case.bytes:
+        least = max(least, case.bytes / 1e9 / limits.copy_gb_per_s())
+    if case.flops:
+        rate = limits.peak_gflop_per_s if case.flops_limit == "peak" else limits.gemm_gflop_per_s
+        least = max(least, case.flops / 1e9 / rate(case.flops_dtype))
+    return round(least / seconds, 4) if least else None
 
 
 def spread(samples: Sequence[float]) -> float:
@@ -147,6 +246,15 @@ def spread(samples: Sequence[float]) -> float:
         return 0.0
     quarters = statistics.quantiles(samples, n=4, method="inclusive")
     return quarters[2] - quarters[0]
+
+
+def print_limits(cases: Sequence[Case], limits: Limits) -> None:
+    """The ceilings of the dtypes whose flops some case counts."""
+    for dtype in sorted({case.flops_dtype for case in cases if case.flops}):
+        parts = [f"torch GEMM {limits.gemm_gflop_per_s(dtype):g} GFLOP/s"]
+        if any(case.flops_limit == "peak" for case in cases):
+            parts.append(f"instruction peak {limits.peak_gflop_per_s(dtype):g} GFLOP/s")
+        print(f"ceiling, {dtype}, {limits.threads} threads: {', '.join(parts)}")
 
 
 def print_case(case: Case, result: dict[str, Any]) -> None:
@@ -158,125 +266,41 @@ def print_case(case: Case, result: dict[str, Any]) -> None:
     if result["limit_share"] is not None:
         rates.append(f"{100 * result['limit_share']:.0f} % of the limit")
     few = ", too few to trust" if result["rounds"] < 3 else ""
-    print(f"\n{case.name}  ({result['rounds']} rounds{few}{', ours ' if rates else ''}{', '.join(rates)})")
+    print(f"\n{result['case']}  ({result['rounds']} rounds{few}{', ours ' if rates else ''}{', '.join(rates)})")
+    one = result.get("cpu_ms_1_thread", {})
     for name in sorted(names, key=lambda n: (n != OURS, result[n])):
-        against = "" if name == OURS else f"  {result[name] / result[OURS]:6.2f} x ours"
+        base = result[f"{case.aside_lap}_ms"][OURS] if name in case.aside else result[OURS]
+        of = f" ({case.aside_lap})" if name in case.aside else ""
+        against = "" if name == OURS else f"  {result[name] / base:6.2f} x ours{of}"
         peak = result["peak_mib"].get(name)
         added = "" if peak is None else f"  +{peak:.1f} MiB"
+        alone = f"  1 thread {one[name]:.4f} ms cpu" if name in one else ""
         print(
-            f"  {name:{width}s}  {result[name]:11.4f} ms  +- {result['spread'][name]:.4f}{added}{against}", flush=True
+            f"  {name:{width}s}  {result[name]:11.4f} ms  +- {result['spread'][name]:.4f}{added}{against}{alone}",
+            flush=True,
         )
+    shown = {"ratio", "rounds", "limit_share", "gflop_per_s", "gb_per_s", *names}
+    more = [f"{key} {value:g}" for key, value in result.items() if isinstance(value, int | float) and key not in shown]
+    if more:
+        print(f"  {', '.join(more)}", flush=True)
 
 
-def timed(function: Callable[[], Any], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        function()
-    return (time.perf_counter() - start) / repeats
+def memory_apart(case: Case, name: str, options: argparse.Namespace) -> int:
+    """Bytes that one call adds at its peak, measured in a process of its own."""
+    command = [sys.executable, sys.argv[0], "--memory-of", case.name, name, "--threads", str(options.threads)]
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}  # what a warm-up freed is gone, not kept for later
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    if done.returncode != 0:
+        raise RuntimeError(f"memory of {name} in {case.name}: {done.stderr.strip()[-2000:]}")
+    return int(done.stdout.split()[-1])
 
 
-def status_bytes(field: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    found = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
-    return int(found.group(1)) * 1024 if found else 0
-
-
-def peak_growth(function: Callable[[], Any]) -> int:
-    """Bytes by which one call raises the resident memory at its highest (0 where Linux does not tell)."""
-    gc.collect()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident
-        before = status_bytes("VmHWM")
-        function()
-        return max(0, status_bytes("VmHWM") - before)
-    except OSError:
-        return 0
-
-
-def process_start() -> float:
-    """When this process began (imports included), in seconds since the epoch."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-        return time.time() - (uptime - ticks / os.sysconf("SC_CLK_TCK"))
-    except OSError:
-        return time.time()
-
-
-class Limits:
-    """What the machine can do, measured when first asked for."""
-
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-        self.measured: dict[str, float] = {}
-
-    def share(self, case: Case, seconds: float) -> float | None:
-        """The limit's time over `seconds`; None if the case names neither bytes nor flops."""
-        least = 0.0
-        if case.bytes:
-            least = max(least, case.bytes / 1e9 / self.copy_gb_per_s())
-        if case.flops:
-            least = max(least, case.flops / 1e9 / self.gemm_gflop_per_s(case.flops_dtype))
-        return round(least / seconds, 4) if least else None
-
-    def copy_gb_per_s(self) -> float:
-        """Bytes read and written per second by copies of 64 MiB per thread, far above the caches."""
-        if "copy_gb_per_s" not in self.measured:
-            import numpy as np
-
-            size = 64 << 20
-            pairs = [(np.ones(size, np.uint8), np.ones(size, np.uint8)) for _ in range(self.threads)]
-            with ThreadPoolExecutor(self.threads) as pool:
-                best = min(timed(lambda: list(pool.map(lambda p: np.copyto(*p), pairs)), 1) for _ in range(5))
-            self.measured["copy_gb_per_s"] = round(2 * size * self.threads / best / 1e9, 2)
-        return self.measured["copy_gb_per_s"]
-
-    def gemm_gflop_per_s(self, dtype: str) -> float:
-        """Rate of torch's product of square matrices, the best of two sizes."""
-        key = f"gemm_{dtype}_gflop_per_s"
-        if key not in self.measured:
-            import torch
-
-            best = 0.0
-            for n in (1024, 2048):
-                a = torch.ones(n, n, dtype=getattr(torch, dtype))
-                out = torch.empty_like(a)
-                best = max(best, 2 * n**3 / min(timed(lambda: torch.mm(a, a, out=out), 1) for _ in range(4)) / 1e9)  # noqa: B023
-            self.measured[key] = round(best, 1)
-        return self.measured[key]
-
-
-def first_line(command: Sequence[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.partition("\n")[0].strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def describe_machine(threads: int) -> dict[str, Any]:
-    """Processor, compiler and versions; nothing that names the computer, a person or a folder."""
-    try:
-        cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        cpu = None
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    backend = sys.modules.get("herdkern.ops.backend")
-    return {
-        "cpu": cpu.group(1).strip() if cpu else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": threads,
-        "isa": backend.active_isa() if backend else None,
-        "compiler": first_line([os.environ.get("CXX", "g++"), "--version"]),
-        "python": platform.python_version(),
-        "versions": versions,
-        "commit": first_line(["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+def print_memory(cases: Sequence[Case], case_name: str, name: str) -> int:
+    """The process that memory_apart starts."""
+    function = next(case for case in cases if case.name == case_name).setup()[name]
+    getattr(function, "warm_up", lambda: None)()
+    print(peak_growth(function))
+    return 0
 
 
 def pytest_cases(bench: Bench) -> Callable[..., None] | None:
@@ -286,7 +310,7 @@ def pytest_cases(bench: Bench) -> Callable[..., None] | None:
     except ImportError:
         return None
 
-    @pytest.mark.parametrize("case", bench.cases, ids=lambda case: case.name)
+    @pytest.mark.parametrize("case", [c for c in bench.cases if not c.is_large], ids=lambda case: case.name)
     def test(case: Case, benchmark: Any) -> None:
         functions = case.setup()
         if case.check is not None:

@@ -1,13 +1,11 @@
 """The README's table says what the reports say, losses included."""
 
-import importlib.util
+import sys
 from pathlib import Path
 
-SPEC = importlib.util.spec_from_file_location(
-    "collect", Path(__file__).resolve().parent.parent / "benchmarks/collect.py"
-)
-collect = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(collect)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))  # the scripts find each other there
+import attention_picture
+import collect
 
 MACHINE = {
     "cpu": "some",
@@ -49,3 +47,36 @@ def test_short_runs_are_named_and_empty_reports_left_out(tmp_path):
     assert ("short runs" in collect.table(reports)) == bool(short)
     full = [{**report, "quick": False} for report in reports]
     assert "short runs" not in collect.table(full)
+
+
+def test_page_on_attention_holds_the_table_of_the_recorded_report():
+    page = collect.ATTENTION.read_text(encoding="utf-8")
+    assert collect.attention_page(collect.HERE / "results", page) == page, "run python benchmarks/collect.py"
+
+
+def attention_report(**more) -> dict:
+    times = {"herdkern": 2.0, "SDPA per document": 5.0}
+    case = {
+        "case": "bf16-zipf-T2048-D128",
+        **times,
+        "ratio": 2.5,
+        "best_peer": "SDPA per document",
+        "gflop_per_s": 100.0,
+    }
+    limits = {"peak_bfloat16_gflop_per_s": 400.0, "gemm_bfloat16_gflop_per_s": 300.0}
+    machine = {**MACHINE, "lscpu": {}, "threads": 2, "torch_isa": "AVX2", "commit": "abc", "limits": limits}
+    return {"bench": "attention", "quick": False, "cases": [{**case, **more}], "machine": machine}
+
+
+def test_attention_table_and_picture_show_every_implementation_that_was_timed():
+    text = attention_picture.table(attention_report(limit_share=0.25))
+    assert "| `bf16-zipf-T2048-D128` | 2 | SDPA per document | 5 | 2.50 |  |  | 25 % |" in text
+    drawn = attention_picture.picture(attention_report())
+    assert "SDPA per document</text>" in drawn
+    assert "dense mask" not in drawn
+
+
+def test_attention_rates_follow_from_the_times():
+    ((ours, points), (peer, slower)) = attention_picture.rates(attention_report()).items()
+    assert (ours, points) == (("bf16", "zipf", 128, "herdkern"), [(2048, 100.0)])
+    assert (peer[3], slower) == ("SDPA per document", [(2048, 40.0)])

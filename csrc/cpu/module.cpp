@@ -11,6 +11,7 @@ namespace py = pybind11;
 namespace herdkern::cpu {
 void bind_attention(py::module_& m);             // bind_attention.cpp
 void bind_linear_cross_entropy(py::module_& m);  // bind_linear_cross_entropy.cpp
+void bind_peak(py::module_& m);                  // bind_peak.cpp
 void bind_rms_norm(py::module_& m);              // bind_rms_norm.cpp
 void bind_rope(py::module_& m);                  // bind_rope.cpp
 void bind_swiglu(py::module_& m);                // bind_swiglu.cpp
@@ -25,6 +26,7 @@ PYBIND11_MODULE(_ops, m) {
   m.def("has_avx512_bf16", &has_avx512_bf16);
   bind_attention(m);
   bind_linear_cross_entropy(m);
+  bind_peak(m);
   bind_rms_norm(m);
   bind_rope(m);
   bind_swiglu(m);
