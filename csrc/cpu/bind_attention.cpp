@@ -34,7 +34,7 @@ void check_borders(const int32_t* borders, int64_t num_docs, int64_t total, cons
 AttentionShape shape(const py::tuple& arguments) {
   const auto pointer = [&](int i) { return arguments[i].cast<uintptr_t>(); };
   const auto size = [&](int i) { return arguments[i].cast<int64_t>(); };
-  const auto window = [&](int i) { return size(i) < 0 ? kUnbounded : size(i); };
+  const auto window = [&](int i) { return size(i) < 0 || size(i) > kUnbounded ? kUnbounded : size(i); };
   const AttentionShape s{reinterpret_cast<const int32_t*>(pointer(0)),
                          reinterpret_cast<const int32_t*>(pointer(1)),
                          size(2),

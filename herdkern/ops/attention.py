@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from herdkern.ops.attention_checks import border_values, check_borders, check_operands, check_softmax
+from herdkern.ops.attention_checks import (
+    border_values,
+    check_borders,
+    check_max_seqlen,
+    check_operands,
+    check_softmax,
+)
 from herdkern.ops.backend import Backend, choose, native_module, num_threads, why_not_native
 from herdkern.ops.native_op import differentiable_gradients, native_op
 
@@ -111,7 +117,7 @@ def attention(
     """
     check_operands("attention", q, k, v)
     _check_documents(q, k, cu_seqlens, cu_seqlens_k, max_seqlen)
-    check_softmax("attention", q, window_size, softcap, sinks, softmax_scale)
+    check_softmax("attention", q, window_size, softcap, sinks, softmax_scale, causal=causal, return_lse=return_lse)
     unfinished = tuple(window_size) != (-1, -1) or softcap != 0 or sinks is not None
     lacks = "the kernels lack window_size, softcap and sinks" if unfinished else None
     why_not = {"native": why_not_native(q, *_STORAGE) or lacks, "reference": None}
@@ -152,8 +158,7 @@ def _check_documents(
             f"attention: k must have the {q.shape[0]} tokens of q, got {k.shape[0]}; "
             "pass cu_seqlens_k where they differ"
         )
-    if max_seqlen is not None and max_seqlen < 0:
-        raise ValueError(f"attention: max_seqlen must be at least 0, got {max_seqlen}")
+    check_max_seqlen("attention", max_seqlen)
 
 
 def dense_last(x: Tensor) -> Tensor:

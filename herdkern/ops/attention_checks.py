@@ -10,13 +10,17 @@ from torch import Tensor
 from herdkern.ops.backend import dtype_name
 
 MAX_HEAD_DIM = 256
+_FLOAT32_MIN, _FLOAT32_MAX = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # what kernels compute in
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensor(function: str, name: str, x: Any) -> None:
-    """Raise TypeError unless `x` is a tensor."""
+    """Raise TypeError unless `x` is a tensor, ValueError unless its elements lie in memory at strides."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{function}: {name} must be a tensor, got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_nested:
+        layout = "a nested tensor" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise ValueError(f"{function}: {name} must be dense, got {layout}")
 
 
 def check_operands(function: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -71,6 +75,24 @@ def check_borders(function: str, name: str, borders: Tensor, q: Tensor) -> None:
         raise ValueError(f"{function}: {name} must be on {q.device} as q, got {borders.device}")
 
 
+def check_max_seqlen(function: str, max_seqlen: Any) -> None:
+    """Check an upper bound of document lengths, None or an integer."""
+    if max_seqlen is None:
+        return
+    if not _is_integer(max_seqlen):
+        raise ValueError(f"{function}: max_seqlen must be an integer, got {max_seqlen!r}")
+    if max_seqlen < 0:
+        raise ValueError(f"{function}: max_seqlen must be at least 0, got {max_seqlen}")
+
+
+def _is_integer(x: Any) -> bool:
+    return isinstance(x, Integral | torch.SymInt) and not isinstance(x, bool)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, Real | torch.SymInt | torch.SymFloat) and not isinstance(x, bool)
+
+
 def check_softmax(
     function: str,
     q: Tensor,
@@ -78,15 +100,19 @@ def check_softmax(
     softcap: float,
     sinks: Tensor | None,
     softmax_scale: float | None,
+    **flags: Any,
 ) -> None:
-    """Check what shapes the softmax of q: (total_q, num_heads, head_dim)."""
+    """Check what shapes the softmax of q: (total_q, num_heads, head_dim); flags: options that are on or off."""
+    for name, value in flags.items():
+        if value is not True and value is not False:  # a string such as "no" would be on
+            raise ValueError(f"{function}: {name} must be True or False, got {value!r}")
     if not isinstance(window_size, tuple | list) or len(window_size) != 2:
         raise ValueError(f"{function}: window_size must be (left, right), got {window_size!r}")
-    if not all(isinstance(side, Integral | torch.SymInt) and side >= -1 for side in window_size):
+    if not all(_is_integer(side) and -1 <= side < 2**63 for side in window_size):
         raise ValueError(f"{function}: window_size must hold integers of at least -1 (no limit), got {window_size!r}")
-    if not isinstance(softcap, Real) or not 0.0 <= softcap < float("inf"):
+    if not _is_number(softcap) or (softcap != 0 and not _FLOAT32_MIN <= softcap <= _FLOAT32_MAX):
         raise ValueError(f"{function}: softcap must be 0 (none) or positive and finite, got {softcap!r}")
-    if softmax_scale is not None and not (isinstance(softmax_scale, Real) and 0.0 < softmax_scale < float("inf")):
+    if softmax_scale is not None and not (_is_number(softmax_scale) and _FLOAT32_MIN <= softmax_scale <= _FLOAT32_MAX):
         raise ValueError(f"{function}: softmax_scale must be positive and finite, got {softmax_scale!r}")
     if sinks is None:
         return

@@ -107,6 +107,8 @@ def is_plain_eager(args: Sequence[Any]) -> bool:
     ):
         return False
     for arg in args:
-        if isinstance(arg, Tensor) and not ((type(arg) is Tensor or type(arg) is torch.nn.Parameter) and arg.is_cpu):
+        if isinstance(arg, Tensor) and not (
+            (type(arg) is Tensor or type(arg) is torch.nn.Parameter) and arg.is_cpu and not arg.is_neg()
+        ):
             return False
     return True
