@@ -63,7 +63,6 @@ struct AmxEngine {
   static constexpr int kPair = 2;
   static constexpr int64_t kDimStep = 32, kRowStep = 32;
   static constexpr int64_t kForwardRows = 256, kForwardKeys = 256;
-  static constexpr int64_t kBackwardRows = 128, kBackwardKeys = 128;
   using Session = AmxSession;
 
   template <bool kAccumulate, bool kTransposedA = false>

@@ -1,292 +1,347 @@
 // Backward pass of packed attention: one task is a chunk of keys of one document and one key-value head. It walks over
 // the tiles of queries that see the chunk, for every query head of the group, in a fixed order:
-//   S^T = K Q^T,  P^T = exp(scale * S^T - lse),  dP^T = V dO^T,  dS^T = P^T * (dP^T - delta),  delta = rowsum(dO * O)
-//   dV += P^T dO,  dK += dS^T Q,  dQ^T += K^T dS^T
-// dK and dV belong to the task. dQ of a document with several chunks is summed in chunk order: a chunk waits until the
-// one before it has added to a tile (Turnstile), so no sum depends on the number of threads and no memory is spent on
-// partial sums.
+//   S = Q K^T,  P = exp(cap(scale * S) - lse),  dP = dO V^T,  dS = scale * P * (dP - delta) * cap',
+//   dV += P^T dO,  dK += dS^T Q,  dQ += dS K,  delta = rowsum(dO * O)
+// A sink changes lse and nothing else here: p sums to less than 1, and delta = sum_j p * dp stays true.
+//
+// K, V and their transposes are packed once per chunk, Q and dO once per visit for the products that need them as right
+// operand; as left operand they are read where they lie. dK and dV belong to the task. dQ of a document with several
+// chunks is summed in chunk order: a chunk waits until the one before it has added to a tile (Turnstile), so no sum
+// depends on the number of threads and no memory is spent on partial sums.
 #pragma once
-#include <sched.h>
-
 #include <algorithm>
 #include <atomic>
-#include <memory>
+#include <type_traits>
 #include <vector>
 
+#include "cpu/attention_backward_pack.h"
+#include "cpu/attention_backward_shared.h"
 #include "cpu/attention_forward.h"
 #include "cpu/workspace.h"
 
 namespace herdkern::cpu::HK_ISA {
 
-// Lets the chunks of keys add to a tile of dQ one after the other. Tasks start in chunk order, so whoever is waited for
-// runs.
-class Turnstile {
- public:
-  explicit Turnstile(int64_t tiles) : done_(std::make_unique<std::atomic<int32_t>[]>(static_cast<size_t>(tiles))) {
-    for (int64_t i = 0; i < tiles; ++i) done_[static_cast<size_t>(i)].store(0, std::memory_order_relaxed);
-  }
-  void wait(int64_t tile, int64_t chunk) const {
-    while (done_[static_cast<size_t>(tile)].load(std::memory_order_acquire) != chunk) sched_yield();
-  }
-  void pass(int64_t tile, int64_t chunk) {
-    done_[static_cast<size_t>(tile)].store(static_cast<int32_t>(chunk + 1), std::memory_order_release);
-  }
-
- private:
-  std::unique_ptr<std::atomic<int32_t>[]> done_;
-};
-
-// What the tasks of one call share.
-struct BackwardShared {
-  const float* delta;  // (num_heads, total_q)
-  float* dq_sums;      // tiles of dQ^T, (ld, kBackwardRows) fp32 each, of documents with several chunks
-  Turnstile* turnstile;
-};
-
-struct KeyChunk {
-  int64_t doc, index, count;  // chunk `index` of `count` of the document
-  int64_t first_tile;         // of its tiles of dQ, head 0: index into dq_sums and turnstile
-};
+// Tile sizes of the backward pass, multiples of 32. What a visit touches should fit the second-level cache: of 128 keys
+// and 128 queries at head_dim 128, 0.8 MB in fp32.
+constexpr int64_t kTileQueries = 128, kChunkKeys = 128;
 
 template <typename Engine>
 struct BackwardBuffers {
   using Elem = typename Engine::Elem;
-  TileBuffer<Elem> k, v, transposed, k_t, q, dout, q_b, dout_b, q_pairs, dout_pairs, p, ds, ds_pairs;
-  TileBuffer<float> dk, dv, dq, scores, dp, lse, delta;
+  TileBuffer<Elem> k, k_t, v_t, q, dout, q_rows, dout_rows, p_pairs, ds_pairs, ds_rows, p_t, ds_t;
+  TileBuffer<float> dk, dv, dq, scores, dp, slope;
 };
 
 template <typename Engine, typename In>
 class BackwardChunk {
   using Elem = typename Engine::Elem;
-  static constexpr int64_t kRows = Engine::kBackwardRows;
+  using G = Grain<Engine>;
+  using Buffers = BackwardBuffers<Engine>;
+  static constexpr int64_t kMaxBlocks = std::max(kTileQueries, kChunkKeys) / G::kRows + 1;
+  static constexpr int64_t kWide = 16 * G::kPair;           // pad of the head dimension
+  static constexpr int64_t kScoreStride = kChunkKeys + 16;  // not a power of two: neighbours fall in other cache sets
+  static constexpr int64_t kPairStride = 2 * kScoreStride, kRowStride = kChunkKeys + 32;
+  static constexpr int64_t kTurnedStride = kTileQueries + 32;
+  static constexpr bool kSameType = std::is_same_v<Elem, In>;
 
  public:
-  BackwardChunk(const AttentionBackward& args, const BackwardShared& shared, const KeyChunk& chunk, int64_t kv_head)
+  BackwardChunk(const AttentionBackward& args, const BackwardShared& shared, const KeyChunk& chunk, int64_t kv_head,
+                Buffers& buffers)
       : args_(args),
         shared_(shared),
         chunk_(chunk),
+        b_(buffers),
         doc_(args.shape.document(chunk.doc)),
         kv_head_(kv_head),
-        key_(chunk.index * Engine::kBackwardKeys),
-        keys_(std::min(Engine::kBackwardKeys, doc_.k_len - key_)),
-        padded_keys_(round_up(keys_, kSlab)),
+        key_(chunk.index * kChunkKeys),
+        keys_(std::min(kChunkKeys, doc_.k_len - key_)),
         dim_(args.shape.head_dim),
-        ld_(round_up(dim_, Engine::kDimStep)) {}
+        ld_(round_up(dim_, kWide)),
+        depth_(round_up(dim_, G::kDepth)),
+        cols_(round_up(dim_, G::kCols)) {}
+
+  // Head dimension of the tiles of dq_sums.
+  static int64_t tile_size(int64_t head_dim) { return kTileQueries * round_up(head_dim, G::kCols); }
+  static bool sums_in_place(int64_t head_dim) { return std::is_same_v<In, float> && head_dim % G::kCols == 0; }
 
   void run() {
-    static thread_local BackwardBuffers<Engine> buffers;
-    [[maybe_unused]] typename Engine::Session session;
-    load_keys(buffers);
+    load_keys();
     const int64_t group = args_.shape.num_heads / args_.shape.num_kv_heads;
+    const int64_t begin = doc_.queries_begin(key_), end = doc_.queries_end(key_ + keys_ - 1);
     for (int64_t h = 0; h < group; ++h)
-      for (int64_t row = round_down(doc_.queries_begin(key_), kRows); row < doc_.q_len; row += kRows)
-        visit(buffers, kv_head_ * group + h, row);
-    store_keys(dk_, args_.shape.scale, static_cast<In*>(args_.dk));
-    store_keys(dv_, 1.0f, static_cast<In*>(args_.dv));
+      for (int64_t row = round_down(begin, kTileQueries); row < end; row += kTileQueries)
+        visit(kv_head_ * group + h, row);
+    store_rows(dk_, cols_, keys_, output(args_.dk), args_.shape.num_kv_heads * dim_);
+    store_rows(dv_, cols_, keys_, output(args_.dv), args_.shape.num_kv_heads * dim_);
   }
 
  private:
   const In* at(const AttentionInput& x, int64_t token, int64_t head) const {
     return static_cast<const In*>(x.data) + token * x.token_stride + head * x.head_stride;
   }
-
-  void load_keys(BackwardBuffers<Engine>& b) {
-    const int64_t size = Engine::kBackwardKeys * ld_;
-    k_ = b.k.at_least(size);
-    v_ = b.v.at_least(size);
-    load_rows(at(args_.k, doc_.k_begin + key_, kv_head_), args_.k.token_stride, keys_, dim_, k_, padded_keys_, ld_);
-    load_rows(at(args_.v, doc_.k_begin + key_, kv_head_), args_.v.token_stride, keys_, dim_, v_, padded_keys_, ld_);
-    Elem* transposed = b.transposed.at_least(size);
-    transpose_tile(k_, padded_keys_, ld_, transposed);
-    k_t_ = transposed_rows(transposed, padded_keys_, ld_, Engine::kPair == 1 ? transposed : b.k_t.at_least(size));
-    dk_ = b.dk.at_least(size);
-    dv_ = b.dv.at_least(size);
-    std::fill_n(dk_, padded_keys_ * ld_, 0.0f);
-    std::fill_n(dv_, padded_keys_ * ld_, 0.0f);
+  In* output(void* grad) const {
+    return static_cast<In*>(grad) + ((doc_.k_begin + key_) * args_.shape.num_kv_heads + kv_head_) * dim_;
   }
 
-  // Everything between the chunk and queries [row, row + kRows) of one head.
-  void visit(BackwardBuffers<Engine>& b, int64_t head, int64_t row) {
-    const int64_t rows = std::min(kRows, doc_.q_len - row), cols = round_up(rows, kSlab), size = kRows * ld_;
-    const int64_t token = doc_.q_begin + row;
-    Elem *q = b.q.at_least(size), *dout = b.dout.at_least(size);
-    load_rows(at(args_.q, token, head), args_.q.token_stride, rows, dim_, q, cols, ld_);
-    load_rows(at(args_.dout, token, head), args_.dout.token_stride, rows, dim_, dout, cols, ld_);
-    Elem *q_b = b.q_b.at_least(size), *dout_b = b.dout_b.at_least(size);
-    transpose_tile(q, cols, ld_, q_b);
-    transpose_tile(dout, cols, ld_, dout_b);
-    probabilities(b, head, row, rows, cols, q_b, dout_b);
-
-    const Elem* q_pairs = paired_rows(q, cols, ld_, b.q_pairs.at_least(size));
-    const Elem* dout_pairs = paired_rows(dout, cols, ld_, b.dout_pairs.at_least(size));
-    const int64_t slab = first_column(padded_keys_ - kSlab, row) == 0 ? padded_keys_ : kSlab;
-    for (int64_t j = 0; j < padded_keys_; j += slab) {
-      const int64_t i = first_column(j, row);
-      if (i >= cols) break;
-      Engine::template gemm<true>({slab, ld_, cols - i, p_ + j * cols + i, cols, dout_pairs + i * ld_,
-                                   ld_ * Engine::kPair, dv_ + j * ld_, ld_});
-      Engine::template gemm<true>(
-          {slab, ld_, cols - i, ds_ + j * cols + i, cols, q_pairs + i * ld_, ld_ * Engine::kPair, dk_ + j * ld_, ld_});
+  void load_keys() {
+    const int64_t size = round_up(kChunkKeys, G::kPanel) * round_up(ld_, G::kPanel);
+    k_ = b_.k.at_least(size);
+    k_t_ = b_.k_t.at_least(size);
+    v_t_ = b_.v_t.at_least(size);
+    const In *k = at(args_.k, doc_.k_begin + key_, kv_head_), *v = at(args_.v, doc_.k_begin + key_, kv_head_);
+    pack_rows<Engine>(k, args_.k.token_stride, keys_, dim_, round_up(keys_, G::kDepth), k_, kChunkKeys * G::kPanel);
+    pack_transposed<Engine>(k, args_.k.token_stride, keys_, dim_, k_t_, ld_ * G::kPanel);
+    pack_transposed<Engine>(v, args_.v.token_stride, keys_, dim_, v_t_, ld_ * G::kPanel);
+    dk_ = b_.dk.at_least(kChunkKeys * cols_);
+    dv_ = b_.dv.at_least(kChunkKeys * cols_);
+    std::fill_n(dk_, padded(keys_) * cols_, 0.0f);
+    std::fill_n(dv_, padded(keys_) * cols_, 0.0f);
+    scores_ = b_.scores.at_least(kTileQueries * kScoreStride);
+    dp_ = b_.dp.at_least(kTileQueries * kScoreStride);
+    if (args_.shape.softcap > 0.0f) slope_ = b_.slope.at_least(G::kRows * kScoreStride);
+    if constexpr (G::kPair == 2) {
+      p_pairs_ = b_.p_pairs.at_least(kTileQueries / 2 * kPairStride);
+      ds_pairs_ = b_.ds_pairs.at_least(kTileQueries / 2 * kPairStride);
+      ds_rows_ = b_.ds_rows.at_least(kTileQueries * kRowStride);
     }
-    add_dq(b, head, row, rows, cols, slab);
   }
 
-  // First column (query - row, rounded down to a slab) that sees any key of the slab of keys at j.
-  int64_t first_column(int64_t j, int64_t row) const {
-    return round_down(std::max(int64_t{0}, doc_.queries_begin(key_ + j) - row), kSlab);
+  // Rows that a product must find: whole tiles where the engine multiplies tiles.
+  static int64_t padded(int64_t rows) { return G::kTiles ? round_up(rows, G::kRows) : rows; }
+
+  struct Rows {
+    const Elem* data;
+    int64_t stride;
+  };
+  // Rows of q or dout as left operand: where they lie, or copied where type or padding asks for it.
+  Rows left_rows(const AttentionInput& x, int64_t token, int64_t head, int64_t rows, TileBuffer<Elem>& copy) {
+    if constexpr (kSameType)
+      if (dim_ == depth_ && rows == padded(rows)) return {at(x, token, head), x.token_stride};
+    Elem* tile = copy.at_least(kTileQueries * ld_);
+    load_rows(at(x, token, head), x.token_stride, rows, dim_, tile, padded(rows), ld_);
+    return {tile, ld_};
   }
 
-  // p_ = P^T and ds_ = dS^T, (padded_keys, cols), from first_column of each slab of keys on.
-  void probabilities(BackwardBuffers<Engine>& b, int64_t head, int64_t row, int64_t rows, int64_t cols, const Elem* q_b,
-                     const Elem* dout_b) {
-    const int64_t size = Engine::kBackwardKeys * kRows, token = doc_.q_begin + row;
-    float *lse = b.lse.at_least(kRows), *delta = b.delta.at_least(kRows);
-    std::copy_n(args_.lse + head * args_.shape.total_q + token, rows, lse);
-    std::fill_n(delta, cols, 0.0f);
-    if (!sees_all()) std::copy_n(shared_.delta + head * args_.shape.total_q + token, rows, delta);
-    std::fill(lse + rows, lse + cols, INFINITY);  // p = 0 in the padding
-    float *scores = b.scores.at_least(size), *dp = b.dp.at_least(size);
-    if constexpr (Engine::kPair == 1) {
-      p_ = scores;
-      ds_ = ds_pairs_ = dp;
+  // Everything between the chunk and queries [row, row + kTileQueries) of one head.
+  void visit(int64_t head, int64_t row) {
+    const int64_t rows = std::min(kTileQueries, doc_.q_len - row), token = doc_.q_begin + row;
+    const int64_t size = kTileQueries * round_up(ld_, G::kPanel), stride = kTileQueries * G::kPanel;
+    Elem *q = b_.q.at_least(size), *dout = b_.dout.at_least(size);
+    const int64_t depth = round_up(rows, G::kDepth);
+    pack_rows<Engine>(at(args_.q, token, head), args_.q.token_stride, rows, dim_, depth, q, stride);
+    pack_rows<Engine>(at(args_.dout, token, head), args_.dout.token_stride, rows, dim_, depth, dout, stride);
+    find_ranges(row, rows);
+
+    const Rows q_rows = left_rows(args_.q, token, head, rows, b_.q_rows),
+               dout_rows = left_rows(args_.dout, token, head, rows, b_.dout_rows);
+    score_product<Engine>(q_rows.data, q_rows.stride, rows, k_t_, ld_ * G::kPanel, depth_, scores_, kScoreStride,
+                          seen_);
+    score_product<Engine>(dout_rows.data, dout_rows.stride, rows, v_t_, ld_ * G::kPanel, depth_, dp_, kScoreStride,
+                          seen_);
+    for (int64_t i = 0, begin = 0; begin < rows; ++i, begin += G::kRows) {
+      const int64_t count = std::min(G::kRows, rows - begin);
+      fetch_ahead(head, row + begin, count);
+      if (!seen_[i].empty()) {
+        softmax_block(head, row, begin, count, seen_[i]);
+      } else if (chunk_.count == 1) {
+        std::fill_n(shared_.delta + head * args_.shape.total_q + token + begin, count, 0.0f);
+      }
+    }
+
+    if constexpr (G::kTiles) {
+      turn(p_pairs_, b_.p_t.at_least(kChunkKeys * kTurnedStride));
+      turn(ds_pairs_, b_.ds_t.at_least(kChunkKeys * kTurnedStride));
+      key_product<false>(b_.p_t.at_least(0), kTurnedStride, dout, stride, dv_);
+      key_product<false>(b_.ds_t.at_least(0), kTurnedStride, q, stride, dk_);
+    } else if constexpr (G::kPair == 2) {
+      key_product<true>(p_pairs_, kPairStride, dout, stride, dv_);
+      key_product<true>(ds_pairs_, kPairStride, q, stride, dk_);
     } else {
-      p_ = b.p.at_least(size);
-      ds_ = b.ds.at_least(size);
-      ds_pairs_ = b.ds_pairs.at_least(size);
+      key_product<true>(scores_, kScoreStride, dout, stride, dv_);
+      key_product<true>(dp_, kScoreStride, q, stride, dk_);
     }
-    const int64_t slab = first_column(padded_keys_ - kSlab, row) == 0 ? padded_keys_ : kSlab;
-    for (int64_t j = 0; j < padded_keys_; j += slab) {
-      const int64_t begin = first_column(j, row);
-      if (begin >= cols) break;
-      Engine::template gemm<false>({slab, cols - begin, ld_, k_ + j * ld_, ld_, q_b + begin * Engine::kPair,
-                                    cols * Engine::kPair, scores + j * cols + begin, cols});
-      Engine::template gemm<false>({slab, cols - begin, ld_, v_ + j * ld_, ld_, dout_b + begin * Engine::kPair,
-                                    cols * Engine::kPair, dp + j * cols + begin, cols});
-      for (int64_t key = j; key < j + slab; ++key) {
-        probability_row(scores + key * cols, lse, args_.shape.scale, first_seeing(key, row, cols), begin, cols);
-        if (sees_all()) {
-          zero_unseen(dp + key * cols, first_seeing(key, row, cols), begin, cols);
-          add_delta_row(scores + key * cols, dp + key * cols, delta, begin, cols);
-        }
+    add_dq(head, row, rows);
+  }
+
+  // Rows that are needed soon and lie at strides no hardware prefetch follows: q and dout of the next visit, and dQ.
+  void fetch_ahead(int64_t head, int64_t row, int64_t rows) const {
+    const auto fetch = [&](const In* x) {
+      for (int64_t c = 0; c < dim_; c += 64 / static_cast<int64_t>(sizeof(In))) __builtin_prefetch(x + c, 0, 2);
+    };
+    for (int64_t query = row; query < row + rows; ++query) {
+      if (sums_in_place(dim_) && chunk_.count > 1)
+        fetch(static_cast<const In*>(args_.dq) + ((doc_.q_begin + query) * args_.shape.num_heads + head) * dim_);
+      const int64_t next = query + kTileQueries;
+      if (next >= doc_.q_len) continue;
+      fetch(at(args_.q, doc_.q_begin + next, head));
+      fetch(at(args_.dout, doc_.q_begin + next, head));
+    }
+  }
+
+  template <bool kTransposedA>
+  void key_product(const Elem* a, int64_t a_stride, const Elem* b, int64_t panel_stride, float* sums) {
+    gradient_product<Engine, kTransposedA>(a, a_stride, padded(keys_), b, panel_stride, cols_, sums, cols_, used_rows_,
+                                           true);
+  }
+
+  Span seen_by(int64_t first, int64_t last) const {  // of the chunk's keys, by queries first to last
+    const Span keys{clamp(doc_.keys_begin(first) - key_, 0, keys_), clamp(doc_.keys_end(last) - key_, 0, keys_)};
+    return keys.empty() ? Span{0, 0} : keys;
+  }
+  static Span rounded(Span span, int64_t step) { return {round_down(span.begin, step), round_up(span.end, step)}; }
+
+  // Which columns and depths each block of rows takes part in. A block of keys that straddles two vectors needs zeros
+  // in both of them, so ranges of scores grow by kSlack where kRows does not divide 16.
+  void find_ranges(int64_t row, int64_t rows) {
+    constexpr int64_t kSlack = G::kCols % G::kRows == 0 ? 0 : G::kRows - 1;
+    for (int64_t r = 0, i = 0; r < rows; r += G::kRows, ++i) {
+      const Span keys = seen_by(row + r, row + std::min(r + G::kRows, rows) - 1);
+      used_keys_[i] = rounded(keys, G::kDepth);
+      seen_[i] = keys.empty() ? keys
+                              : rounded({std::max(int64_t{0}, keys.begin - kSlack), std::min(keys_, keys.end + kSlack)},
+                                        G::kCols);
+    }
+    for (int64_t j = 0, i = 0; j < keys_; j += G::kRows, ++i) {
+      const int64_t last = std::min(j + G::kRows, keys_) - 1;
+      const Span queries{clamp(doc_.queries_begin(key_ + j) - row, 0, rows),
+                         clamp(doc_.queries_end(key_ + last) - row, 0, rows)};
+      used_rows_[i] = queries.empty() ? Span{0, 0} : rounded(queries, G::kDepth);
+    }
+  }
+
+  // Scores and dp of queries [begin, begin + count) of the tile become P and dS, zero where unseen in `span`.
+  void softmax_block(int64_t head, int64_t row, int64_t begin, int64_t count, Span span) {
+    const AttentionShape& s = args_.shape;
+    const SoftmaxGradient softmax{s.scale, s.softcap};
+    const int64_t first = head * s.total_q + doc_.q_begin + row + begin;
+    const int64_t filled = round_up(count, G::kDepth);
+    float delta[G::kRows + 1] = {};
+    for (int64_t r = 0; r < filled; ++r) {
+      float *p = scores_ + (begin + r) * kScoreStride, *dp = dp_ + (begin + r) * kScoreStride;
+      if (r >= count) {
+        zero_outside(p, {0, 0}, span);
+        zero_outside(dp, {0, 0}, span);
+        if (slope_ != nullptr) zero_outside(slope(r), {0, 0}, span);
+        continue;
       }
-    }
-    for (int64_t j = 0; j < padded_keys_; j += slab) {
-      const int64_t begin = first_column(j, row);
-      if (begin >= cols) break;
-      for (int64_t key = j; key < j + slab; ++key)
-        gradient_row(scores + key * cols, dp + key * cols, delta, first_seeing(key, row, cols), begin, cols);
-      if constexpr (Engine::kPair == 2) round_slab(scores, dp, j, j + slab, begin, cols);
-    }
-  }
-
-  // delta = sum_c dout * out = sum_j p * dp. The second form needs all keys of the document at hand, and is exact where
-  // `out` was rounded to bf16: gradients of short documents nearly cancel.
-  bool sees_all() const { return chunk_.count == 1; }
-
-  // First column that sees key `key` of the chunk; cols for a key of the padding: none.
-  int64_t first_seeing(int64_t key, int64_t row, int64_t cols) const {
-    return key < keys_ ? doc_.queries_begin(key_ + key) - row : cols;
-  }
-
-  // bf16 copies of P^T and dS^T, and of dS^T with pairs of keys side by side.
-  void round_slab(const float* p, const float* ds, int64_t key_begin, int64_t key_end, int64_t begin, int64_t cols) {
-    for (int64_t key = key_begin; key < key_end; key += 2)
-      for (int64_t i = begin; i < cols; i += 16) {
-        const int64_t even = key * cols + i, odd = even + cols;
-        Engine::store(p_ + even, Vec::load(p + even));
-        Engine::store(p_ + odd, Vec::load(p + odd));
-        Engine::store(ds_ + even, Vec::load(ds + even));
-        Engine::store(ds_ + odd, Vec::load(ds + odd));
-        pair_vectors(ds_ + even, ds_ + odd, ds_pairs_ + key * cols + 2 * i);
-      }
-  }
-
-  // dQ^T of one tile: added to what earlier chunks left, written out by the last chunk that the tile sees.
-  void add_dq(BackwardBuffers<Engine>& b, int64_t head, int64_t row, int64_t rows, int64_t cols, int64_t slab) {
-    const int64_t last_chunk = (doc_.keys_end(row + rows - 1) - 1) / Engine::kBackwardKeys;
-    const int64_t tile = chunk_.first_tile + head * ceil_div(doc_.q_len, kRows) + row / kRows;
-    float* dq = chunk_.count == 1 ? b.dq.at_least(kRows * ld_) : shared_.dq_sums + tile * kRows * ld_;
-    if (chunk_.count > 1) shared_.turnstile->wait(tile, chunk_.index);
-    const int64_t step = slab == kSlab ? kSlab : cols;
-    for (int64_t i = 0; i < cols; i += step) {
-      const int64_t last = std::min(row + i + step, doc_.q_len) - 1;
-      const int64_t depth = clamp(round_up(doc_.keys_end(last) - key_, kSlab), 0, padded_keys_);
-      const Gemm<Elem> product{
-          ld_, step, depth, k_t_, padded_keys_, ds_pairs_ + i * Engine::kPair, cols * Engine::kPair, dq + i, cols};
-      if (chunk_.index == 0) {
-        Engine::template gemm<false>(product);
+      const Span seen = seen_by(row + begin + r, row + begin + r);
+      probability_row<G::kPair == 2>(softmax, args_.lse[first + r], seen, span, p, slope(r));
+      zero_outside(dp, seen, span);
+      if (sees_all(row + begin + r)) {
+        if (s.sinks == nullptr && seen.end - seen.begin <= 16) normalize_row(p, span);
+        delta[r] = delta_of_row(p, dp, span, s.sinks == nullptr);
+        shared_.delta[first + r] = delta[r];
       } else {
-        Engine::template gemm<true>(product);
+        delta[r] = shared_.delta[first + r];
       }
     }
-    if (chunk_.index == last_chunk) store_dq(dq, cols, doc_.q_begin + row, rows, head);
+    if constexpr (G::kPair == 1) {
+      for (int64_t r = 0; r < count; ++r)
+        gradient_row(scores_ + (begin + r) * kScoreStride, dp_ + (begin + r) * kScoreStride, delta[r], s.scale,
+                     slope(r), span);
+    } else {
+      for (int64_t r = 0; r < filled; r += 2) {
+        const int64_t at = (begin + r) * kScoreStride, pair = (begin + r) / 2 * kPairStride;
+        const auto convert = slope_ == nullptr ? gradient_pair<false> : gradient_pair<true>;
+        convert(scores_ + at, dp_ + at, kScoreStride, delta + r, s.scale, slope(r), span, p_pairs_ + pair,
+                ds_pairs_ + pair, ds_rows_ + (begin + r) * kRowStride, kRowStride);
+      }
+    }
+  }
+  float* slope(int64_t r) const { return slope_ == nullptr ? nullptr : slope_ + r * kScoreStride; }
+
+  // delta = sum_c dout * out = sum_j p * dp. The second form needs all keys of the query at hand, and is exact where
+  // gradients nearly cancel: few keys, or `out` rounded to bf16.
+  bool sees_all(int64_t query) const { return doc_.keys_begin(query) >= key_ && doc_.keys_end(query) <= key_ + keys_; }
+
+  // Pairs of queries side by side -> (keys, queries), of what used_rows_ names.
+  void turn(const Elem* pairs, Elem* turned) {
+    for (int64_t j = 0; j < keys_; j += 16)
+      for (int64_t i = used_rows_[j / G::kRows].begin; i < used_rows_[j / G::kRows].end; i += 32)
+        transpose_16x16(reinterpret_cast<const float*>(pairs + i / 2 * kPairStride + 2 * j), kPairStride / 2,
+                        reinterpret_cast<float*>(turned + j * kTurnedStride + i), kTurnedStride / 2);
+  }
+
+  // dQ of one tile: added to what earlier chunks left, written out by the last chunk that the tile sees.
+  void add_dq(int64_t head, int64_t row, int64_t rows) {
+    const int64_t first_chunk = doc_.keys_begin(row) / kChunkKeys,
+                  last_chunk = (doc_.keys_end(row + rows - 1) - 1) / kChunkKeys;
+    const int64_t tile = chunk_.first_tile + head * ceil_div(doc_.q_len, kTileQueries) + row / kTileQueries;
+    In* out = static_cast<In*>(args_.dq) + ((doc_.q_begin + row) * args_.shape.num_heads + head) * dim_;
+    const int64_t out_stride = args_.shape.num_heads * dim_;
+    float* dq;
+    int64_t dq_stride = cols_;
+    if constexpr (std::is_same_v<In, float>) {
+      dq = out;
+      dq_stride = out_stride;
+    }
+    const bool in_place = sums_in_place(dim_);
+    if (!in_place) {
+      dq = chunk_.count == 1 ? b_.dq.at_least(kTileQueries * cols_) : shared_.dq_sums + tile * kTileQueries * cols_;
+      dq_stride = cols_;
+    }
+    if (chunk_.index > first_chunk) shared_.turnstile->wait(tile, chunk_.index);
+    const Elem* ds = ds_rows_;
+    int64_t ds_stride = kRowStride;
+    if constexpr (G::kPair == 1) {
+      ds = dp_;
+      ds_stride = kScoreStride;
+    }
+    gradient_product<Engine, false>(ds, ds_stride, padded(rows), k_, kChunkKeys * G::kPanel, cols_, dq, dq_stride,
+                                    used_keys_, chunk_.index > first_chunk);
+    if (chunk_.index == last_chunk && !in_place) store_rows(dq, cols_, rows, out, out_stride);
     if (chunk_.count > 1) shared_.turnstile->pass(tile, chunk_.index);
   }
 
-  // dq[token + i, head] = scale * (column i of dq_t).
-  void store_dq(const float* dq_t, int64_t cols, int64_t token, int64_t rows, int64_t head) const {
-    alignas(64) float block[16 * 16];
-    const Vec scale(args_.shape.scale);
-    for (int64_t i = 0; i < rows; i += 16)
-      for (int64_t c = 0; c < dim_; c += 16) {
-        transpose_16x16(dq_t + c * cols + i, cols, block, 16);
-        const int n = static_cast<int>(std::min(int64_t{16}, dim_ - c));
-        for (int64_t r = 0; r < std::min(int64_t{16}, rows - i); ++r) {
-          In* dq = static_cast<In*>(args_.dq) + ((token + i + r) * args_.shape.num_heads + head) * dim_ + c;
-          (Vec::load(block + 16 * r) * scale).store_partial(dq, n);
-        }
-      }
-  }
-
-  void store_keys(const float* sums, float factor, In* out) const {
-    const Vec scale(factor);
-    for (int64_t j = 0; j < keys_; ++j) {
-      const float* row = sums + j * ld_;
-      In* dst = out + ((doc_.k_begin + key_ + j) * args_.shape.num_kv_heads + kv_head_) * dim_;
+  void store_rows(const float* sums, int64_t ld, int64_t rows, In* out, int64_t stride) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* row = sums + r * ld;
+      In* dst = out + r * stride;
       for_each_vec(
-          dim_, [&](int64_t c) { (Vec::load(row + c) * scale).store(dst + c); },
-          [&](int64_t c, int n) { (Vec::load(row + c) * scale).store_partial(dst + c, n); });
+          dim_, [&](int64_t c) { Vec::load(row + c).store(dst + c); },
+          [&](int64_t c, int n) { Vec::load(row + c).store_partial(dst + c, n); });
     }
   }
 
   const AttentionBackward& args_;
   const BackwardShared& shared_;
   const KeyChunk chunk_;
+  Buffers& b_;
   const Document doc_;
-  const int64_t kv_head_, key_, keys_, padded_keys_, dim_, ld_;
-  Elem *k_ = nullptr, *v_ = nullptr, *p_ = nullptr, *ds_ = nullptr, *ds_pairs_ = nullptr;
-  const Elem* k_t_ = nullptr;
-  float *dk_ = nullptr, *dv_ = nullptr;
+  const int64_t kv_head_, key_, keys_, dim_, ld_, depth_, cols_;
+  Elem *k_ = nullptr, *k_t_ = nullptr, *v_t_ = nullptr, *p_pairs_ = nullptr, *ds_pairs_ = nullptr, *ds_rows_ = nullptr;
+  float *dk_ = nullptr, *dv_ = nullptr, *scores_ = nullptr, *dp_ = nullptr, *slope_ = nullptr;
+  Span seen_[kMaxBlocks], used_keys_[kMaxBlocks], used_rows_[kMaxBlocks];
 };
 
-// delta[head, token] = sum_c dout * out; and dq = 0 for the queries of tiles that see no key, which no chunk visits.
-template <typename Engine, typename In>
-void prepare_queries(const AttentionBackward& args, const Document& doc, float* delta) {
+// What to do before the chunks run: delta for documents with several chunks, zeros for tiles that see no key.
+template <typename In>
+void prepare_queries(const AttentionBackward& args, float* delta, int num_threads) {
   const AttentionShape& s = args.shape;
-  for (int64_t i = 0; i < doc.q_len; ++i) {
-    const int64_t token = doc.q_begin + i,
-                  tile_end = std::min(doc.q_len, round_down(i, Engine::kBackwardRows) + Engine::kBackwardRows);
-    const bool visited = doc.keys_end(tile_end - 1) > 0;
-    for (int64_t head = 0; head < s.num_heads; ++head) {
-      const In* out =
-          static_cast<const In*>(args.out.data) + token * args.out.token_stride + head * args.out.head_stride;
-      const In* dout =
-          static_cast<const In*>(args.dout.data) + token * args.dout.token_stride + head * args.dout.head_stride;
-      Vec total(0.0f);
-      for_each_vec(
-          s.head_dim, [&](int64_t c) { total = fma(Vec::load(out + c), Vec::load(dout + c), total); },
-          [&](int64_t c, int n) { total = fma(Vec::load_partial(out + c, n), Vec::load_partial(dout + c, n), total); });
-      delta[head * s.total_q + token] = sum(total);
-      if (!visited)
-        std::fill_n(static_cast<In*>(args.dq) + (token * s.num_heads + head) * s.head_dim, s.head_dim, In{});
-    }
+  std::vector<std::pair<int32_t, int32_t>> tiles;  // document, first query
+  for (int64_t d = 0; d < s.num_docs; ++d) {
+    const Document doc = s.document(d);
+    for (int64_t row = 0; row < doc.q_len; row += kTileQueries)
+      if (doc.k_len > kChunkKeys || doc.sees_none(std::min(row + kTileQueries, doc.q_len) - 1))
+        tiles.emplace_back(static_cast<int32_t>(d), static_cast<int32_t>(row));
   }
+  parallel_tasks(static_cast<int64_t>(tiles.size()), num_threads, [&](int64_t task) {
+    const auto [d, row] = tiles[static_cast<size_t>(task)];
+    const Document doc = s.document(d);
+    const int64_t end = std::min(row + kTileQueries, doc.q_len);
+    if (doc.sees_none(end - 1)) {
+      clear_queries<In>(args, doc.q_begin + row, doc.q_begin + end, delta);
+    } else {
+      sum_delta<In>(args, doc.q_begin + row, doc.q_begin + end, delta);
+    }
+  });
 }
 
 template <typename Engine, typename In>
 void run_backward(const AttentionBackward& args) {
+  using Chunk = BackwardChunk<Engine, In>;
+  constexpr int64_t kTaskPairs = 64 * 64;  // documents smaller than this share a task
   const AttentionShape& s = args.shape;
-  std::vector<KeyChunk> chunks;
   std::vector<int64_t> order(static_cast<size_t>(s.num_docs));
   for (int64_t d = 0; d < s.num_docs; ++d) order[static_cast<size_t>(d)] = d;
   const auto cost = [&](int64_t d) {
@@ -294,26 +349,40 @@ void run_backward(const AttentionBackward& args) {
     return doc.q_len * doc.k_len;
   };
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return cost(a) > cost(b); });
-  int64_t tiles = 0;
+  std::vector<KeyChunk> chunks;
+  std::vector<int64_t> tasks;  // where in chunks a task begins
+  int64_t tiles = 0, pairs = kTaskPairs;
   for (const int64_t d : order) {
     const Document doc = s.document(d);
-    const int64_t count = ceil_div(doc.k_len, Engine::kBackwardKeys);
-    for (int64_t c = 0; c < count; ++c) chunks.push_back({d, c, count, tiles});
-    if (count > 1) tiles += s.num_heads * ceil_div(doc.q_len, Engine::kBackwardRows);
+    const int64_t count = ceil_div(doc.k_len, kChunkKeys);
+    for (int64_t c = 0; c < count; ++c) {
+      if (pairs >= kTaskPairs || count > 1) {
+        tasks.push_back(static_cast<int64_t>(chunks.size()));
+        pairs = 0;
+      }
+      pairs += cost(d);
+      chunks.push_back({d, c, count, tiles});
+    }
+    if (count > 1) tiles += s.num_heads * ceil_div(doc.q_len, kTileQueries);
   }
+  const int64_t num_tasks = static_cast<int64_t>(tasks.size());
+  tasks.push_back(static_cast<int64_t>(chunks.size()));
+
   const int num_threads = threads_for(attention_work(s) * 5 / 2, s.num_threads);
   Workspace<float> delta(s.num_heads * s.total_q);
-  Workspace<float> dq_sums(tiles * Engine::kBackwardRows * round_up(s.head_dim, Engine::kDimStep));
+  Workspace<float> dq_sums(Chunk::sums_in_place(s.head_dim) ? 0 : tiles * Chunk::tile_size(s.head_dim));
   Turnstile turnstile(tiles);
   const BackwardShared shared{delta.data(), dq_sums.data(), &turnstile};
-  parallel_tasks(s.num_docs, num_threads,
-                 [&](int64_t d) { prepare_queries<Engine, In>(args, s.document(d), delta.data()); });
+  prepare_queries<In>(args, delta.data(), num_threads);
   std::atomic<int64_t> next{0};  // tasks start in this order whatever order OpenMP hands them out in
-  parallel_tasks(static_cast<int64_t>(chunks.size()) * s.num_kv_heads, num_threads, [&](int64_t) {
-    const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
-    BackwardChunk<Engine, In>(args, shared, chunks[static_cast<size_t>(task / s.num_kv_heads)], task % s.num_kv_heads)
-        .run();
+  parallel_tasks(num_tasks * s.num_kv_heads, num_threads, [&](int64_t) {
+    static thread_local BackwardBuffers<Engine> buffers;
+    [[maybe_unused]] typename Engine::Session session;
+    const int64_t at = next.fetch_add(1, std::memory_order_relaxed), task = at / s.num_kv_heads;
+    for (int64_t i = tasks[static_cast<size_t>(task)]; i < tasks[static_cast<size_t>(task + 1)]; ++i)
+      Chunk(args, shared, chunks[static_cast<size_t>(i)], at % s.num_kv_heads, buffers).run();
   });
+  if (args.dsinks != nullptr) sink_gradients(args, delta.data(), num_threads);
 }
 
 }  // namespace herdkern::cpu::HK_ISA

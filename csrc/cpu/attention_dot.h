@@ -26,7 +26,6 @@ struct DotEngine {
   static constexpr int kPair = 2;
   static constexpr int64_t kDimStep = 32, kRowStep = 1;
   static constexpr int64_t kForwardRows = 256, kForwardKeys = 128;
-  static constexpr int64_t kBackwardRows = 64, kBackwardKeys = 128;
   struct Session {};
 
   template <bool kAccumulate, bool kTransposedA = false>

@@ -17,9 +17,6 @@
 
 namespace herdkern::cpu::HK_ISA {
 
-// The backward pass skips rows and keys at this grain where the diagonal cuts a block.
-constexpr int64_t kSlab = 32;
-
 template <typename Engine>
 struct ForwardBuffers {
   TileBuffer<typename Engine::Elem> staging, q, keys, values, weights, weights_a;

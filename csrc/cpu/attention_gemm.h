@@ -115,10 +115,9 @@ struct FloatMath {
 struct FloatEngine {
   using Elem = float;
   static constexpr int kPair = 1;
-  static constexpr int64_t kDimStep = 16;                            // head_dim is padded to a multiple
-  static constexpr int64_t kRowStep = 1;                             // and the rows of A
-  static constexpr int64_t kForwardRows = 256, kForwardKeys = 128;   // tile of the forward pass
-  static constexpr int64_t kBackwardRows = 64, kBackwardKeys = 128;  // tile of the backward pass
+  static constexpr int64_t kDimStep = 16;                           // head_dim is padded to a multiple
+  static constexpr int64_t kRowStep = 1;                            // and the rows of A
+  static constexpr int64_t kForwardRows = 256, kForwardKeys = 128;  // tile of the forward pass
   struct Session {};  // what a thread must hold while it multiplies: nothing
 
   template <bool kAccumulate, bool kTransposedA = false>

@@ -74,27 +74,10 @@ inline void transpose_tile(const float* tile, int64_t rows, int64_t ld, float* d
     for (int64_t r = 0; r < rows; r += 16) transpose_16x16(tile + r * ld + c, ld, dst + c * rows + r, rows);
 }
 
-// What transpose_tile wrote -> A operand for tile^T: (ld, rows) row-major. Returns where it is.
-inline const float* transposed_rows(const float* transposed, int64_t, int64_t, float*) { return transposed; }
-
-// tile (rows, ld) row-major -> B operand for the tile itself: (rows / kPair, ld, kPair). Returns where it is.
-inline const float* paired_rows(const float* tile, int64_t, int64_t, float*) { return tile; }
-
 #ifdef HK_VEC_AVX512
 // Two neighbours of bf16 move as one word.
 inline void transpose_tile(const bf16* tile, int64_t rows, int64_t ld, bf16* dst) {
   transpose_tile(reinterpret_cast<const float*>(tile), rows, ld / 2, reinterpret_cast<float*>(dst));
-}
-
-inline const bf16* transposed_rows(const bf16* transposed, int64_t rows, int64_t ld, bf16* dst) {
-  for (int64_t pair = 0; pair < ld / 2; ++pair)
-    for (int64_t r = 0; r < rows; r += 16) {
-      const __m512i words = _mm512_loadu_si512(transposed + (pair * rows + r) * 2);
-      bf16* out = dst + 2 * pair * rows + r;
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(words));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + rows), _mm512_cvtepi32_epi16(_mm512_srli_epi32(words, 16)));
-    }
-  return dst;
 }
 
 // 16 elements of two neighbouring rows -> 16 pairs.
@@ -102,12 +85,6 @@ HK_INLINE void pair_vectors(const bf16* even, const bf16* odd, bf16* dst) {
   const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
   const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)));
   _mm512_storeu_si512(dst, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-}
-
-inline const bf16* paired_rows(const bf16* tile, int64_t rows, int64_t ld, bf16* dst) {
-  for (int64_t r = 0; r < rows; r += 2)
-    for (int64_t c = 0; c < ld; c += 16) pair_vectors(tile + r * ld + c, tile + (r + 1) * ld + c, dst + r * ld + 2 * c);
-  return dst;
 }
 #endif
 

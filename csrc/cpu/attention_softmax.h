@@ -1,4 +1,4 @@
-// The softmax between the two products of an attention tile, and its derivative, in fp32.
+// The softmax between the two products of an attention tile, in fp32.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -10,7 +10,6 @@ namespace herdkern::cpu::HK_ISA {
 
 constexpr float kNegInfinity = -INFINITY;
 
-// Running softmax of one query: max of scale * score so far and the sum of exp(scale * score - max).
 // [begin, end) of the keys of a block.
 struct KeyRange {
   int64_t begin, end;
@@ -82,34 +81,6 @@ inline bool online_softmax(float* scores, int64_t ld, KeyRange keys, float facto
   kept.store(keep);
   new_top.store(top);
   return max_lane(select_less(old_top, new_top, Vec(1.0f), Vec(0.0f))) > 0.0f;
-}
-
-// The backward pass works on the transposed tile, keys x queries, one key at a time over queries [begin, end). Those
-// before `first` do not see the key and get 0. begin and end are multiples of 16.
-HK_INLINE void zero_unseen(float* row, int64_t first, int64_t begin, int64_t end) {
-  const int64_t unseen = (first < end ? first : end) - begin;
-  if (unseen > 0) std::memset(row + begin, 0, static_cast<size_t>(unseen) * sizeof(float));
-}
-
-// scores: overwritten with p = exp(scale * score - lse).
-inline void probability_row(float* scores, const float* lse, float scale, int64_t first, int64_t begin, int64_t end) {
-  const Vec factor(scale);
-  for (int64_t i = begin; i < end; i += 16)
-    exp(fma(Vec::load(scores + i), factor, Vec(0.0f) - Vec::load(lse + i))).store(scores + i);
-  zero_unseen(scores, first, begin, end);
-}
-
-// delta += p * dp.
-inline void add_delta_row(const float* p, const float* dp, float* delta, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += 16)
-    fma(Vec::load(p + i), Vec::load(dp + i), Vec::load(delta + i)).store(delta + i);
-}
-
-// dp: overwritten with ds = p * (dp - delta). The factor scale of ds is left to the last step of dq and dk.
-inline void gradient_row(const float* p, float* dp, const float* delta, int64_t first, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += 16)
-    (Vec::load(p + i) * (Vec::load(dp + i) - Vec::load(delta + i))).store(dp + i);
-  zero_unseen(dp, first, begin, end);
 }
 
 }  // namespace herdkern::cpu::HK_ISA
