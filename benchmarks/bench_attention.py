@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from herdkern.ops import attention, attention_reference
+from herdkern.ops.paged_attention import paged_attention
 
 LOOP, EXPANDED, DENSE = "SDPA per document", "SDPA per document, k and v expanded", "SDPA, dense mask"
 FLEX = "FlexAttention, forward only"
@@ -233,6 +234,41 @@ def case(dtype: torch.dtype, layout: Layout) -> Case:
     )
 
 
+def decode_case(dtype: torch.dtype, num_docs: int, num_keys: int, head_dim: int) -> Case:
+    """Generation: one query a document against its keys in scattered pages of 64; torch's cache is contiguous."""
+    page = 64
+
+    def setup() -> dict[str, Callable[[], Tensor]]:
+        generator = torch.Generator().manual_seed(0)
+        q = torch.randn(num_docs, 8, head_dim, generator=generator).to(dtype)
+        pages = num_docs * num_keys // page
+        cache = [torch.randn(pages, page, 2, head_dim, generator=generator).to(dtype) for _ in range(2)]
+        table = torch.randperm(pages, generator=generator).to(torch.int32).view(num_docs, -1)
+        borders = torch.arange(num_docs + 1, dtype=torch.int32)
+        seqlens_k = torch.full((num_docs,), num_keys, dtype=torch.int32)
+        k, v = (x[table.long()].flatten(1, 2).transpose(1, 2).contiguous() for x in cache)  # (docs, 2, keys, head_dim)
+        many_k, many_v = (x.repeat_interleave(4, 1) for x in (k, v))
+        return {
+            "herdkern": lambda: paged_attention(q, *cache, table, borders, seqlens_k),
+            "SDPA, contiguous": lambda: scaled_dot_product_attention(q[:, :, None], k, v, enable_gqa=True)[:, :, 0],
+            "SDPA, contiguous, k and v expanded": lambda: scaled_dot_product_attention(q[:, :, None], many_k, many_v)[
+                :, :, 0
+            ],
+        }
+
+    def same(functions: dict[str, Callable[[], Tensor]]) -> None:
+        expected = functions["SDPA, contiguous"]()
+        for function in functions.values():
+            torch.testing.assert_close(function(), expected, atol=0.02 if dtype == torch.bfloat16 else 1e-5, rtol=0.02)
+
+    return Case(
+        name=f"decode-{SHORT_NAMES[dtype]}-B{num_docs}-K{num_keys}-D{head_dim}",
+        setup=setup,
+        check=same,
+        bytes=2 * num_docs * num_keys * 2 * head_dim * dtype.itemsize,
+    )
+
+
 def zipf(total: int, num_docs: int) -> tuple[int, ...]:
     """Lengths as of Zipf's law: document i in proportion to 1 / (i + 1)."""
     weights = [1 / (i + 1) for i in range(num_docs)]
@@ -268,7 +304,8 @@ BENCH = Bench(
         for dtype in SHORT_NAMES
         for head_dim in (64, 128)
         for name, lengths in DOCUMENTS
-    ],
+    ]
+    + [decode_case(dtype, 16, 4096, 128) for dtype in SHORT_NAMES],
     seconds=9,
     one_thread=True,
     summarise=summarise,

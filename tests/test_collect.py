@@ -1,5 +1,6 @@
 """The README's table says what the reports say, losses included."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -80,3 +81,10 @@ def test_attention_rates_follow_from_the_times():
     ((ours, points), (peer, slower)) = attention_picture.rates(attention_report()).items()
     assert (ours, points) == (("bf16", "zipf", 128, "herdkern"), [(2048, 100.0)])
     assert (peer[3], slower) == ("SDPA per document", [(2048, 40.0)])
+
+
+def test_what_callgrind_counts_runs_alone():
+    script = str(collect.HERE / "attention_instructions.py")
+    for dtype in ("fp32", "bf16"):
+        done = subprocess.run([sys.executable, script, "--work", dtype, "1", "1"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
