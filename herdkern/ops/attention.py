@@ -118,9 +118,7 @@ def attention(
     check_operands("attention", q, k, v)
     _check_documents(q, k, cu_seqlens, cu_seqlens_k, max_seqlen)
     check_softmax("attention", q, window_size, softcap, sinks, softmax_scale, causal=causal, return_lse=return_lse)
-    unfinished = tuple(window_size) != (-1, -1) or softcap != 0 or sinks is not None
-    lacks = "the kernels lack window_size, softcap and sinks" if unfinished else None
-    why_not = {"native": why_not_native(q, *_STORAGE) or lacks, "reference": None}
+    why_not = {"native": why_not_native(q, *_STORAGE), "reference": None}
     if choose("attention", backend, why_not) == "reference":
         return attention_reference(
             q,
