@@ -13,12 +13,15 @@ class Layout:
 
     cu_seqlens_q, cu_seqlens_k: (num_docs + 1,) int32; cu_seqlens_k is None where it would be the same.
     rows_of_q, rows_of_k: int64 into (batch * q_len,) and (batch * kv_len,).
+    key_ranges: [begin, end) of the keys of each row, where rows are documents whose queries are their last tokens: a
+        step of a generation, which can read its cache where it lies.
     """
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor | None = None
     rows_of_q: Tensor | None = None
     rows_of_k: Tensor | None = None
+    key_ranges: list[tuple[int, int]] | None = None
 
 
 def has_holes(valid: Tensor) -> bool:
@@ -37,6 +40,9 @@ def pack(
     """
     batch_size, kv_len = joined.shape
     end = first_query + q_len
+    key_ranges = None
+    if position_ids is None and q_len < kv_len and bool(joined[:, 1:end].all()):
+        key_ranges = _key_ranges(valid, batch_size, first_query, end)
     joined = joined.clone()
     joined[:, 0] = False
     if end < kv_len:  # behind the queries lies the part of a static cache that is still empty
@@ -64,8 +70,13 @@ def pack(
     rows_of_q = None
     if keep is not None and valid is not None:
         rows_of_q = valid[:, first_query:end].flatten().nonzero().flatten()
-    cu_seqlens_q, cu_seqlens_k = queries_before[borders].to(torch.int32), borders.to(torch.int32)
-    return Layout(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, rows_of_q=rows_of_q, rows_of_k=keep)
+    return Layout(
+        cu_seqlens_q=queries_before[borders].to(torch.int32),
+        cu_seqlens_k=borders.to(torch.int32),
+        rows_of_q=rows_of_q,
+        rows_of_k=keep,
+        key_ranges=key_ranges,
+    )
 
 
 def pack_across(valid: Tensor | None, batch_size: int, q_len: int, kv_len: int, device: torch.device) -> Layout:
@@ -79,6 +90,14 @@ def pack_across(valid: Tensor | None, batch_size: int, q_len: int, kv_len: int, 
         return Layout(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=even)
     cu_seqlens_k = F.pad(valid.sum(1).cumsum(0), (1, 0)).to(torch.int32)
     return Layout(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, rows_of_k=valid.flatten().nonzero().flatten())
+
+
+def _key_ranges(valid: Tensor | None, batch_size: int, first_query: int, end: int) -> list[tuple[int, int]] | None:
+    if valid is None:
+        return [(0, end)] * batch_size
+    if has_holes(valid) or not bool(valid[:, first_query:end].all()) or bool(valid[:, end:].any()):
+        return None
+    return [(begin, end) for begin in valid.to(torch.int8).argmax(1).tolist()]
 
 
 def _changes(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from herdkern.integrations.layout import Layout, has_holes, pack, pack_across
 from herdkern.ops import attention
+from herdkern.ops.paged_attention import paged_attention
 
 _NAME = "herdkern in transformers"
 _REMEDY = 'use attn_implementation="sdpa" or "eager" for this model'
@@ -194,22 +195,47 @@ def attention_forward(
     else:
         layout = documents.layout(position_ids)
     q, k, v = _same_form(query, key, value)
+    options: dict[str, Any] = {
+        "causal": documents.causal,
+        "window_size": documents.window_size,
+        "softcap": softcap or 0.0,
+        "sinks": s_aux,
+        "softmax_scale": scaling,
+    }
+    batch_size, q_len = query.shape[0], query.shape[2]
+    if layout.key_ranges is not None and batch_size > 1 and not torch.is_grad_enabled():
+        return _attend_in_place(q, k, v, layout.key_ranges, options)[..., : value.shape[-1]], None
     out = attention(
         _packed(q, layout.rows_of_q),
         _packed(k, layout.rows_of_k),
         _packed(v, layout.rows_of_k),
         layout.cu_seqlens_q,
         cu_seqlens_k=layout.cu_seqlens_k,
-        causal=documents.causal,
-        window_size=documents.window_size,
-        softcap=softcap or 0.0,
-        sinks=s_aux,
-        softmax_scale=scaling,
+        **options,
     )
-    batch_size, q_len = query.shape[0], query.shape[2]
     if layout.rows_of_q is not None:
         out = out.new_zeros(batch_size * q_len, *out.shape[1:]).index_copy(0, layout.rows_of_q, out)
     return out.unflatten(0, (batch_size, q_len))[..., : value.shape[-1]], None
+
+
+def _attend_in_place(
+    q: Tensor, k: Tensor, v: Tensor, key_ranges: list[tuple[int, int]], options: dict[str, Any]
+) -> Tensor:
+    """(batch, q_len, num_heads, head_dim): rows of a cache of several heads are not end to end, and are not made so."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, tokens, heads, head_dim)
+    batch_size, q_len = q.shape[:2]
+    if all(begin == 0 for begin, _ in key_ranges):  # a cache row is a page
+        pages = torch.arange(batch_size, dtype=torch.int32, device=q.device)
+        lengths = torch.tensor([end for _, end in key_ranges], dtype=torch.int32, device=q.device)
+        borders = torch.arange(batch_size + 1, dtype=torch.int32, device=q.device) * q_len
+        out: Tensor = paged_attention(q.flatten(0, 1), k, v, pages[:, None], borders, lengths, **options)
+        return out.unflatten(0, (batch_size, q_len))
+    rows = []
+    for row, (begin, end) in enumerate(key_ranges):
+        borders_q, borders_k = (torch.tensor([0, n], dtype=torch.int32, device=q.device) for n in (q_len, end - begin))
+        keys, values = k[row, begin:end], v[row, begin:end]
+        rows.append(attention(q[row], keys, values, borders_q, cu_seqlens_k=borders_k, **options))
+    return torch.stack(rows)
 
 
 def _check_call(attention_mask: Tensor | None, dropout: float, others: dict[str, Any]) -> None:

@@ -204,13 +204,28 @@ def test_padding_with_holes():
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_greedy_generation_equals_eager(name, cache):
+@pytest.mark.parametrize("padding", [0, 3])
+def test_greedy_generation_equals_eager(name, cache, padding):
     ours, eager = both(name)
     ids = row_of([18])[0].view(2, 9)
-    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9])
-    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": -1, "cache_implementation": cache}
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": 0, "cache_implementation": cache}
     got, expected = (model.generate(ids, attention_mask=mask, **options) for model in (ours, eager))
     assert got.tolist() == expected.tolist()
+
+
+def test_generation_reads_the_cache_where_it_lies(monkeypatch):
+    from herdkern.integrations import transformers as door
+
+    calls = []
+    for name in ("attention", "paged_attention"):
+        real = getattr(door, name)
+        count = lambda *args, real=real, name=name, **options: calls.append(name) or real(*args, **options)  # noqa: E731
+        monkeypatch.setattr(door, name, count)
+    ids = row_of([18])[0].view(2, 9)
+    make("llama").generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, eos_token_id=0)
+    assert calls == ["attention"] * 2 + ["paged_attention"] * 4  # two layers: a prefill and two steps
 
 
 def test_prefill_in_pieces_equals_one_forward():
