@@ -62,7 +62,7 @@ struct AmxEngine {
   using Elem = bf16;
   static constexpr int kPair = 2;
   static constexpr int64_t kDimStep = 32, kRowStep = 32;
-  static constexpr int64_t kForwardRows = 256, kForwardKeys = 256;
+  static constexpr int64_t kForwardKeys = 256;
   using Session = AmxSession;
 
   template <bool kAccumulate, bool kTransposedA = false>

@@ -25,7 +25,7 @@ struct DotEngine {
   using Elem = bf16;
   static constexpr int kPair = 2;
   static constexpr int64_t kDimStep = 32, kRowStep = 1;
-  static constexpr int64_t kForwardRows = 256, kForwardKeys = 128;
+  static constexpr int64_t kForwardKeys = 128;
   struct Session {};
 
   template <bool kAccumulate, bool kTransposedA = false>

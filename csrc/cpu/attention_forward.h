@@ -4,6 +4,14 @@
 // Scores are computed transposed, S^T = K Q^T, one panel of 32 rows of the tile at a time: keys are the rows of the
 // product, so a document computes few scores that its mask hides, K is read where it lies, the softmax never crosses
 // lanes, and a panel's scores stay in the first-level cache until their product with V.
+//
+// Sizes, one for all levels and storage types (1 thread, Zen 4 with 32 KiB + 1 MiB of cache, head_dim 128 and 64):
+//   panel of 32 rows    scores of a block and one operand fill 32 KiB; twice the vector width, a row of AMX tiles
+//   block of 128 keys   256 with AMX, whose products are cheaper against the softmax.
+//                       Tried 64: as fast at head_dim 128, x0.95 at 64 (acc is read and written twice as often).
+//   tile of 512 rows    256 above head_dim 128, to stay in the second-level cache. Each tile packs V again.
+//                       Tried 256: x0.97 (bf16 x0.98); tried 128: x0.95, on short documents x0.93.
+//   chunk of 8 rows     of a panel that the mask cuts: what one micro-tile multiplies, so no finer grain pays.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -13,6 +21,7 @@
 #include "cpu/attention.h"
 #include "cpu/attention_pack.h"
 #include "cpu/attention_softmax.h"
+#include "cpu/huge_pages.h"
 #include "cpu/threads.h"
 
 namespace herdkern::cpu::HK_ISA {
@@ -54,11 +63,18 @@ class ForwardTile {
   void run() {
     static thread_local ForwardBuffers<Engine> buffers;
     [[maybe_unused]] typename Engine::Session session;
-    const int64_t last = position_ + rows_ / heads_ - 1, end = doc_.keys_end(last);
-    load_queries(buffers);
-    for (int64_t key = doc_.keys_begin(position_); key < end; key += kBlock)
+    const int64_t last = position_ + rows_ / heads_ - 1, begin = doc_.keys_begin(position_), end = doc_.keys_end(last);
+    q_ = buffers.q.at_least(padded_rows_ * ld_);
+    acc_ = buffers.acc.at_least(padded_rows_ * ld_);
+    top_ = buffers.rows.at_least(3 * padded_rows_);
+    sum_ = top_ + padded_rows_;
+    offset_ = sum_ + padded_rows_;
+    for (int64_t key = begin; key < end; key += kBlock) {
+      first_ = key == begin;
+      last_ = key + kBlock >= end;
       attend(buffers, key, std::min(kBlock, end - key));
-    store_rows();
+    }
+    if (begin >= end) store_rows(0, rows_);
   }
 
  private:
@@ -74,34 +90,30 @@ class ForwardTile {
             clamp(doc_.keys_end(position_of(row)) - key, 0, keys)};
   }
 
-  void load_queries(ForwardBuffers<Engine>& b) {
-    q_ = b.q.at_least(padded_rows_ * ld_);
+  const In* query(int64_t row) const {
+    return static_cast<const In*>(args_.q.data) + (doc_.q_begin + position_ + row / heads_) * args_.q.token_stride +
+           (head_ + row % heads_) * args_.q.head_stride;
+  }
+
+  // Q^T and the state of a panel. What the next panel will need comes in from memory meanwhile.
+  void load_queries(ForwardBuffers<Engine>& b, int64_t panel) {
+    const int64_t width = std::min(kPanel, padded_rows_ - panel), used = std::min(width, rows_ - panel);
     Elem* staged = b.staging.at_least(kPanel * ld_);
-    const In* q = static_cast<const In*>(args_.q.data) + (doc_.q_begin + position_) * args_.q.token_stride +
-                  head_ * args_.q.head_stride;
-    acc_ = b.acc.at_least(padded_rows_ * ld_);
-    top_ = b.rows.at_least(3 * padded_rows_);
-    sum_ = top_ + padded_rows_;
-    offset_ = sum_ + padded_rows_;
-    int64_t position = 0, head = 0;
-    for (int64_t panel = 0; panel < padded_rows_; panel += kPanel) {
-      const int64_t width = std::min(kPanel, padded_rows_ - panel), used = std::min(width, rows_ - panel);
-      for (int64_t r = 0; r < width; ++r) {
-        const int64_t row = panel + r;
-        const bool sink = args_.shape.sinks != nullptr;
-        top_[row] = sink ? args_.shape.sinks[head_ + head] / unit_ : kNegInfinity;
-        sum_[row] = sink ? 1.0f : 0.0f;
-        offset_[row] = static_cast<float>(position);
-        if (r >= used) continue;  // padding stands where the last row stands
-        load_row(q + position * args_.q.token_stride + head * args_.q.head_stride, dim_, staged + r * ld_, ld_);
-        if (row + 1 < rows_ && ++head == heads_) {
-          head = 0;
-          ++position;
-        }
-      }
-      std::memset(static_cast<void*>(staged + used * ld_), 0, static_cast<size_t>((width - used) * ld_) * sizeof(Elem));
-      transpose_tile(staged, width, ld_, q_ + panel * ld_);
+    const float* sinks = args_.shape.sinks;
+    for (int64_t r = 0; r < width; ++r) {
+      const int64_t row = std::min(panel + r, rows_ - 1);  // padding stands where the last row stands
+      top_[panel + r] = sinks != nullptr ? sinks[head_ + row % heads_] / unit_ : kNegInfinity;
+      sum_[panel + r] = sinks != nullptr ? 1.0f : 0.0f;
+      offset_[panel + r] = static_cast<float>(row / heads_);
+      if (r < used) load_row(query(row), dim_, staged + r * ld_, ld_);
     }
+    std::memset(static_cast<void*>(staged + used * ld_), 0, static_cast<size_t>((width - used) * ld_) * sizeof(Elem));
+    transpose_tile(staged, width, ld_, q_ + panel * ld_);
+    for (int64_t row = panel + kPanel; row < std::min(panel + 2 * kPanel, rows_); ++row) fetch(query(row));
+  }
+
+  void fetch(const In* row) const {
+    for (int64_t c = 0; c < dim_; c += 64 / static_cast<int64_t>(sizeof(In))) __builtin_prefetch(row + c);
   }
 
   // Where the rows of x lie that belong to keys [key, key + keys). Returns their common distance, 0 if there is none.
@@ -127,6 +139,12 @@ class ForwardTile {
     const int64_t padded_keys = round_up(keys, kKeyStep);
     const int64_t stride = find_rows(args_.k, args_.pages.k_page_stride, key, keys, k_rows);
     find_rows(args_.v, args_.pages.v_page_stride, key, keys, v_rows);
+    if (first_)
+      for (int64_t row = 0; row < std::min(kPanel, rows_); ++row) fetch(query(row));
+    for (int64_t j = 0; j < keys; ++j) {
+      fetch(v_rows[j]);
+      fetch(k_rows[j]);
+    }
     load_keys(b, k_rows, stride, keys, padded_keys);
     Elem* v = b.values.at_least(kBlock * ld_);
     pack_panels(v_rows, keys, padded_keys, dim_, ld_, v);
@@ -139,6 +157,7 @@ class ForwardTile {
     }
     for (int64_t panel = 0; panel < padded_rows_; panel += kPanel) {
       const int64_t width = std::min(kPanel, padded_rows_ - panel);
+      if (first_) load_queries(b, panel);
       KeyRange ranges[2];
       for (int64_t half = 0; half < 2; ++half)
         ranges[half] = kByTiles ? seen_by_any(panel, panel + width, key, keys)
@@ -158,8 +177,8 @@ class ForwardTile {
         a = rows;
       }
       add_values(panel, key, keys, padded_keys, a, v);
+      if (last_) store_rows(panel, std::min(panel + kPanel, rows_));
     }
-    first_ = false;
   }
 
   // The block's keys as an operand: where they lie if they can be read there.
@@ -284,9 +303,9 @@ class ForwardTile {
       for (int64_t r = 0; r < kPanel; r += 16) transpose_16x16(words + j * kPanel + r, kPanel, rows + r * ld + j, ld);
   }
 
-  void store_rows() {
-    int64_t position = position_, head = head_;
-    for (int64_t row = 0; row < rows_; ++row) {
+  void store_rows(int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t position = position_ + row / heads_, head = head_ + row % heads_;
       const int64_t token = doc_.q_begin + position;
       In* out = static_cast<In*>(args_.out) + (token * args_.shape.num_heads + head) * dim_;
       float& lse = args_.lse[head * args_.shape.total_q + token];
@@ -300,10 +319,6 @@ class ForwardTile {
             dim_, [&](int64_t c) { (Vec::load(acc + c) * inverse).store(out + c); },
             [&](int64_t c, int n) { (Vec::load(acc + c) * inverse).store_partial(out + c, n); });
         lse = top_[row] * unit_ + std::log(sum_[row]);
-      }
-      if (++head == head_ + heads_) {
-        head = head_;
-        ++position;
       }
     }
   }
@@ -320,7 +335,7 @@ class ForwardTile {
   int64_t k_ld_ = 0, depth_ = 0;
   float *acc_ = nullptr, *top_ = nullptr, *sum_ = nullptr;  // of each row
   float* offset_ = nullptr;                                 // the row's query, counted from position_
-  bool first_ = true;                                       // nothing has been added to acc
+  bool first_ = true, last_ = true;                         // is this the first block of keys, the last?
 };
 
 // Floating-point work in units of threads_for: both products of all visible pairs.
@@ -337,7 +352,7 @@ template <typename Engine, typename In>
 void run_forward(const AttentionForward& args) {
   const AttentionShape& s = args.shape;
   const int64_t group = s.num_heads / s.num_kv_heads;
-  const RowFold fold = RowFold::of(group, Engine::kForwardRows);
+  const RowFold fold = RowFold::of(group, s.head_dim <= 128 ? 512 : 256);
   struct Tile {
     int64_t cost;
     int32_t doc, position;
@@ -351,6 +366,7 @@ void run_forward(const AttentionForward& args) {
       tiles.push_back({positions * keys, static_cast<int32_t>(d), static_cast<int32_t>(i)});
     }
   }
+  prefer_huge_pages(args.out, s.total_q * s.num_heads * s.head_dim * static_cast<int64_t>(sizeof(In)));
   std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& a, const Tile& b) { return a.cost > b.cost; });
   const int64_t folds = ceil_div(group, fold.heads), tasks_per_tile = s.num_kv_heads * folds;
   parallel_tasks(static_cast<int64_t>(tiles.size()) * tasks_per_tile, threads_for(attention_work(s), s.num_threads),

@@ -30,7 +30,7 @@ constexpr int kMicroRows = 6, kMicroVecs = 1;
 constexpr int kMicroRows = 2, kMicroVecs = 1;
 #endif
 
-// C is added last, not taken as the start, and a long depth is cut (kDepthBlock): sums of partial sums lose fewer
+// C is added last, not taken as the start, and a long depth is cut (vector_gemm): sums of partial sums lose fewer
 // digits.
 template <typename Math, int kRows, int kVecs, bool kAccumulate, bool kTransposedA>
 HK_INLINE void micro_tile(const Gemm<typename Math::Elem>& g, int64_t row, int64_t col) {
@@ -81,17 +81,20 @@ inline void gemm_panel(const Gemm<typename Math::Elem>& g, int64_t col) {
   if (row < g.rows) micro_tile<Math, 1, kVecs, kAccumulate, kTransposedA>(g, row, col);
 }
 
-constexpr int64_t kDepthBlock = 64;
+// How much of the depth a product takes at once. A panel packed on its own fills the first-level cache evenly, so twice
+// as much of it stays there (x1.02 fp32, x1.06 bf16; at AVX2, where a panel takes two passes, x0.97).
+constexpr int64_t kPanel = 32, kDepthBlock = 64, kPanelDepthBlock = kMicroVecs > 1 ? 128 : 64;
 
 // cols: a multiple of 16.  depth: a multiple of kPair.
 template <typename Math, bool kAccumulate, bool kTransposedA = false>
 inline void vector_gemm(const Gemm<typename Math::Elem>& g) {
-  if (g.depth > kDepthBlock) {
+  const int64_t block = g.ldb <= kPanel * Math::kPair ? kPanelDepthBlock : kDepthBlock;
+  if (g.depth > block) {
     auto head = g, tail = g;
-    head.depth = kDepthBlock;
-    tail.depth -= kDepthBlock;
-    tail.a += kTransposedA ? kDepthBlock / Math::kPair * g.lda : kDepthBlock;
-    tail.b += kDepthBlock / Math::kPair * g.ldb;
+    head.depth = block;
+    tail.depth -= block;
+    tail.a += kTransposedA ? block / Math::kPair * g.lda : block;
+    tail.b += block / Math::kPair * g.ldb;
     vector_gemm<Math, kAccumulate, kTransposedA>(head);
     return vector_gemm<Math, true, kTransposedA>(tail);
   }
@@ -115,10 +118,10 @@ struct FloatMath {
 struct FloatEngine {
   using Elem = float;
   static constexpr int kPair = 1;
-  static constexpr int64_t kDimStep = 16;                           // head_dim is padded to a multiple
-  static constexpr int64_t kRowStep = 1;                            // and the rows of A
-  static constexpr int64_t kForwardRows = 256, kForwardKeys = 128;  // tile of the forward pass
-  struct Session {};  // what a thread must hold while it multiplies: nothing
+  static constexpr int64_t kDimStep = 16;       // head_dim is padded to a multiple
+  static constexpr int64_t kRowStep = 1;        // and the rows of A
+  static constexpr int64_t kForwardKeys = 128;  // keys of a block of the forward pass
+  struct Session {};                            // what a thread must hold while it multiplies: nothing
 
   template <bool kAccumulate, bool kTransposedA = false>
   static void gemm(const Gemm<float>& g) {

@@ -88,9 +88,8 @@ HK_INLINE void pair_vectors(const bf16* even, const bf16* odd, bf16* dst) {
 }
 #endif
 
-// Columns of a panel, the unit in which B operands of the forward pass are packed: a panel's rows lie side by side in
+// B operands of the forward pass are packed in panels of kPanel columns: the rows of a panel follow each other in
 // memory, so that it fills every set of the first-level cache alike. The last panel may be half as wide.
-constexpr int64_t kPanel = 32;
 
 // 16 elements of a row from column c on, zero from column dim on.
 template <typename In>
