@@ -18,7 +18,7 @@ from herdkern.flash_attn import (
 )
 from herdkern.ops import rope_table
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*using 'reference'")
+pytestmark = pytest.mark.filterwarnings("error:.*using 'reference'")
 
 TAIL = ["dropout_p", "softmax_scale", "causal", "window_size", "softcap", "alibi_slopes", "deterministic"]
 TAIL += ["return_attn_probs"]

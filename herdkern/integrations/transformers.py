@@ -55,7 +55,7 @@ def _interfaces(function: str) -> tuple[Any, Any]:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
         remedy = "pip install 'herdkern[hf]'"
-        raise ImportError(f"{function}: transformers 5 or later must be installed; {remedy} ({error})") from error
+        raise ImportError(f"{function}: transformers 4.53 or later must be installed; {remedy} ({error})") from error
     return AttentionInterface, AttentionMaskInterface
 
 
@@ -105,8 +105,8 @@ class Documents:
 
 def document_mask(
     batch_size: int,
-    q_length: int,
-    kv_length: int,
+    q_length: int | None = None,
+    kv_length: int = 0,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Tensor] | None = None,
@@ -114,16 +114,22 @@ def document_mask(
     local_size: int | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    cache_position: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
     """Return what the attention function needs instead of a mask: a tensor of one element for each row that carries it.
 
     The arguments are transformers': mask_function(batch, head, query, key) says who sees whom, attention_mask: (batch,
     kv_offset + kv_length or less) what is no padding, local_size is the window or the chunk of this kind of layer.
+    cache_position: (q_length,), in place of q_length and q_offset in older versions.
     Raises: NotImplementedError for a mask that is not one of documents.
     """
     if use_vmap or mask_function is None:
         raise NotImplementedError(f"{_NAME}: the model must not overlay a mask of its own, got one; {_REMEDY}")
+    if q_length is None:
+        if cache_position is None:
+            raise NotImplementedError(f"{_NAME}: this version of transformers says neither q_length nor cache_position")
+        q_length, q_offset = len(cache_position), int(cache_position[0])
     row = torch.arange(batch_size, device=device)[:, None]
     key = torch.arange(kv_offset, kv_offset + kv_length, device=device)[None]
     head = torch.zeros((), dtype=torch.int64, device=device)

@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 integration = pytest.importorskip("herdkern.integrations.transformers")
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*using 'reference'")
+pytestmark = pytest.mark.filterwarnings("error:.*using 'reference'")
 
 VOCABULARY = 1000
 LENGTHS = [17, 1, 30, 9]
@@ -360,6 +360,28 @@ def test_what_the_kernels_lack_is_refused():
         )
 
 
+def test_mask_function_is_called_in_the_older_way_too():
+    def causal(batch, head, query, key):
+        return key <= query
+
+    documents = integration.document_mask(
+        batch_size=2, cache_position=torch.arange(5, 8), kv_length=8, mask_function=causal
+    ).documents
+    assert (documents.q_len, documents.first_query, documents.causal) == (3, 5, True)
+    with pytest.raises(NotImplementedError, match="says neither q_length nor cache_position"):
+        integration.document_mask(2, kv_length=8, mask_function=causal)
+
+
 def test_versions(record_property):
     record_property("transformers", transformers.__version__)
     assert int(transformers.__version__.split(".")[0]) >= 5
+
+
+def test_compiled_model_gives_the_same():
+    """With graph breaks: how many documents there are is known only when the mask is made."""
+    model = make("llama")
+    compiled = torch.compile(model, backend="eager")
+    for lengths in (LENGTHS, [5, 20]):
+        ids, positions = row_of(lengths)
+        expected = model(ids, position_ids=positions, use_cache=False).logits
+        assert torch.equal(compiled(ids, position_ids=positions, use_cache=False).logits, expected)
