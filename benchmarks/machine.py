@@ -58,17 +58,17 @@ class Limits:
             self.measured["copy_gb_per_s"] = round(2 * size * self.threads / best / 1e9, 2)
         return self.measured["copy_gb_per_s"]
 
-    def gemm_gflop_per_s(self, dtype: str) -> float:
-        """Rate of torch's product of square matrices, the best of two sizes."""
+    def gemm_gflop_per_s(self, dtype: str, again: bool = False) -> float:
+        """Rate of torch's product of square matrices, the best of two sizes and of all times it was measured."""
         key = f"gemm_{dtype}_gflop_per_s"
-        if key not in self.measured:
+        if key not in self.measured or again:
             import torch
 
-            best = 0.0
+            best = self.measured.get(key, 0.0)
             for n in (1024, 2048):
                 a = torch.ones(n, n, dtype=getattr(torch, dtype))
                 out = torch.empty_like(a)
-                best = max(best, 2 * n**3 / min(wall(lambda: torch.mm(a, a, out=out)) for _ in range(6)) / 1e9)  # noqa: B023
+                best = max(best, 2 * n**3 / min(wall(lambda: torch.mm(a, a, out=out)) for _ in range(4)) / 1e9)  # noqa: B023
             self.measured[key] = round(best, 1)
         return self.measured[key]
 

@@ -11,6 +11,6 @@ enum class PeakKind : int { kFma = 0, kDot = 1, kTile = 2 };
 
 }  // namespace herdkern::cpu
 
-// The best of `trials` rounds of about half a millisecond on num_threads threads, in GFLOP/s of all threads together (a
-// product and a sum count 2); 0 where the level or the processor lacks the instruction.
+// GFLOP/s of num_threads threads together, of each the best of `trials` rounds of about half a millisecond (a product
+// and a sum count 2); 0 where the level or the processor lacks the instruction.
 HK_DECLARE_PER_LEVEL(double peak_gflop_per_s(PeakKind kind, int num_threads, int trials);)
