@@ -144,6 +144,7 @@ HK_INLINE void grad_block(int64_t rows, const typename Engine::Elem* a, int64_t 
 }
 
 // C = A B, rows of block i in columns seen[i] only (multiples of kCols). A is row-major; panel_stride is in elements.
+// The depth is cut as in the forward pass (vector_gemm): a score that differs from the one in lse is an error of p.
 template <typename Engine>
 void score_product(const typename Engine::Elem* a, int64_t lda, int64_t rows, const typename Engine::Elem* b,
                    int64_t panel_stride, int64_t depth, float* c, int64_t ldc, const Span* seen) {
@@ -152,8 +153,9 @@ void score_product(const typename Engine::Elem* a, int64_t lda, int64_t rows, co
   Span all{INT64_MAX, 0};
   for (int64_t i = 0; i < blocks; ++i)
     if (!seen[i].empty()) all = {std::min(all.begin, seen[i].begin), std::max(all.end, seen[i].end)};
-  for (int64_t d = 0; d < depth; d += G::kDepthBlock) {
-    const int64_t part = std::min(G::kDepthBlock, depth - d);
+  constexpr int64_t kBlock = G::kTiles ? G::kDepthBlock : kPanelDepthBlock;
+  for (int64_t d = 0; d < depth; d += kBlock) {
+    const int64_t part = std::min(kBlock, depth - d);
     for (int64_t col = all.empty() ? all.end : round_down(all.begin, G::kPanel); col < all.end; col += G::kPanel) {
       const auto* panel = b + col / G::kPanel * panel_stride + d * G::kPanel;
       for (int64_t i = 0; i < blocks; ++i) {

@@ -41,13 +41,13 @@ inline void probability_row(const SoftmaxGradient& s, float lse, Span seen, Span
   if (s.softcap == 0.0f) {
     const Vec factor(s.scale);
     for (int64_t j = begin; j < seen.end; j += 16)
-      weight<kCoarse>(fma(Vec::load(scores + j), factor, minus_lse)).store(scores + j);
+      weight<kCoarse>(Vec::load(scores + j) * factor + minus_lse).store(scores + j);
   } else {
     const Vec factor(s.scale / s.softcap), cap(s.softcap);
     for (int64_t j = span.begin; j < span.end; j += 16) {
       const Vec t = tanh(Vec::load(scores + j) * factor);
       (Vec(1.0f) - t * t).store(slope + j);
-      weight<kCoarse>(fma(t, cap, minus_lse)).store(scores + j);
+      weight<kCoarse>(t * cap + minus_lse).store(scores + j);
     }
   }
   zero_outside(scores, seen, span);
