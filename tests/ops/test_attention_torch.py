@@ -1,14 +1,20 @@
-"""Attention inside torch: opcheck, torch.compile, meta tensors, autograd's corners, a fork, and wrong calls."""
+"""Attention inside torch: gradcheck, opcheck, torch.compile, meta tensors, autograd's corners, a fork and threads."""
 
 import hashlib
 import multiprocessing
-import re
+import os
+import random
+import subprocess
+import sys
+import threading
+import warnings
 
 import pytest
 import torch
 from attention_cases import (
     DTYPES,
     NAMES,
+    Packed,
     attention_with_lse,
     attention_with_lse_reference,
     borders,
@@ -23,35 +29,116 @@ def normal(*shape, dtype=torch.float32, **options):
     return torch.randn(*shape, **options).to(dtype)
 
 
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_opcheck_forward(dtype, causal):
-    batch = packed([5, 0, 9], dtype, (4, 2), 8)
-    q, k, v = (x.requires_grad_() for x in (batch.q, batch.k, batch.v))
-    op = torch.ops.herdkern.attention_forward.default
-    torch.library.opcheck(op, (q, k, v, batch.cu_seqlens, batch.cu_seqlens, None, -1, 0 if causal else -1, 0.0, 0.35))
+FEATURES = {
+    "causal": {},
+    "full": {"causal": False},
+    "window": {"window_size": (2, 0)},
+    "around": {"causal": False, "window_size": (2, 1)},
+    "softcap": {"softcap": 1.5},
+    "sinks": {"sinks": True},
+    "scale": {"softmax_scale": 0.7},
+    "everything": {"causal": False, "window_size": (3, 1), "softcap": 1.5, "sinks": True, "softmax_scale": 0.7},
+}
+features = pytest.mark.parametrize("feature", FEATURES)
 
 
+def split(feature: str) -> tuple[bool, dict]:
+    """Whether there are sinks, and the options of the call."""
+    options = dict(FEATURES[feature])
+    return options.pop("sinks", False), options
+
+
+def op_options(causal=True, window_size=(-1, -1), softcap=0.0, softmax_scale=0.35) -> tuple:
+    """The last arguments of the registered op."""
+    return window_size[0], 0 if causal else window_size[1], softcap, softmax_scale
+
+
+@features
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_opcheck_backward(dtype):
-    batch = packed([5, 0, 9], dtype, (4, 2), 8)
-    out, lse = attention_with_lse(batch.q, batch.k, batch.v, batch.cu_seqlens)
-    arguments = (
-        batch.dout,
-        batch.q,
-        batch.k,
-        batch.v,
-        out,
-        lse,
-        batch.cu_seqlens,
-        batch.cu_seqlens,
-        None,
-        -1,
-        0,
-        0.0,
-        0.35,
-    )
+def test_opcheck_forward(dtype, feature):
+    sinks, options = split(feature)
+    batch = packed([5, 0, 9], dtype, (4, 2), 8, sinks=sinks)
+    leaves = batch.leaves()
+    arguments = leaves["q"], leaves["k"], leaves["v"], batch.cu_seqlens, batch.cu_seqlens, leaves.get("sinks")
+    torch.library.opcheck(torch.ops.herdkern.attention_forward.default, (*arguments, *op_options(**options)))
+
+
+@features
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_opcheck_backward(dtype, feature):
+    sinks, options = split(feature)
+    batch = packed([5, 0, 9], dtype, (4, 2), 8, lengths_k=[4, 2, 11], sinks=sinks)
+    borders_and_options = batch.cu_seqlens, batch.cu_seqlens_k, batch.sinks, *op_options(**options)
+    out, lse = torch.ops.herdkern.attention_forward(batch.q, batch.k, batch.v, *borders_and_options)
+    arguments = batch.dout, batch.q, batch.k, batch.v, out, lse, *borders_and_options
     torch.library.opcheck(torch.ops.herdkern.attention_backward.default, arguments)
+
+
+def reference_in_fp64(batch: Packed, options: dict):
+    """(function of leaves, leaves)"""
+
+    def function(q, k, v, *sinks):
+        borders = {"cu_seqlens": batch.cu_seqlens, "cu_seqlens_k": batch.cu_seqlens_k}
+        return attention_reference(q, k, v, sinks=sinks[0] if sinks else None, **borders, **options)
+
+    return function, tuple(batch.leaves(torch.float64).values())
+
+
+@features
+@pytest.mark.parametrize("lengths_k", [None, [2, 0, 5]], ids=["same", "other"])
+def test_gradcheck_of_the_reference(lengths_k, feature):
+    """In fp64, against differences; the first document has a query that sees no key."""
+    sinks, options = split(feature)
+    batch = packed([3, 1, 4], torch.float64, (4, 2), 3, lengths_k=lengths_k, sinks=sinks)
+    torch.autograd.gradcheck(*reference_in_fp64(batch, options))
+
+
+@features
+def test_gradgradcheck_of_the_reference(feature):
+    sinks, options = split(feature)
+    batch = packed([3, 2], torch.float64, (2, 1), 2, sinks=sinks)
+    torch.autograd.gradgradcheck(*reference_in_fp64(batch, options))
+
+
+def fifty_packings() -> list[list[int]]:
+    """Lengths of documents: other numbers of documents and of tokens each time, empty documents among them."""
+    rng = random.Random(0)
+    return [[rng.choice([0, 1, rng.randint(2, 60)]) for _ in range(rng.randint(2, 12))] + [2] for _ in range(50)]
+
+
+@features
+def test_fifty_packings_and_no_recompile(feature):
+    """One graph, compiled once: another number of documents and of tokens is no reason for a second."""
+    sinks, options = split(feature)
+    torch._dynamo.reset()
+
+    def step(q, k, v, sinks, cu_seqlens):
+        return attention(q * 2, k, v, cu_seqlens, sinks=sinks, max_seqlen=64, **options).square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for number, lengths in enumerate(fifty_packings()):
+        batch = packed(lengths, torch.float32, (4, 2), 16, sinks=sinks, seed=number)
+        leaves = batch.leaves()
+        inputs, arguments = (
+            list(leaves.values()),
+            (*(leaves.get(x) for x in ("q", "k", "v", "sinks")), batch.cu_seqlens),
+        )
+        with torch._dynamo.config.patch(error_on_recompile=number > 0):
+            got = torch.autograd.grad(compiled(*arguments), inputs)
+        for x, y in zip(got, torch.autograd.grad(step(*arguments), inputs), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_fifty_packings_with_other_keys_and_no_recompile():
+    """The same with lengths of k of their own and bf16, without a gradient: prefill of what generation does."""
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for number, lengths in enumerate(fifty_packings()):
+        batch = packed(lengths, torch.bfloat16, (4, 2), 32, lengths_k=[3 + 2 * n for n in lengths], seed=number)
+        arguments, options = (batch.q, batch.k, batch.v, batch.cu_seqlens), {"cu_seqlens_k": batch.cu_seqlens_k}
+        with torch._dynamo.config.patch(error_on_recompile=number > 0):
+            got = compiled(*arguments, **options)
+        assert torch.equal(got, attention(*arguments, **options))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -72,16 +159,6 @@ def test_compile_whole_graph_and_no_recompile_for_other_borders(dynamic):
             compiled(q, k, v, borders([10, 54]))
 
 
-def test_dynamic_compile_takes_other_token_counts_without_recompiling():
-    torch._dynamo.reset()
-    compiled = torch.compile(attention, fullgraph=True, dynamic=True, backend="aot_eager")
-    for tokens, lengths in ((40, [30, 10]), (50, [20, 20, 10]), (61, [61])):
-        q, k, v = normal(tokens, 4, 16), normal(tokens, 2, 16), normal(tokens, 2, 16)
-        assert torch.equal(compiled(q, k, v, borders(lengths)), attention(q, k, v, borders(lengths)))
-        torch._dynamo.config.error_on_recompile = len(lengths) == 3
-    torch._dynamo.config.error_on_recompile = False
-
-
 def test_compiled_call_checks_the_borders():
     torch._dynamo.reset()
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
@@ -90,15 +167,19 @@ def test_compiled_call_checks_the_borders():
         compiled(x, x, x, borders([7]))
 
 
+@features
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_meta_tensors_give_shapes(dtype):
+def test_meta_tensors_give_shapes(dtype, feature):
+    sinks, options = split(feature)
     q, kv = torch.empty(7, 4, 16, dtype=dtype, device="meta"), torch.empty(7, 2, 16, dtype=dtype, device="meta")
     q.requires_grad_()
-    out, lse = attention_with_lse(q, kv, kv, torch.empty(3, dtype=torch.int32, device="meta"))
+    options["sinks"] = torch.empty(4, device="meta", requires_grad=True) if sinks else None
+    out, lse = attention_with_lse(q, kv, kv, torch.empty(3, dtype=torch.int32, device="meta"), **options)
     assert (out.shape, out.dtype, out.device.type) == (q.shape, dtype, "meta")
     assert (lse.shape, lse.dtype) == ((4, 7), torch.float32)
     out.backward(torch.empty_like(out))
     assert q.grad.shape == q.shape
+    assert not sinks or options["sinks"].grad.shape == (4,)
 
 
 def test_lse_carries_no_gradient():
@@ -113,7 +194,7 @@ def test_lse_carries_no_gradient():
 @pytest.mark.parametrize("wanted", ["q", "k", "v"])
 def test_gradient_of_one_input_alone(wanted):
     batch = packed([6, 40], torch.float32, (4, 2), 8)
-    everything = dict(zip(NAMES, batch.run(attention_with_lse), strict=True))
+    everything = dict(zip(NAMES, batch.run(attention_with_lse)))
     inputs = {"q": batch.q, "k": batch.k, "v": batch.v}
     inputs[wanted].requires_grad_()
     attention(*inputs.values(), batch.cu_seqlens).backward(batch.dout)
@@ -130,24 +211,31 @@ def test_expanded_gradient_and_sum():
     torch.testing.assert_close(got, expected)
 
 
-def test_second_derivative():
-    batch = packed([3, 2], torch.float32, (2, 1), 4)
-    q, k, v = (x.requires_grad_() for x in (batch.q, batch.k, batch.v))
+@features
+def test_second_derivative(feature):
+    sinks, options = split(feature)
+    batch = packed([3, 2], torch.float32, (2, 1), 4, sinks=sinks)
+    inputs = list(batch.leaves().values())
 
     def gradient_norm(function):
-        grads = torch.autograd.grad(function(q, k, v, batch.cu_seqlens).square().sum(), (q, k, v), create_graph=True)
-        return torch.autograd.grad(sum(g.square().sum() for g in grads), (q, k, v))
+        out = function(*inputs[:3], batch.cu_seqlens, sinks=inputs[3] if sinks else None, **options)
+        grads = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
 
     torch.testing.assert_close(gradient_norm(attention), gradient_norm(attention_reference))
 
 
-def test_runs_in_a_forked_child(with_threads):
+@features
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_runs_in_a_forked_child(dtype, feature, with_threads):
     """Where the threads of the parent's pool do not exist. Small tensors: torch's own loops would hang there."""
     with_threads(2)
-    batch = packed([300], torch.float32, (2, 1), 32)
+    sinks, options = split(feature)
+    batch = packed([300], dtype, (2, 1), 32, sinks=sinks)
 
     def digests():
-        return [hashlib.sha256(x.numpy().tobytes()).hexdigest() for x in batch.run(attention_with_lse)]
+        results = batch.run(attention_with_lse, **options)
+        return [hashlib.sha256(x.view(torch.uint8).numpy().tobytes()).hexdigest() for x in results]
 
     expected = digests()  # starts the pool
     context = multiprocessing.get_context("fork")
@@ -160,71 +248,74 @@ def test_runs_in_a_forked_child(with_threads):
     assert queue.get() == expected
 
 
-def call(**changes):
-    arguments = {
-        "q": torch.zeros(6, 4, 8),
-        "k": torch.zeros(6, 2, 8),
-        "v": torch.zeros(6, 2, 8),
-        "cu_seqlens": borders([2, 4]),
-    }
-    options = {name: changes.pop(name) for name in list(changes) if name not in arguments}
-    return attention(*(arguments | changes).values(), **options)
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_calls_from_several_python_threads_at_once(dtype, with_threads):
+    """The GIL is released in the kernels: calls run beside each other and may not share anything."""
+    with_threads(2)
+    _, options = split("everything")
+    batches = [packed([200 + 20 * i, 0, 33], dtype, (4, 2), 16 + 8 * i, sinks=True, seed=i) for i in range(4)]
+    expected = [batch.run(attention_with_lse, **options) for batch in batches]
+    wrong, start = [], threading.Barrier(len(batches))
+
+    def work(i):
+        torch.set_num_threads(2)
+        start.wait()
+        for _ in range(20):
+            got = batches[i].run(attention_with_lse, **options)
+            if not all(torch.equal(x, y) for x, y in zip(got, expected[i], strict=True)):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
 
 
-ERRORS = [
-    ({"q": torch.zeros(6, 8)}, "q must be (total_q, num_heads, head_dim), got (6, 8)"),
-    ({"k": torch.zeros(6, 2, 9)}, "k must be (total_k, num_kv_heads, 8), got (6, 2, 9)"),
-    ({"k": torch.zeros(6, 8)}, "k must be (total_k, num_kv_heads, 8), got (6, 8)"),
-    ({"v": torch.zeros(5, 2, 8)}, "v must have the shape of k (6, 2, 8), got (5, 2, 8)"),
-    ({"q": torch.zeros(6, 3, 8)}, "num_heads of q must be a positive multiple of num_kv_heads=2, got 3"),
-    ({"k": torch.zeros(6, 2, 8).bfloat16()}, "k must be float32 as q, got bfloat16"),
-    ({"v": torch.zeros(6, 2, 8, device="meta")}, "v must be on cpu as q, got meta"),
-    ({"cu_seqlens": borders([2, 4]).long()}, "cu_seqlens must be int32, got int64"),
-    ({"cu_seqlens": borders([2, 4])[None]}, "cu_seqlens must have shape (num_docs + 1,), got (1, 3)"),
-    ({"cu_seqlens": torch.tensor([], dtype=torch.int32)}, "cu_seqlens must have shape (num_docs + 1,), got (0,)"),
-    (
-        {"cu_seqlens": torch.tensor([0, 9, 2, 9, 6, 9], dtype=torch.int32)[::2]},
-        "cu_seqlens must be contiguous, got stride 2; call .contiguous()",
-    ),
-    ({"cu_seqlens": torch.empty(3, dtype=torch.int32, device="meta")}, "cu_seqlens must be on cpu as q, got meta"),
-    ({"cu_seqlens": torch.tensor([1, 6], dtype=torch.int32)}, "cu_seqlens must start with 0, got 1"),
-    ({"cu_seqlens": torch.tensor([0, 5], dtype=torch.int32)}, "cu_seqlens must end with the number of tokens 6, got 5"),
-    (
-        {"cu_seqlens": torch.tensor([0, 5, 3, 6], dtype=torch.int32)},
-        "cu_seqlens must not decrease (entry 2 follows 5), got 3",
-    ),
-    (
-        {"cu_seqlens_k": torch.tensor([0, 2, 7], dtype=torch.int32)},
-        "cu_seqlens_k must end with the number of tokens 6, got 7",
-    ),
-    ({"cu_seqlens_k": borders([6])}, "cu_seqlens_k must have as many entries as cu_seqlens (3), got 2"),
-    (
-        {"k": torch.zeros(9, 2, 8), "v": torch.zeros(9, 2, 8)},
-        "k must have the 6 tokens of q, got 9; pass cu_seqlens_k where they differ",
-    ),
-    ({"softmax_scale": 0.0}, "softmax_scale must be positive and finite, got 0.0"),
-    ({"softmax_scale": float("nan")}, "softmax_scale must be positive and finite, got nan"),
-    ({"max_seqlen": -1}, "max_seqlen must be at least 0, got -1"),
-    (
-        {"q": torch.zeros(6, 4, 257), "k": torch.zeros(6, 2, 257), "v": torch.zeros(6, 2, 257)},
-        "head_dim of q must be 1 to 256, got 257",
-    ),
-]
+@pytest.mark.parametrize(
+    ("value", "is_reference"), [("reference", True), ("native", False), ("auto", False), ("", False)]
+)
+def test_environment_variable_chooses_the_backend(value, is_reference):
+    code = """
+import torch
+from herdkern.ops import attention, attention_reference
+torch.manual_seed(0)
+q, k, v = torch.randn(3, 70, 2, 40)
+borders = torch.tensor([0, 30, 70], dtype=torch.int32)
+out, expected = attention(q, k, v, borders), attention_reference(q, k, v, borders)
+assert torch.allclose(out, expected, atol=1e-5)
+print(torch.equal(out, expected))
+"""
+    environment = {**os.environ, "HERDKERN_BACKEND": value}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(is_reference)
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize(("changes", "message"), ERRORS, ids=[message for _, message in ERRORS])
-def test_wrong_call(changes, message, backend):
-    with pytest.raises(ValueError, match=re.escape("attention: " + message)):
-        call(**changes, backend=backend)
+def test_environment_variable_of_an_unknown_backend():
+    environment = {**os.environ, "HERDKERN_BACKEND": "fast"}
+    command = [sys.executable, "-c", "import herdkern.ops"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "HERDKERN_BACKEND must be one of auto, native, triton, reference, got 'fast'" in done.stderr
 
 
-def test_no_backend_for_a_dtype_says_why():
-    x = torch.zeros(6, 2, 8, dtype=torch.float64)
-    with pytest.raises(NotImplementedError, match="dtype must be float32 or bfloat16 or float16, got float64"):
-        attention(x, x, x, borders([6]), backend="native")
-    with pytest.warns(UserWarning, match="attention: using 'reference' because native: dtype"):
-        attention(x, x, x, borders([6]))
+@features
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_the_kernels_take_every_feature(dtype, feature):
+    """No call of these falls back to the reference with a warning."""
+    sinks, options = split(feature)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        packed([5, 3], dtype, (2, 1), 8, sinks=sinks).run(attention_with_lse, **options)
+
+
+def test_gradient_of_the_sinks_alone():
+    batch = packed([6, 40], torch.float32, (4, 2), 8, sinks=True)
+    expected = batch.run(attention_with_lse)[5]
+    sinks = batch.sinks.clone().requires_grad_()
+    attention(batch.q, batch.k, batch.v, batch.cu_seqlens, sinks=sinks).backward(batch.dout)
+    assert torch.equal(sinks.grad, expected)
 
 
 def test_reference_and_native_report_the_same_lse():
