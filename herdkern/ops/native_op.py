@@ -69,9 +69,11 @@ def differentiable_gradients(reference: Callable[..., Tensor], inputs: Sequence[
 
     The kernels have no second derivative; a backward pass that is itself recorded (create_graph=True) uses this.
     """
-    wanted = [x for x in inputs if x.requires_grad]
     with torch.enable_grad():
-        gradients = iter(torch.autograd.grad(reference(*inputs), wanted, dout, create_graph=True))
+        # Aliases: one tensor may be two inputs, or one input may be made from another; each has a gradient of its own.
+        aliases = [x.view_as(x) for x in inputs]
+        wanted = [alias for x, alias in zip(inputs, aliases, strict=True) if x.requires_grad]
+        gradients = iter(torch.autograd.grad(reference(*aliases), wanted, dout, create_graph=True))
     return [next(gradients) if x.requires_grad else None for x in inputs]
 
 

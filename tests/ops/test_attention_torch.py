@@ -225,6 +225,24 @@ def test_second_derivative(feature):
     torch.testing.assert_close(gradient_norm(attention), gradient_norm(attention_reference))
 
 
+def _tied(x, tie):
+    """q, k, v that share tensors or are made from one another."""
+    h = x * 1.5
+    return {"k is v": (x * 1.0, h, h), "q is k is v": (h, h, h), "q from k": (h * 2, h, x), "leaves": (x, x, x)}[tie]
+
+
+@pytest.mark.parametrize("tie", ["k is v", "q is k is v", "q from k", "leaves"])
+def test_second_derivative_of_tied_inputs(tie):
+    x = torch.randn(7, 2, 8).requires_grad_()
+
+    def gradients(function):
+        out = function(*_tied(x, tie), borders([3, 4]))
+        (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        return first.detach(), *torch.autograd.grad(first.square().sum(), x)
+
+    torch.testing.assert_close(gradients(attention), gradients(attention_reference))
+
+
 @features
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 def test_runs_in_a_forked_child(dtype, feature, with_threads):
