@@ -233,7 +233,7 @@ def _tied(x, tie):
 
 @pytest.mark.parametrize("tie", ["k is v", "q is k is v", "q from k", "leaves"])
 def test_second_derivative_of_tied_inputs(tie):
-    x = torch.randn(7, 2, 8).requires_grad_()
+    x = (0.3 * torch.randn(7, 2, 8)).requires_grad_()  # small, so that errors do not grow with the powers of x
 
     def gradients(function):
         out = function(*_tied(x, tie), borders([3, 4]))
