@@ -157,6 +157,59 @@ def test_dependence_on_the_batch_length_is_caught():
     assert caught.value.kind == "alone"
 
 
+def test_dependence_on_the_number_of_documents_is_caught_where_positions_run_on():
+    def mix(x, cu_seqlens):
+        place = 1 + 0.001 * torch.arange(len(x))[:, None]
+        return attend(x, cu_seqlens) * place * (1 + 0.5 * (len(cu_seqlens) - 1))
+
+    with pytest.raises(LeakError, match="packed differs from itself alone") as caught:
+        check(Engine(mix))
+    assert caught.value.kind == "alone"
+
+
+def test_tokens_that_see_only_what_follows_mix():
+    def backwards(x, cu_seqlens):
+        return attend(x.flip(0), len(x) - cu_seqlens.flip(0)).flip(0)
+
+    assert check(Engine(backwards)).gradients
+
+
+@pytest.mark.parametrize("leaks", [False, True])
+def test_buffers_are_left_as_they_were(leaks):
+    class Counting(Engine):
+        def __init__(self):
+            super().__init__(attend)
+            self.norm = nn.BatchNorm1d(16)
+            self.register_buffer("replaced", torch.zeros(1), persistent=False)
+
+        def forward(self, tokens, cu_seqlens):
+            self.replaced = self.replaced + 1
+            out = super().forward(tokens, cu_seqlens)
+            normed = self.norm(out.detach())
+            return normed if leaks else out
+
+    model = Counting().train()
+    before = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+    try:
+        check(model, lengths=(6, 3, 4))  # BatchNorm refuses a document of 1 token alone
+    except LeakError:
+        assert leaks
+    else:
+        assert not leaks
+    assert len(before) == 4
+    for name, buffer in model.named_buffers():
+        assert buffer is before[name][0], name
+        assert torch.equal(buffer, before[name][1]), name
+
+
+@torch.inference_mode()
+def test_inference_mode_is_left_for_the_check():
+    with torch.inference_mode(False):
+        model = Engine(attend)
+    assert check(model).gradients
+    assert torch.is_inference_mode_enabled()
+
+
 def test_nan_through_a_dense_mask_is_an_error_only_on_demand():
     model = Engine(attend)
     assert check(model).nan_contained is False
@@ -195,7 +248,18 @@ def test_random_state_is_left_alone():
         (lambda: check(Engine(attend), lengths=[4]), ValueError, r"lengths must be at least two .* got \(4,\)"),
         (lambda: check(Engine(lambda x, b: x[1:])), ValueError, r"forward must return floats \(24 tokens, ...\), got"),
         (lambda: check(Engine(lambda x, b: x * 0)), ValueError, "the outputs of document 0 must depend on its tokens"),
-        (lambda: check(Engine(lambda x, b: x.detach() + 0 * x)), ValueError, "must have a gradient by its own"),
+        (
+            lambda: check(Engine(lambda x, b: attend(x.detach(), b) + 0 * x)),
+            ValueError,
+            "must have a gradient by its own",
+        ),
+        (lambda: check(Engine(attend), lengths=[1, 1]), ValueError, r"not all 1, got \(1, 1\)"),
+        (lambda: check(Engine(lambda x, b: x)), ValueError, "must depend on other tokens of their document too"),
+        (
+            lambda: check(Engine(lambda x, b: x + 0 * attend(x, b, masked=False))),  # leaks as soon as it is trained
+            ValueError,
+            "the check would prove nothing.* train a few steps",
+        ),
         (lambda: check(Engine(lambda x, b: x / 0)), ValueError, "the outputs must be finite"),
         (
             lambda: check(Engine(lambda x, b: torch.dropout(x, 0.5, True))),
