@@ -1,6 +1,8 @@
 """Where the tokens of a batch of rows lie in a packed one: borders, and what is moved if padding has holes."""
 
 import dataclasses
+import functools
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +62,11 @@ def pack(
     if position_ids is not None:
         positions = kept(F.pad(position_ids.expand(batch_size, -1), (0, kv_len - q_len)))
         ahead = positions.diff(prepend=positions[:1])
+        if valid is None and bool(((ahead > 1) & ~begins).any()):
+            warn_once(
+                "herdkern in transformers: position_ids jump by more than 1, and each jump is taken as the border of a "
+                "document; if they count one document in larger steps, pass its borders as cu_seq_lens_q"
+            )
         # beside a mask a count may jump over padding, never fall
         begins |= (ahead != 1) if valid is None else (ahead <= 0)
     borders = torch.cat([begins, begins.new_ones(1)]).nonzero().flatten()
@@ -80,16 +87,40 @@ def pack(
 
 
 def pack_across(valid: Tensor | None, batch_size: int, q_len: int, kv_len: int, device: torch.device) -> Layout:
-    """Return the layout of queries that see all real keys of their row: cross attention.
+    """Return the layout of queries that see all real keys of their row, padding too: cross attention, encoders.
 
     valid: (batch, kv_len) bool, keys that are no padding; None if all are.
     """
-    cu_seqlens_q = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * q_len
+    rows = torch.arange(batch_size + 1, dtype=torch.int32, device=device)
     if valid is None:
-        even = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * kv_len
-        return Layout(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=even)
-    cu_seqlens_k = F.pad(valid.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-    return Layout(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, rows_of_k=valid.flatten().nonzero().flatten())
+        return Layout(cu_seqlens_q=rows * q_len, cu_seqlens_k=rows * kv_len)
+    counts = valid.sum(1)
+    if has_holes(valid):
+        cu_seqlens_k = F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+        rows_of_k = valid.flatten().nonzero().flatten()
+        return Layout(cu_seqlens_q=rows * q_len, cu_seqlens_k=cu_seqlens_k, rows_of_k=rows_of_k)
+    # nothing is moved: the padding before and behind the keys of a row are documents without a query
+    first = rows[:-1] * kv_len + valid.to(torch.int8).argmax(1)
+    borders_k = torch.stack([rows[:-1] * kv_len, first, first + counts], dim=1).flatten()
+    borders_q = torch.stack([rows[:-1], rows[:-1], rows[1:]], dim=1).flatten() * q_len
+    return Layout(
+        cu_seqlens_q=torch.cat([borders_q, rows[-1:] * q_len]),
+        cu_seqlens_k=torch.cat([borders_k, rows[-1:] * kv_len]).to(torch.int32),
+    )
+
+
+def counts_anew(position_ids: Tensor, valid: Tensor | None) -> bool:
+    """Return whether position_ids: (batch or 1, row_len) hold a border, as `pack` would find one."""
+    ahead = position_ids.diff(dim=1)
+    if valid is None:
+        return bool((ahead != 1).any())
+    return bool(((ahead <= 0) & valid[:, 1:] & valid[:, :-1]).any())
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Warn, once in a process: a model says the same in every layer and step."""
+    warnings.warn(message, stacklevel=2)
 
 
 def _key_ranges(valid: Tensor | None, batch_size: int, first_query: int, end: int) -> list[tuple[int, int]] | None:

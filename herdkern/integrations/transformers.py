@@ -2,9 +2,10 @@
 
 Both of transformers' interfaces are served. The mask function runs once a forward and returns, instead of a mask, what
 the mask says about documents; the attention function runs in each layer. A packed row is cut where `position_ids` start
-anew, or at `cu_seq_lens_q` where the caller gives that: also when the model keeps a KV cache, and also beside an
-attention_mask, where the masks of transformers let documents see each other. Padding on a side of a row costs next to
-nothing; padding between real tokens costs a copy.
+anew or jump, or at `cu_seq_lens_q` where the caller gives that: also when the model keeps a KV cache, and also beside
+an attention_mask, where the masks of transformers let documents see each other. Padding on a side of a row costs next
+to nothing in a decoder; in an encoder its queries see the real tokens, as in eager attention, which keeps cross
+attention right. Padding between real tokens costs a copy.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from herdkern.integrations.layout import Layout, has_holes, pack, pack_across
+from herdkern.integrations.layout import Layout, counts_anew, has_holes, pack, pack_across, warn_once
 from herdkern.ops import attention
 from herdkern.ops.paged_attention import paged_attention
 
@@ -86,10 +87,9 @@ class Documents:
     def _layout(self, position_ids: Tensor | None) -> Layout:
         batch_size, kv_len = self.joined.shape
         limited = self.window_size != (-1, -1)
-        if not self.causal and self.first_query + self.q_len != kv_len:
-            if limited:
-                raise NotImplementedError(f"{_NAME}: cross attention must have no window, got one; {_REMEDY}")
-            return pack_across(self.valid, batch_size, self.q_len, kv_len, self.joined.device)
+        other_keys = self.first_query + self.q_len != kv_len  # than those of the queries
+        if not self.causal and limited and other_keys:
+            raise NotImplementedError(f"{_NAME}: cross attention must have no window, got one; {_REMEDY}")
         if limited and self.valid is not None and has_holes(self.valid):
             where = "attention_mask must have no padding between real tokens where there is a window"
             raise NotImplementedError(f"{_NAME}: {where}, got some; {_REMEDY}")
@@ -100,7 +100,15 @@ class Documents:
             and position_ids.shape[0] in (1, batch_size)
             and position_ids.shape[1] == self.q_len
         )  # positions of another form (several axes, steps of a generation) say nothing about borders
-        return pack(self.joined, self.valid, self.q_len, self.first_query, position_ids if counted else None)
+        position_ids = position_ids if counted else None
+        if not self.causal and not limited:
+            # without a border the queries may be those of a decoder, of the encoder's length by chance: then where
+            # the keys are padding the queries are not
+            borders = not bool(self.joined[:, 1:].all())
+            borders = borders or (position_ids is not None and counts_anew(position_ids, self.valid))
+            if other_keys or not borders:
+                return pack_across(self.valid, batch_size, self.q_len, kv_len, self.joined.device)
+        return pack(self.joined, self.valid, self.q_len, self.first_query, position_ids)
 
 
 def document_mask(
@@ -135,7 +143,7 @@ def document_mask(
     head = torch.zeros((), dtype=torch.int64, device=device)
     sees_last = mask_function(row, head, key[:, 1:], key[:, :-1]).expand(batch_size, kv_length - 1)
     sees_next = mask_function(row, head, key[:, :-1], key[:, 1:]).expand(batch_size, kv_length - 1)
-    causal = not bool(sees_next.any())
+    causal = kv_length > 1 and not bool(sees_next.any())  # one key: a decoder of any length may look at it
     if not causal and not torch.equal(sees_last, sees_next):
         raise NotImplementedError(f"{_NAME}: the mask must be causal or not for all tokens, got a mixture; {_REMEDY}")
     documents = Documents(
@@ -248,6 +256,8 @@ def _check_call(attention_mask: Tensor | None, dropout: float, others: dict[str,
     if dropout:
         remedy = "set attention_dropout=0 in the config"
         raise NotImplementedError(f"{_NAME}: dropout must be 0, got {dropout}; {remedy}")
+    if others.get("output_attentions"):
+        warn_once(f'{_NAME}: output_attentions gives none, no probability is kept; use attn_implementation="eager"')
     for name in ("position_bias", "cache"):  # cache: transformers' continuous batching
         if others.get(name) is not None:
             raise NotImplementedError(f"{_NAME}: {name} must be None, got {type(others[name]).__name__}; {_REMEDY}")

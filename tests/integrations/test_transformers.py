@@ -1,5 +1,6 @@
 """attn_implementation="herdkern": training, padding, windows and generation equal eager attention; nothing leaks."""
 
+import copy
 import os
 import warnings
 
@@ -9,6 +10,7 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 integration = pytest.importorskip("herdkern.integrations.transformers")
+layout = pytest.importorskip("herdkern.integrations.layout")
 
 pytestmark = pytest.mark.filterwarnings("error:.*using 'reference'")
 
@@ -61,6 +63,19 @@ def make(name, implementation="herdkern", **changes):
 def both(name, **changes):
     ours, eager = make(name, **changes), make(name, "eager", **changes)
     eager.load_state_dict(ours.state_dict())
+    return ours, eager
+
+
+def pair(kind, config):
+    """(ours, eager) with the same weights; each has a config of its own, for a model reads its implementation there."""
+    torch.manual_seed(0)
+    ours, eager = (
+        kind._from_config(copy.deepcopy(config), attn_implementation=name).eval() for name in ("herdkern", "eager")
+    )
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    eager.load_state_dict(ours.state_dict())
+    assert (ours.config._attn_implementation, eager.config._attn_implementation) == ("herdkern", "eager")
     return ours, eager
 
 
@@ -241,17 +256,59 @@ def test_encoder_sees_both_sides():
     config = transformers.BertConfig(
         vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
     )
-    torch.manual_seed(0)
-    ours = transformers.AutoModel.from_config(config, attn_implementation="herdkern").eval()
-    eager = transformers.AutoModel.from_config(config, attn_implementation="eager").eval()
-    eager.load_state_dict(ours.state_dict())
-    mask = torch.tensor(MASKS["right"])
+    ours, eager = pair(transformers.BertModel, config)
     ids = row_of([21])[0].view(3, 7)
-    got, expected = (model(ids, attention_mask=mask).last_hidden_state[mask.bool()] for model in (ours, eager))
+    for mask in MASKS.values():
+        mask = torch.tensor(mask)
+        got, expected = (model(ids, attention_mask=mask).last_hidden_state for model in (ours, eager))
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)  # padding sees the real tokens there too
+
+
+@pytest.mark.parametrize("side", [*MASKS, "holes"])
+@pytest.mark.parametrize("decoder_len", [1, 4, 7, 8])
+def test_encoder_decoder_crosses_over_padding(side, decoder_len):
+    """Also where the two lengths are one: then a mask does not say whose keys they are."""
+    ours, eager = encoder_decoder()
+    ids, inputs = row_of([21])[0].view(3, 7), row_of([24], seed=1)[0].view(3, 8)[:, :decoder_len]
+    mask = torch.tensor(MASKS.get(side, [[1, 0, 1, 1, 0, 0, 1], [0, 1, 1, 1, 1, 1, 0], [1] * 7]))
+    for given in ({}, {"attention_mask": mask}):
+        got, expected = (m(ids, decoder_input_ids=inputs, **given).logits for m in (ours, eager))
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("decoder_len", [1, 2, 5])
+def test_encoder_of_one_token(decoder_len):
+    ours, eager = encoder_decoder()
+    ids, inputs = row_of([2])[0].view(2, 1), row_of([2 * decoder_len], seed=1)[0].view(2, -1)
+    got, expected = (m(ids, decoder_input_ids=inputs).logits for m in (ours, eager))
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_encoder_decoder_crosses_over_padding():
+def test_gradients_of_an_encoder_decoder_padded_to_one_length():
+    models = encoder_decoder()
+    ids, mask = row_of([21])[0].view(3, 7), torch.tensor(MASKS["right"])
+    for model in models:
+        model(ids, attention_mask=mask, decoder_input_ids=ids, labels=ids).loss.backward()
+    for (name, got), expected in zip(models[0].named_parameters(), models[1].parameters()):
+        torch.testing.assert_close(got.grad, expected.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_packed_encoder_stays_cut():
+    """Positions that start anew are borders in an encoder too, beside padding or not."""
+    valid = torch.tensor([[1, 1, 1, 1, 1, 0, 0]])
+    positions = torch.tensor([[0, 1, 2, 0, 1, 1, 1]])
+
+    def bidirectional(batch, head, query, key):
+        return torch.ones_like(query == key)
+
+    for mask, borders in ((None, [0, 3, 5, 6, 7]), (valid, [0, 3, 5, 6, 7])):
+        documents = integration.document_mask(1, 7, 7, mask_function=bidirectional, attention_mask=mask).documents
+        layout = documents.layout(positions)
+        assert layout.cu_seqlens_q.tolist() == borders
+        assert layout.cu_seqlens_k is None
+
+
+def encoder_decoder():
     config = transformers.BartConfig(
         vocab_size=VOCABULARY,
         d_model=32,
@@ -262,13 +319,7 @@ def test_encoder_decoder_crosses_over_padding():
         encoder_ffn_dim=32,
         decoder_ffn_dim=32,
     )
-    torch.manual_seed(0)
-    ours = transformers.BartForConditionalGeneration._from_config(config, attn_implementation="herdkern").eval()
-    eager = transformers.BartForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
-    eager.load_state_dict(ours.state_dict())
-    mask, ids = torch.tensor(MASKS["right"]), row_of([21])[0].view(3, 7)
-    got, expected = (m(ids, attention_mask=mask, decoder_input_ids=ids[:, :4]).logits for m in (ours, eager))
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    return pair(transformers.BartForConditionalGeneration, config)
 
 
 def test_chunked_attention():
@@ -280,12 +331,7 @@ def test_chunked_attention():
         intermediate_size_mlp=96,
         no_rope_layers=[1, 0],
     )
-    torch.manual_seed(0)
-    ours = transformers.Llama4ForCausalLM._from_config(config, attn_implementation="herdkern").eval()
-    eager = transformers.Llama4ForCausalLM._from_config(config, attn_implementation="eager").eval()
-    for parameter in ours.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    eager.load_state_dict(ours.state_dict())
+    ours, eager = pair(transformers.Llama4ForCausalLM, config)
     ids, _ = row_of([23])
     got, expected = (m(ids, use_cache=False).logits for m in (ours, eager))
     torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
@@ -326,6 +372,33 @@ def test_borders_are_found_once_a_forward(monkeypatch):
     ids, positions = row_of()
     make("llama", num_hidden_layers=4)(ids, position_ids=positions)
     assert len(calls) == 1
+
+
+def test_positions_that_jump_are_borders_and_are_said_once():
+    ours, eager = both("llama")
+    ids, positions = row_of()
+    layout.warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="position_ids jump by more than 1.*cu_seq_lens_q"):
+        got = ours(ids, position_ids=2 * positions).logits
+    expected = eager(ids.view(-1, 1)).logits.view(got.shape)  # each token alone
+    torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours(ids, position_ids=2 * positions + 5)
+        layout.warn_once.cache_clear()
+        ours(ids, position_ids=positions)
+        borders = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
+        ours(ids, position_ids=2 * positions, cu_seq_lens_q=borders)
+
+
+def test_attention_probabilities_are_refused_once():
+    model, (ids, _) = make("llama"), row_of()
+    layout.warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=r'output_attentions gives none.*attn_implementation="eager"'):
+        assert model(ids, output_attentions=True).attentions == ()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids, output_attentions=True)
 
 
 def test_register_and_unregister():
