@@ -4,9 +4,9 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 
 import torch
-from machine import wall
 from torch import Tensor
 
 from herdkern.ops import attention
@@ -49,7 +49,7 @@ def first_calls(threads: int, *, with_flex: bool) -> dict[str, float]:
     for which in ("ours", "flex") if with_flex else ("ours",):
         command = [sys.executable, "-c", FIRST_CALL, str(threads), which]
         runs = []
-        for _ in range(5 if which == "ours" else 1):
+        for _ in range(3 if which == "ours" else 1):
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode == 0:
                 runs.append(json.loads(done.stdout.splitlines()[-1]))
@@ -59,20 +59,28 @@ def first_calls(threads: int, *, with_flex: bool) -> dict[str, float]:
 
 
 def mask_setup_ms(cu_seqlens: Tensor, dtype: torch.dtype) -> float:
-    """Milliseconds that the documents add to forward and backward where no score is left to compute.
+    """Milliseconds of CPU time at one thread that the documents add to forward and backward, no score left to compute.
 
-    The same tokens without keys and with narrow heads, in these documents less in a single one: the check of the
-    borders, the list of tiles, more tiles to start. Each rises with the documents, not with head_dim.
+    The same tokens with narrow heads and one key a document, which its last query alone sees, in these documents less
+    in a single one: the check of the borders, the lists of tiles and chunks and their order, and starting more of them.
+    It rises with the documents, not with head_dim.
     """
     tokens = int(cu_seqlens[-1])
-    q, dout = (torch.zeros(tokens, 8, 8, dtype=dtype) for _ in range(2))
-    k, v = (torch.zeros(0, 2, 8, dtype=dtype) for _ in range(2))
-    leaves = [x.requires_grad_() for x in (q, k, v)]
+    q = torch.zeros(tokens, 8, 8, dtype=dtype, requires_grad=True)
+    dout = torch.zeros_like(q)
 
-    def call(borders: Tensor) -> None:
-        out = attention(*leaves, borders, cu_seqlens_k=torch.zeros_like(borders))
-        torch.autograd.grad(out, leaves, dout)
+    def call(borders: Tensor) -> float:
+        k, v = (torch.zeros(len(borders) - 1, 2, 8, dtype=dtype, requires_grad=True) for _ in range(2))
+        keys = torch.arange(len(borders), dtype=torch.int32)
+        start = time.process_time()
+        torch.autograd.grad(attention(q, k, v, borders, cu_seqlens_k=keys), (q, k, v), dout)
+        return time.process_time() - start
 
     single = torch.tensor([0, tokens], dtype=torch.int32)
-    added = [wall(lambda: call(cu_seqlens)) - wall(lambda: call(single)) for _ in range(21)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        added = [call(cu_seqlens) - call(single) for _ in range(21)]
+    finally:
+        torch.set_num_threads(threads)
     return max(0.0, 1e3 * statistics.median(added))

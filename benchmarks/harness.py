@@ -7,7 +7,8 @@ Each case is set up, checked (no time is printed if that fails) and run once to 
 implementation once, in rotating order, so that a slow minute of the machine falls on all alike. The table shows
 medians, the spread (half of the samples lie within it) and the memory that one call adds at its peak; "limit" is the
 share of the machine that our median reaches: of the measured copy bandwidth for `bytes`; for `flops` of the arithmetic
-peak or of torch's measured GEMM rate, as the case says; of two, the tighter. The last line is JSON.
+peak or of torch's measured GEMM rate, as the case says; of two, the tighter. The last line is JSON; the file of --json
+is replaced after each case. A peer that raises is named under "failed" and left out; the others are timed.
 
 Times are of the wall clock at all cores; a benchmark that says so adds the CPU time of one thread, which a busy machine
 disturbs least. `--threads 1` takes CPU time alone. `--isa avx2` restricts ours and torch alike, as a processor without
@@ -22,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,12 +45,12 @@ class Case:
 
     name: str
     setup: Callable[[], Any]
-    check: Callable[[Any], None] | None = None  # raises AssertionError if they do not agree
+    check: Callable[[Any], dict[str, str] | None] | None = None  # raises AssertionError, or tells what peers are wrong
     bytes: float = 0  # read and written by one call, at least
     flops: float = 0
     flops_dtype: str = "float32"  # whose rate is the limit
     flops_limit: str = "gemm"  # torch's product, or "peak": chains of the best instruction
-    slow_peers: tuple[str, ...] = ()  # left out of --quick and of one thread; one round is enough
+    slow_peers: tuple[str, ...] = ()  # left out of --quick and of one thread; one round, or one call, is enough
     aside: tuple[str, ...] = ()  # shown, but not compared: they do no more than the lap `aside_lap` of ours
     aside_lap: str = "forward"
     is_large: bool = False  # left out of --quick and of pytest
@@ -71,7 +73,7 @@ class Bench:
         """Runs the script's command line and returns its exit status."""
         options = parse(self, arguments)
         if options.memory_of:
-            return print_memory(self.cases, *options.memory_of)
+            return print_memory(self.cases, options.memory_of)
         limits = Limits(options.threads)
         machine = describe_machine(options.threads)
         print(
@@ -81,27 +83,32 @@ class Bench:
         cases = [case for case in self.cases if options.case in case.name and not (options.quick and case.is_large)]
         deadline = process_start() + 32 if options.quick else float("inf")
         print_limits(cases, limits)
-        results, measured, failed = [], [], 0
+        results: list[dict[str, Any]] = []
+        measured, failed = [], 0
+        name = f"{self.name}-{options.isa}" if options.isa else self.name
+        report = {"bench": name, "unit": "ms", "quick": options.quick, "cases": results, "machine": machine}
+        machine["limits"] = limits.measured
         for i, case in enumerate(cases):
             share = (deadline - time.time()) / (len(cases) - i)
             try:
                 result = run_case(case, max(0.2, min(share, self.seconds)), options, limits)
-            except AssertionError as error:
-                print(f"\n{case.name}: WRONG RESULT, no times: {error}")
+            except Exception as error:
+                wrong = isinstance(error, AssertionError)
+                print(f"\n{case.name}: no times: {'WRONG RESULT: ' * wrong}{error}", flush=True)
+                if not wrong:
+                    traceback.print_exc()
                 failed += 1
                 continue
             print_case(case, result)
+            print(f"  {i + 1} of {len(cases)}, {time.time() - process_start():.0f} s since the start", flush=True)
             results.append(result)
             measured.append(case)
+            write_json(options.json, report | {"unfinished": True})
         for case, result in zip(measured, results, strict=True):  # a busy moment may have hidden a rate at first
             result |= shares(case, result[OURS] / 1e3, limits)
-        machine["limits"] = limits.measured
-        name = f"{self.name}-{options.isa}" if options.isa else self.name
-        report = {"bench": name, "unit": "ms", "quick": options.quick, "cases": results, "machine": machine}
         if self.summarise:
             self.summarise(report, options.quick)
-        if options.json:
-            Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+        write_json(options.json, report)
         if options.json and self.after:
             self.after(Path(options.json))
         print("\n" + json.dumps(report))
@@ -119,7 +126,7 @@ def parse(bench: Bench, arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--clock", choices=("wall", "cpu"), help="default: wall; cpu for one thread")
     parser.add_argument("--isa", choices=("baseline", "avx2", "avx512", "amx"), help="level of ours and of torch")
     parser.add_argument("--json", metavar="FILE", help="also write the report to FILE")
-    parser.add_argument("--memory-of", nargs=2, metavar=("CASE", "NAME"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", metavar="CASE", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.isa and os.environ.get("HERDKERN_ISA") != options.isa:  # torch reads its own when it is imported
         torch_isa = "default" if options.isa == "baseline" else options.isa
@@ -137,6 +144,50 @@ def set_threads(threads: int) -> None:
         sys.modules["torch"].set_num_threads(threads)
 
 
+def write_json(path: str | None, report: dict[str, Any]) -> None:
+    """The whole report under a temporary name first: whoever ends the run leaves a readable file."""
+    if path:
+        unfinished = Path(f"{path}.part")
+        unfinished.write_text(json.dumps(report, indent=1) + "\n")
+        unfinished.replace(path)
+
+
+def reason(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0][:200]
+    return f"failed: {type(error).__name__}: {text}"
+
+
+def agree(case: Case, functions: Functions) -> dict[str, str]:
+    """Checks the case; takes peers that raise or are wrong out of `functions` and returns what they said."""
+    failed: dict[str, str] = {}
+    try:
+        found = case.check(functions) if case.check else None
+    except AssertionError:
+        raise
+    except Exception as error:
+        for name in [name for name in functions if name != OURS]:
+            call(functions, name, functions[name], failed)
+        if not failed:
+            raise error
+        found = case.check(functions) if case.check else None
+    for name, text in (found or {}).items():
+        functions.pop(name, None)
+        failed[name] = text
+    return failed
+
+
+def call(functions: Functions, name: str, function: Callable[[], Any], failed: dict[str, str]) -> Any:
+    """What `function` returns; None if it raises, and the peer `name` is out. Ours may not raise."""
+    try:
+        return function()
+    except Exception as error:
+        if name == OURS:
+            raise
+        functions.pop(name, None)
+        failed[name] = reason(error)
+        return None
+
+
 def run_case(case: Case, seconds: float, options: argparse.Namespace, limits: Limits) -> dict[str, Any]:
     """Times one case for about `seconds`, setup and check included."""
     start = time.time()
@@ -145,28 +196,47 @@ def run_case(case: Case, seconds: float, options: argparse.Namespace, limits: Li
     functions = case.setup()
     for name in case.slow_peers if options.quick else ():
         functions.pop(name, None)
-    if case.check is not None:
-        case.check(functions)
+    failed = agree(case, functions)
     memory: dict[str, int] = {}
-    first = {name: timed(function, 1) for name, function in functions.items()}  # warm-up, and how long a call takes
+    first = first_calls(functions, list(functions), failed)
     if not case.memory_apart:
-        memory = {name: peak_growth(function) for name, function in functions.items() if first[name] < seconds / 4}
-        first.update({name: timed(functions[name], 1) for name in memory})
+        few = {name: function for name, function in functions.items() if first[name] < seconds / 4}
+        grown = {name: call(functions, name, lambda: peak_growth(few[name]), failed) for name in few}  # noqa: B023
+        memory = {name: bytes_added for name, bytes_added in grown.items() if bytes_added is not None}
+        first |= first_calls(functions, list(memory), failed)
     elif not options.quick:
-        memory = {name: memory_apart(case, name, options) for name in functions}
+        memory = {name: grown for name, grown in memory_apart(case, options).items() if name in functions}
         start = max(start, time.time() - seconds / 3)
-    samples = measure(case, functions, first, start + seconds, quick=options.quick)
+    samples = measure(case, functions, first, start + seconds, failed, quick=options.quick)
     result = summary(case, functions, samples, limits)
     result["peak_mib"] = {name: round(grown / 2**20, 1) for name, grown in memory.items()}
     if options.one_thread:
         result |= at_one_thread(case, functions, result, seconds / 3)
+    if failed:
+        result["failed"] = failed
     return result | (case.extra(functions, result, limits) if case.extra else {})
 
 
+def first_calls(functions: Functions, names: Sequence[str], failed: dict[str, str]) -> dict[str, float]:
+    """Warms up, and tells how long a call takes."""
+    for name in names:
+        for lap in getattr(functions[name], "laps", {}).values():
+            lap.clear()
+    found = {name: call(functions, name, lambda: timed(functions[name], 1), failed) for name in names}  # noqa: B023
+    return {name: took for name, took in found.items() if took is not None}
+
+
 def measure(
-    case: Case, functions: Functions, first: dict[str, float], end: float, *, quick: bool
+    case: Case, functions: Functions, first: dict[str, float], end: float, failed: dict[str, str], *, quick: bool
 ) -> dict[str, list[float]]:
-    """Rounds until `end` (in seconds since the epoch), three of them at least; a slow peer may miss the later ones."""
+    """Rounds until `end` (in seconds since the epoch), three of them at least; a slow peer may miss the later ones.
+
+    Where a call of a slow peer takes over a second, its first has to do.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for name in case.slow_peers:
+        if name in functions and first[name] > 1:
+            samples[name].append(first[name])
     repeats = {name: max(1, min(1000, round(0.003 / max(took, 1e-7)))) for name, took in first.items()}
     share = (end - time.time()) / len(functions)
     rounds = {
@@ -175,19 +245,19 @@ def measure(
     }
     if quick and time.time() > end:  # no time left: the first calls have to do
         return {name: [took] for name, took in first.items()}
-    for function in functions.values():
-        for lap in getattr(function, "laps", {}).values():
+    order = [name for name in functions if not samples[name]]
+    for name in order:
+        for lap in getattr(functions[name], "laps", {}).values():
             lap.clear()
-    samples: dict[str, list[float]] = {name: [] for name in functions}
-    order = list(functions)
     for turn in range(max(rounds.values())):
         if time.time() > end and turn >= (1 if quick else 3):
             break
         for name in order:
-            if turn < rounds[name]:
-                samples[name].append(timed(functions[name], repeats[name]))
+            if turn < rounds[name] and name in functions:
+                took = call(functions, name, lambda: timed(functions[name], repeats[name]), failed)  # noqa: B023
+                samples[name] += [] if took is None else [took]
         order = order[1:] + order[:1]
-    return samples
+    return {name: taken for name, taken in samples.items() if name in functions}
 
 
 def at_one_thread(case: Case, functions: Functions, result: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -198,8 +268,7 @@ def at_one_thread(case: Case, functions: Functions, result: dict[str, Any], seco
     set_threads(1)
     clock.kind = "cpu"
     try:
-        few = dataclasses.replace(case, slow_peers=tuple(some) if max(first.values()) > seconds / 6 else ())
-        samples = measure(few, some, first, time.time() + seconds, quick=False)
+        samples = measure(case, some, first, time.time() + seconds, {}, quick=max(first.values()) > seconds / 6)
     finally:
         set_threads(threads)
         clock.kind = kind
@@ -286,26 +355,51 @@ def print_case(case: Case, result: dict[str, Any]) -> None:
             flush=True,
         )
     shown = {"ratio", "rounds", "limit_share", "gflop_per_s", "gb_per_s", *names}
+    for name, text in result.get("failed", {}).items():
+        print(f"  {name:{width}s}  {text}", flush=True)
     more = [f"{key} {value:g}" for key, value in result.items() if isinstance(value, int | float) and key not in shown]
     if more:
         print(f"  {', '.join(more)}", flush=True)
 
 
-def memory_apart(case: Case, name: str, options: argparse.Namespace) -> int:
-    """Bytes that one call adds at its peak, measured in a process of its own."""
-    command = [sys.executable, sys.argv[0], "--memory-of", case.name, name, "--threads", str(options.threads)]
+def memory_apart(case: Case, options: argparse.Namespace) -> dict[str, int]:
+    """Bytes that one call adds at its peak, each implementation in a process of its own; none of the failed."""
+    command = [sys.executable, sys.argv[0], "--memory-of", case.name, "--threads", str(options.threads)]
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}  # what a warm-up freed is gone, not kept for later
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    if done.returncode != 0:
-        raise RuntimeError(f"memory of {name} in {case.name}: {done.stderr.strip()[-2000:]}")
-    return int(done.stdout.split()[-1])
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+        found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    except (subprocess.TimeoutExpired, IndexError, json.JSONDecodeError) as error:
+        print(f"{case.name}: memory was not measured: {reason(error)}", flush=True)
+        return {}
+    if done.stderr:
+        print(f"{case.name}: memory: {done.stderr.strip().splitlines()[-1]}", flush=True)
+    return found
 
 
-def print_memory(cases: Sequence[Case], case_name: str, name: str) -> int:
-    """The process that memory_apart starts."""
-    function = next(case for case in cases if case.name == case_name).setup()[name]
-    getattr(function, "warm_up", lambda: None)()
-    print(peak_growth(function))
+def print_memory(cases: Sequence[Case], case_name: str) -> int:
+    """The process that memory_apart starts: imports once, computes nothing, and forks for each implementation."""
+    functions = next(case for case in cases if case.name == case_name).setup()
+    grown: dict[str, int] = {}
+    for name, function in functions.items():
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                getattr(function, "warm_up", lambda: None)()
+                os.write(writer, str(peak_growth(function)).encode())
+                status = 0
+            except Exception as error:
+                print(f"{name}: {reason(error)}", file=sys.stderr, flush=True)
+            finally:
+                os._exit(status)
+        os.close(writer)
+        with os.fdopen(reader) as pipe:
+            text = pipe.read()
+        if os.waitpid(child, 0)[1] == 0:
+            grown[name] = int(text)
+    print(json.dumps(grown))
     return 0
 
 

@@ -8,7 +8,8 @@
 //
 // Storage is fp32, bf16 or fp16; sums and softmax are fp32. Where storage is bf16, head_dim > 16 and the processor
 // multiplies bf16 (AMX, AVX512_BF16), probabilities and dS are rounded to bf16 before the products that follow, as on a
-// GPU. Everything else is multiplied in fp32.
+// GPU. Everything else is multiplied in fp32. The backward takes delta = rowsum(dout * out) from `out` as stored, hence
+// rounded where storage is 16 bits, for rows whose keys span several of its chunks; dsinks and dS carry that rounding.
 //
 // Source: Dao 2023, "FlashAttention-2" (arXiv:2307.08691), algorithms 1 and 2.
 #pragma once
