@@ -7,24 +7,21 @@
 // K, V and their transposes are packed once per chunk, Q and dO once per visit for the products that need them as right
 // operand; as left operand they are read where they lie. dK and dV belong to the task. dQ of a document with several
 // chunks is summed in chunk order: a chunk waits until the one before it has added to a tile (Turnstile), so no sum
-// depends on the number of threads and no memory is spent on partial sums.
+// depends on the number of threads and no memory is spent on partial sums. Where dQ is not fp32 its sums lie in a ring
+// of tiles as large as the longest document needs for one key-value head (plan_backward).
 #pragma once
 #include <algorithm>
-#include <atomic>
 #include <type_traits>
 #include <vector>
 
 #include "cpu/attention_backward_pack.h"
+#include "cpu/attention_backward_plan.h"
 #include "cpu/attention_backward_shared.h"
 #include "cpu/attention_forward.h"
+#include "cpu/huge_pages.h"
 #include "cpu/workspace.h"
 
 namespace herdkern::cpu::HK_ISA {
-
-// Tile sizes of the backward pass, multiples of 32. A visit passes over 0.3 to 0.4 MB per product at head_dim 128 in
-// fp32. Tried 128 keys: 2 to 5 % slower on long documents and, in bf16, 10 % on short ones, whose dQ then needs a sum
-// over chunks; 64 queries: 2 to 4 % slower; copying q and dout as left operands: 6 % slower in fp32.
-constexpr int64_t kTileQueries = 128, kChunkKeys = 256;
 
 template <typename Engine>
 struct BackwardBuffers {
@@ -46,14 +43,15 @@ class BackwardChunk {
   static constexpr bool kSameType = std::is_same_v<Elem, In>;
 
  public:
-  BackwardChunk(const AttentionBackward& args, const BackwardShared& shared, const KeyChunk& chunk, int64_t kv_head,
-                Buffers& buffers)
+  BackwardChunk(const AttentionBackward& args, const BackwardShared& shared, const KeyChunk& chunk,
+                const BackwardTask& task, Buffers& buffers)
       : args_(args),
         shared_(shared),
         chunk_(chunk),
         b_(buffers),
         doc_(args.shape.document(chunk.doc)),
-        kv_head_(kv_head),
+        kv_head_(task.kv_head),
+        first_tile_(task.first_tile),
         key_(chunk.index * kChunkKeys),
         keys_(std::min(kChunkKeys, doc_.k_len - key_)),
         dim_(args.shape.head_dim),
@@ -61,7 +59,6 @@ class BackwardChunk {
         depth_(round_up(dim_, G::kDepth)),
         cols_(round_up(dim_, G::kCols)) {}
 
-  // Head dimension of the tiles of dq_sums.
   static int64_t tile_size(int64_t head_dim) { return kTileQueries * round_up(head_dim, G::kCols); }
   static bool sums_in_place(int64_t head_dim) { return std::is_same_v<In, float> && head_dim % G::kCols == 0; }
 
@@ -269,7 +266,9 @@ class BackwardChunk {
   void add_dq(int64_t head, int64_t row, int64_t rows) {
     const int64_t first_chunk = doc_.keys_begin(row) / kChunkKeys,
                   last_chunk = (doc_.keys_end(row + rows - 1) - 1) / kChunkKeys;
-    const int64_t tile = chunk_.first_tile + head * ceil_div(doc_.q_len, kTileQueries) + row / kTileQueries;
+    const int64_t tile = first_tile_ +
+                         (head - kv_head_ * (args_.shape.num_heads / args_.shape.num_kv_heads)) * visited_tiles(doc_) +
+                         row / kTileQueries - skipped_tiles(doc_);
     In* out = static_cast<In*>(args_.dq) + ((doc_.q_begin + row) * args_.shape.num_heads + head) * dim_;
     const int64_t out_stride = args_.shape.num_heads * dim_;
     float* dq;
@@ -280,10 +279,15 @@ class BackwardChunk {
     }
     const bool in_place = sums_in_place(dim_);
     if (!in_place) {
-      dq = chunk_.count == 1 ? b_.dq.at_least(kTileQueries * cols_) : shared_.dq_sums + tile * kTileQueries * cols_;
+      dq = chunk_.count == 1 ? b_.dq.at_least(kTileQueries * cols_)
+                             : shared_.dq_sums + shared_.turnstile->slot(tile) * tile_size(dim_);
       dq_stride = cols_;
     }
-    if (chunk_.index > first_chunk) shared_.turnstile->wait(tile, chunk_.index);
+    if (chunk_.index > first_chunk) {
+      shared_.turnstile->wait(tile, chunk_.index);
+    } else if (chunk_.count > 1) {
+      shared_.turnstile->wait_first(tile);
+    }
     const Elem* ds = ds_rows_;
     int64_t ds_stride = kRowStride;
     if constexpr (G::kPair == 1) {
@@ -293,7 +297,7 @@ class BackwardChunk {
     gradient_product<Engine, false>(ds, ds_stride, padded(rows), k_, kChunkKeys * G::kPanel, cols_, dq, dq_stride,
                                     used_keys_, chunk_.index > first_chunk);
     if (chunk_.index == last_chunk && !in_place) store_rows(dq, cols_, rows, out, out_stride);
-    if (chunk_.count > 1) shared_.turnstile->pass(tile, chunk_.index);
+    if (chunk_.count > 1) shared_.turnstile->pass(tile, chunk_.index, chunk_.index == last_chunk);
   }
 
   void store_rows(const float* sums, int64_t ld, int64_t rows, In* out, int64_t stride) const {
@@ -311,7 +315,7 @@ class BackwardChunk {
   const KeyChunk chunk_;
   Buffers& b_;
   const Document doc_;
-  const int64_t kv_head_, key_, keys_, dim_, ld_, depth_, cols_;
+  const int64_t kv_head_, first_tile_, key_, keys_, dim_, ld_, depth_, cols_;
   Elem *k_ = nullptr, *k_t_ = nullptr, *v_t_ = nullptr, *p_pairs_ = nullptr, *ds_pairs_ = nullptr, *ds_rows_ = nullptr;
   float *dk_ = nullptr, *dv_ = nullptr, *scores_ = nullptr, *dp_ = nullptr, *slope_ = nullptr;
   Span seen_[kMaxBlocks], used_keys_[kMaxBlocks], used_rows_[kMaxBlocks];
@@ -343,47 +347,24 @@ void prepare_queries(const AttentionBackward& args, float* delta, int num_thread
 template <typename Engine, typename In>
 void run_backward(const AttentionBackward& args) {
   using Chunk = BackwardChunk<Engine, In>;
-  constexpr int64_t kTaskPairs = 64 * 64;  // documents smaller than this share a task
   const AttentionShape& s = args.shape;
-  std::vector<int64_t> order(static_cast<size_t>(s.num_docs));
-  for (int64_t d = 0; d < s.num_docs; ++d) order[static_cast<size_t>(d)] = d;
-  const auto cost = [&](int64_t d) {
-    const Document doc = s.document(d);
-    return doc.q_len * doc.k_len;
-  };
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return cost(a) > cost(b); });
-  std::vector<KeyChunk> chunks;
-  std::vector<int64_t> tasks;  // where in chunks a task begins
-  int64_t tiles = 0, pairs = kTaskPairs;
-  for (const int64_t d : order) {
-    const Document doc = s.document(d);
-    const int64_t count = ceil_div(doc.k_len, kChunkKeys);
-    for (int64_t c = 0; c < count; ++c) {
-      if (pairs >= kTaskPairs || count > 1) {
-        tasks.push_back(static_cast<int64_t>(chunks.size()));
-        pairs = 0;
-      }
-      pairs += cost(d);
-      chunks.push_back({d, c, count, tiles});
-    }
-    if (count > 1) tiles += s.num_heads * ceil_div(doc.q_len, kTileQueries);
-  }
-  const int64_t num_tasks = static_cast<int64_t>(tasks.size());
-  tasks.push_back(static_cast<int64_t>(chunks.size()));
-
+  const bool in_place = Chunk::sums_in_place(s.head_dim);
+  const BackwardPlan plan = plan_backward(s, !in_place);
   const int num_threads = threads_for(attention_work(s) * 5 / 2, s.num_threads);
+  const int64_t row_bytes = s.head_dim * static_cast<int64_t>(sizeof(In));
+  prefer_huge_pages(args.dq, s.total_q * s.num_heads * row_bytes);
+  for (void* grad : {args.dk, args.dv}) prefer_huge_pages(grad, s.total_k * s.num_kv_heads * row_bytes);
   Workspace<float> delta(s.num_heads * s.total_q);
-  Workspace<float> dq_sums(Chunk::sums_in_place(s.head_dim) ? 0 : tiles * Chunk::tile_size(s.head_dim));
-  Turnstile turnstile(tiles);
+  Workspace<float> dq_sums(in_place ? 0 : plan.slots * Chunk::tile_size(s.head_dim));
+  Turnstile turnstile(plan.slots);
   const BackwardShared shared{delta.data(), dq_sums.data(), &turnstile};
   prepare_queries<In>(args, delta.data(), num_threads);
-  std::atomic<int64_t> next{0};  // tasks start in this order whatever order OpenMP hands them out in
-  parallel_tasks(num_tasks * s.num_kv_heads, num_threads, [&](int64_t) {
+  parallel_tasks(static_cast<int64_t>(plan.tasks.size()), num_threads, [&](int64_t index) {
     static thread_local BackwardBuffers<Engine> buffers;
     [[maybe_unused]] typename Engine::Session session;
-    const int64_t at = next.fetch_add(1, std::memory_order_relaxed), task = at / s.num_kv_heads;
-    for (int64_t i = tasks[static_cast<size_t>(task)]; i < tasks[static_cast<size_t>(task + 1)]; ++i)
-      Chunk(args, shared, chunks[static_cast<size_t>(i)], at % s.num_kv_heads, buffers).run();
+    const BackwardTask& task = plan.tasks[static_cast<size_t>(index)];
+    for (int64_t i = task.begin; i < task.end; ++i)
+      Chunk(args, shared, plan.chunks[static_cast<size_t>(i)], task, buffers).run();
   });
   if (args.dsinks != nullptr) sink_gradients(args, delta.data(), num_threads);
 }

@@ -16,32 +16,37 @@
 
 namespace herdkern::cpu::HK_ISA {
 
-// Lets the chunks of keys add to a tile of dQ one after the other. Tasks start in chunk order, so whoever is waited for
-// runs.
+// Lets the chunks of keys add to a tile of dQ one after the other, and lets tiles follow one another in one slot of
+// memory: tile t lies in slot t % slots once tile t - slots is done. Tasks start in the order of tiles and chunks, so
+// whoever is waited for runs.
 class Turnstile {
  public:
-  explicit Turnstile(int64_t tiles) : done_(std::make_unique<std::atomic<int32_t>[]>(static_cast<size_t>(tiles))) {
-    for (int64_t i = 0; i < tiles; ++i) done_[static_cast<size_t>(i)].store(0, std::memory_order_relaxed);
+  explicit Turnstile(int64_t slots)
+      : slots_(slots), state_(std::make_unique<std::atomic<int64_t>[]>(static_cast<size_t>(slots))) {
+    for (int64_t i = 0; i < slots; ++i) state_[static_cast<size_t>(i)].store(0, std::memory_order_relaxed);
   }
-  void wait(int64_t tile, int64_t chunk) const {
-    while (done_[static_cast<size_t>(tile)].load(std::memory_order_acquire) != chunk) sched_yield();
-  }
-  void pass(int64_t tile, int64_t chunk) {
-    done_[static_cast<size_t>(tile)].store(static_cast<int32_t>(chunk + 1), std::memory_order_release);
+  int64_t slot(int64_t tile) const { return tile % slots_; }
+  void wait_first(int64_t tile) const { wait_for(tile, turn(tile)); }
+  void wait(int64_t tile, int64_t chunk) const { wait_for(tile, turn(tile) + chunk); }
+  void pass(int64_t tile, int64_t chunk, bool last) {
+    const int64_t next = last ? turn(tile + slots_) : turn(tile) + chunk + 1;
+    state_[static_cast<size_t>(slot(tile))].store(next, std::memory_order_release);
   }
 
  private:
-  std::unique_ptr<std::atomic<int32_t>[]> done_;
-};
+  int64_t turn(int64_t tile) const { return tile / slots_ << 32; }  // plus the chunk that is next, 0 before the first
+  void wait_for(int64_t tile, int64_t state) const {
+    const std::atomic<int64_t>& now = state_[static_cast<size_t>(slot(tile))];
+    while (now.load(std::memory_order_acquire) != state) sched_yield();
+  }
 
-struct KeyChunk {
-  int64_t doc, index, count;  // chunk `index` of `count` of the document
-  int64_t first_tile;         // of its tiles of dQ, head 0: index into dq_sums and turnstile
+  const int64_t slots_;
+  std::unique_ptr<std::atomic<int64_t>[]> state_;
 };
 
 struct BackwardShared {
   float* delta;    // (num_heads, total_q)
-  float* dq_sums;  // tiles of dQ in fp32, of documents with several chunks; null where dQ itself is fp32
+  float* dq_sums;  // slots of tiles of dQ in fp32, of documents with several chunks; null where dQ itself is fp32
   Turnstile* turnstile;
 };
 
