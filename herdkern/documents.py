@@ -5,7 +5,7 @@ cu_seqlens[d + 1]. A batch of rows is read row after row, and the end of a row i
 over documents. On a GPU, only the functions whose result has one entry for each document wait for their number.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,16 +16,16 @@ _INT32_MAX = 2**31 - 1
 PADDING = -1  # the document id of a token that belongs to no document
 
 
-def cu_seqlens_from_lengths(lengths: Tensor | Sequence[int], *, device: torch.device | str | None = None) -> Tensor:
+def cu_seqlens_from_lengths(lengths: Tensor | Iterable[int], *, device: torch.device | str | None = None) -> Tensor:
     """Return the borders of documents of these lengths, (num_docs + 1,) int32.
 
-    lengths: (num_docs,) integers of at least 0, a tensor or a sequence.  device: that of lengths if None.
+    lengths: (num_docs,) integers of at least 0, a tensor or an iterable.  device: that of lengths if None.
     Raises: TypeError if lengths hold no integers; ValueError if one is negative or the sum exceeds int32, if they
     lie on the CPU: no device is waited for.
     """
     function = "cu_seqlens_from_lengths"
     if not isinstance(lengths, Tensor):
-        lengths = torch.tensor(list(lengths)) if len(lengths) else torch.zeros(0, dtype=torch.int64)
+        lengths = _as_tensor(function, lengths)
     _check_integers(function, "lengths", lengths)
     if lengths.dim() != 1:
         raise ValueError(f"{function}: lengths must have shape (num_docs,), got {tuple(lengths.shape)}; flatten it")
@@ -35,7 +35,8 @@ def cu_seqlens_from_lengths(lengths: Tensor | Sequence[int], *, device: torch.de
         if (low := int(lengths.min())) < 0:
             at = int(lengths.argmin())
             raise ValueError(f"{function}: lengths must be at least 0, got {low} at index {at}; remove it")
-        if (total := int(borders[-1])) > _INT32_MAX:
+        total = max(int(borders[-1]), int(lengths.max()))  # a sum of huge ones may wrap
+        if total > _INT32_MAX:
             raise ValueError(f"{function}: lengths must sum to at most {_INT32_MAX}, got {total}; make smaller batches")
     return borders.to(device=device, dtype=torch.int32)
 
@@ -119,7 +120,7 @@ def pad_input(packed: Tensor, indices: Tensor, batch_size: int, row_len: int) ->
     """Return the padded batch that `unpad_input` has packed, (batch_size, row_len, ...); padding is 0.
 
     packed: (total_tokens, ...).  indices: (total_tokens,) int64, places in (batch_size * row_len,), none twice.
-    Raises: TypeError or ValueError if the two do not fit.
+    Raises: TypeError or ValueError if they do not fit; places are checked if they lie on the CPU.
     """
     for name, x in (("packed", packed), ("indices", indices)):
         if not isinstance(x, Tensor):
@@ -127,8 +128,33 @@ def pad_input(packed: Tensor, indices: Tensor, batch_size: int, row_len: int) ->
     if indices.dim() != 1 or packed.shape[:1] != indices.shape:
         got = f"{tuple(indices.shape)} for packed {tuple(packed.shape)}"
         raise ValueError(f"pad_input: indices must have one entry for each row of packed, got {got}")
+    if indices.dtype != torch.int64:
+        got = str(indices.dtype).removeprefix("torch.")
+        raise TypeError(f"pad_input: indices must be int64, got {got}; convert it with .long()")
+    if _readable(indices) and len(indices):
+        low, high = int(indices.min()), int(indices.max())
+        if low < 0 or high >= batch_size * row_len:
+            room = f"0 to batch_size * row_len - 1 = {batch_size * row_len - 1}"
+            raise ValueError(f"pad_input: indices must be {room}, got {low if low < 0 else high}")
     padded = packed.new_zeros(batch_size * row_len, *packed.shape[1:])
     return padded.index_copy(0, indices, packed).unflatten(0, (batch_size, row_len))
+
+
+def _as_tensor(function: str, lengths: Any) -> Tensor:
+    try:
+        values = list(lengths)
+    except TypeError:
+        got = type(lengths).__name__
+        raise TypeError(f"{function}: lengths must be a tensor or an iterable of integers, got {got}") from None
+    try:
+        return torch.tensor(values) if values else torch.zeros(0, dtype=torch.int64)
+    except (RuntimeError, TypeError, ValueError) as error:
+        worst = max((n for n in values if isinstance(n, int)), key=abs, default=0)
+        if not -(2**63) <= worst < 2**63:  # what error torch has for it depends on its version
+            raise ValueError(
+                f"{function}: lengths must be 0 to {_INT32_MAX}, got {worst}; make smaller batches"
+            ) from None
+        raise TypeError(f"{function}: lengths must hold integers, got something else ({error})") from None
 
 
 def _check_integers(function: str, name: str, x: Any) -> None:

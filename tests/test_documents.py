@@ -37,6 +37,10 @@ def test_lengths(lengths, as_tensor):
     assert borders.tolist() == borders_by_loop(lengths)
 
 
+def test_lengths_may_come_one_by_one():
+    assert cu_seqlens_from_lengths(length for length in (2, 0, 3)).tolist() == [0, 2, 2, 5]
+
+
 @given(LENGTHS)
 def test_positions_count_every_document_from_0(lengths):
     positions = position_ids_from_cu_seqlens(cu_seqlens_from_lengths(lengths), sum(lengths))
@@ -143,6 +147,11 @@ def test_nothing_is_read_where_the_sizes_are_known():
     [
         (lambda: cu_seqlens_from_lengths([3, -1]), ValueError, r"lengths must be at least 0, got -1 at index 1"),
         (lambda: cu_seqlens_from_lengths([2**31]), ValueError, r"lengths must sum to at most 2147483647"),
+        (lambda: cu_seqlens_from_lengths(5), TypeError, r"lengths must be a tensor or an iterable of .* got int"),
+        (lambda: cu_seqlens_from_lengths(None), TypeError, r"lengths must be a tensor or an iterable .* got NoneType"),
+        (lambda: cu_seqlens_from_lengths("ab"), TypeError, r"lengths must hold integers"),
+        (lambda: cu_seqlens_from_lengths([2**63]), ValueError, r"must be 0 to 2147483647, got 9223372036854775808"),
+        (lambda: cu_seqlens_from_lengths([2**62] * 4), ValueError, r"lengths must sum to at most 2147483647"),
         (lambda: cu_seqlens_from_lengths([1.5]), TypeError, r"lengths must hold integers, got float32"),
         (lambda: cu_seqlens_from_lengths(torch.ones(2, 2).long()), ValueError, r"shape \(num_docs,\), got \(2, 2\)"),
         (lambda: cu_seqlens_from_position_ids([0, 1]), TypeError, r"position_ids must be a tensor, got list"),
@@ -161,6 +170,9 @@ def test_nothing_is_read_where_the_sizes_are_known():
         (lambda: unpad_input(torch.ones(2, 3), torch.ones(3, 2).bool()), ValueError, r"must be \(3, 2, \.\.\.\)"),
         (lambda: unpad_input([[1]], torch.ones(1, 1).bool()), TypeError, r"hidden_states must be a tensor, got list"),
         (lambda: pad_input(torch.ones(2, 3), torch.ones(3).long(), 1, 3), ValueError, r"one entry for each row"),
+        (lambda: pad_input(torch.ones(2, 3), torch.tensor([0, 1]).int(), 1, 3), TypeError, r"indices must be int64"),
+        (lambda: pad_input(torch.ones(2, 3), torch.tensor([0, 3]), 1, 3), ValueError, r"must be 0 to .* = 2, got 3"),
+        (lambda: pad_input(torch.ones(2, 3), torch.tensor([-1, 0]), 1, 3), ValueError, r"must be 0 to .* got -1"),
     ],
 )
 def test_errors_name_the_argument(call, error, message):
