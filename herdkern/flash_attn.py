@@ -8,7 +8,8 @@ Arguments are those of flash-attn 2.8; `sinks` at the end of each is ours. What 
 - max_seqlen_q and max_seqlen_k may be None: the borders say it all.
 - Probabilities are never returned: return_attn_probs gives (out, softmax_lse, None).
 
-Batched arguments (batch, seqlen, num_heads, head_dim) are packed documents of one length: nothing is copied or padded.
+Batched arguments (batch, seqlen, num_heads, head_dim) are packed documents of one length: nothing is padded, and
+nothing copied if rows lie end to end; those of (batch, num_heads, seqlen, head_dim).transpose(1, 2) do not: a copy.
 """
 
 from typing import Any
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from herdkern.documents import cu_seqlens_from_lengths
 from herdkern.ops import attention, rope
-from herdkern.ops.paged_attention import paged_attention
+from herdkern.ops.attention_checks import check_softmax, check_tensor, is_integer, is_number
+from herdkern.ops.backend import dtype_name
+from herdkern.ops.paged_attention import check_paged, paged_attention
 
 Window = tuple[int, int]
 
@@ -46,9 +49,7 @@ def flash_attn_func(
     """
     function = "flash_attn_func"
     _check_batched(function, q=q, k=k, v=v)
-    if k.shape[0] != q.shape[0] or v.shape != k.shape:
-        got = f"{tuple(k.shape)} and {tuple(v.shape)}"
-        raise ValueError(f"{function}: k and v must have the batch size {q.shape[0]} of q and one shape, got {got}")
+    _check_keys(function, q, k, v)
     options = _options(function, dropout_p, alibi_slopes, softmax_scale, causal, window_size, softcap, sinks)
     borders, borders_k = (_even_borders(x.shape[0], x.shape[1], x) for x in (q, k))
     flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
@@ -210,13 +211,20 @@ def flash_attn_with_kvcache(
         cache; row b for b by default.  cache_leftpad: (batch,) first token of each row that counts; neither with
         block_table: (batch, max_pages) int32.  num_splits: has no effect.
     Returns: shape of q, no gradient; with return_softmax_lse also softmax_lse (batch, num_heads, seqlen_q) float32.
-    Raises: NotImplementedError for ALiBi; ValueError if arguments do not fit or the cache is too short.
+    Raises: NotImplementedError for ALiBi; ValueError if arguments do not fit or the cache is too short; TypeError for
+        what must be a tensor. The cache is written only after all checks.
     """
     function = "flash_attn_with_kvcache"
     _check_batched(function, q=q, k_cache=k_cache, v_cache=v_cache)
     options = _options(function, 0.0, alibi_slopes, softmax_scale, causal, window_size, softcap, sinks)
     table = _block_table(q.shape[0], k_cache, block_table, cache_batch_idx, cache_leftpad)
     seqlens = _cache_lengths(q, k, v, table.shape[1] * k_cache.shape[1], cache_seqlens)
+    total = (seqlens + (0 if k is None else k.shape[1])).to(torch.int32)
+    check_paged(q.flatten(0, 1), k_cache, v_cache, table, _even_borders(q.shape[0], q.shape[1], q), total)
+    check_softmax(function, q.flatten(0, 1), **options, return_lse=return_softmax_lse)
+    _check_leftpad(q, cache_leftpad)
+    if k is not None and v is not None:
+        _check_new_keys(k_cache, {"k": k, "v": v}, table, total)
     if rotary_cos is not None or rotary_sin is not None:
         if k is None or rotary_cos is None or rotary_sin is None:
             raise ValueError(f"{function}: rotary_cos and rotary_sin must come together and with k, got one alone")
@@ -226,8 +234,7 @@ def flash_attn_with_kvcache(
         k = _rotate(k, rotary_cos, rotary_sin, first, True, rotary_interleaved)
     if k is not None and v is not None:
         _append(k_cache, v_cache, k, v, table, seqlens)
-        seqlens = seqlens + k.shape[1]
-    out, lse = _attend_cache(q, k_cache, v_cache, table, seqlens, cache_leftpad, options)
+    out, lse = _attend_cache(q, k_cache, v_cache, table, total, cache_leftpad, options)
     return (out.view(q.shape), _batched_lse(lse, q)) if return_softmax_lse else out.view(q.shape)
 
 
@@ -250,6 +257,10 @@ def _options(
         raise NotImplementedError(f"{function}: alibi_slopes must be None, got {type(alibi_slopes).__name__}; {remedy}")
     if not isinstance(window_size, tuple | list) or len(window_size) != 2:
         raise ValueError(f"{function}: window_size must be (left, right), got {window_size!r}")
+    if not all(is_integer(side) for side in window_size):
+        raise ValueError(f"{function}: window_size must hold integers, got {window_size!r}; (-1, -1) is no limit")
+    if not is_number(softcap):
+        raise ValueError(f"{function}: softcap must be a number, got {softcap!r}; 0 is none")
     return {
         "softmax_scale": softmax_scale,
         "causal": causal,
@@ -269,6 +280,13 @@ def _check_batched(function: str, **operands: Tensor) -> None:
                 f"{function}: {name} must be (batch, seqlen, heads, head_dim), got {got}; "
                 "for packed documents there is flash_attn_varlen_func"
             )
+
+
+def _check_keys(function: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(f"{function}: k and v must have the batch size {q.shape[0]} of q, got {k.shape[0]}")
+    if v.shape != k.shape:  # head_dim too: the kernels have one for k and v
+        raise ValueError(f"{function}: v must have the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
 
 
 def _unbind(function: str, name: str, x: Tensor, dims: int, parts: int) -> tuple[Tensor, ...]:
@@ -297,6 +315,10 @@ def _block_table(
         for name, x in (("cache_batch_idx", row), ("cache_leftpad", leftpad)):
             if x is not None:
                 raise ValueError(f"flash_attn_with_kvcache: {name} must be None with a block_table, got a tensor")
+        check_tensor("flash_attn_with_kvcache", "block_table", block_table)
+        if block_table.dim() != 2:
+            shape = tuple(block_table.shape)
+            raise ValueError(f"flash_attn_with_kvcache: block_table must be (batch, max_pages), got {shape}")
         return block_table
     if row is None:
         if batch_size > k_cache.shape[0]:
@@ -308,6 +330,9 @@ def _block_table(
     if row.shape != (batch_size,):
         shape = tuple(row.shape)
         raise ValueError(f"flash_attn_with_kvcache: cache_batch_idx must have shape ({batch_size},), got {shape}")
+    if row.is_cpu and bool(((row < 0) | (row >= k_cache.shape[0])).any()):
+        rows = f"rows of the cache, 0 to {k_cache.shape[0] - 1}"
+        raise ValueError(f"flash_attn_with_kvcache: cache_batch_idx must name {rows}, got {row.tolist()}")
     return row[:, None].to(torch.int32)
 
 
@@ -320,9 +345,7 @@ def _cache_lengths(
         raise ValueError(f"{function}: k and v must come together, got one alone")
     if k is not None and v is not None:
         _check_batched(function, k=k, v=v)
-        if k.shape[0] != q.shape[0] or v.shape != k.shape:
-            got = f"{tuple(k.shape)} and {tuple(v.shape)}"
-            raise ValueError(f"{function}: k and v must have the batch size {q.shape[0]} of q and one shape, got {got}")
+        _check_keys(function, q, k, v)
         if cache_seqlens is None:
             raise ValueError(f"{function}: cache_seqlens must say where k goes, got None; pass 0 for an empty cache")
     if not isinstance(cache_seqlens, Tensor):
@@ -338,6 +361,37 @@ def _cache_lengths(
             got = f"{low}" if low < 0 else f"{high - new} and {new} new tokens for a cache of {capacity}"
             raise ValueError(f"{function}: cache_seqlens must lie in the cache, got {got}; make it longer")
     return cache_seqlens.long()
+
+
+def _check_leftpad(q: Tensor, leftpad: Tensor | None) -> None:
+    name = "flash_attn_with_kvcache: cache_leftpad"
+    if leftpad is None:
+        return
+    if not isinstance(leftpad, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(leftpad).__name__}")
+    if leftpad.shape != q.shape[:1] or leftpad.dtype not in (torch.int32, torch.int64):
+        got = f"{tuple(leftpad.shape)} of {dtype_name(leftpad.dtype)}"
+        raise ValueError(f"{name} must be integers of shape ({q.shape[0]},), got {got}")
+
+
+def _check_new_keys(k_cache: Tensor, new: dict[str, Tensor], table: Tensor, total: Tensor) -> None:
+    """What is written must have the form of the cache, and go to pages that there are; total: (batch,) keys then."""
+    function = "flash_attn_with_kvcache"
+    for name, x in new.items():
+        if x.shape[2:] != k_cache.shape[2:]:
+            heads = f"{k_cache.shape[2]}, {k_cache.shape[3]}"
+            raise ValueError(f"{function}: {name} must be (batch, seqlen, {heads}) as the cache, got {tuple(x.shape)}")
+        if x.dtype != k_cache.dtype or x.device != k_cache.device:
+            wanted = f"{dtype_name(k_cache.dtype)} on {k_cache.device}"
+            got = f"{dtype_name(x.dtype)} on {x.device}"
+            raise ValueError(f"{function}: {name} must be {wanted} as the cache, got {got}")
+    if not table.is_cpu:
+        return
+    used = torch.arange(table.shape[1]) * k_cache.shape[1] < total[:, None]
+    if bool((outside := used & ((table < 0) | (table >= k_cache.shape[0]))).any()):
+        row, entry = outside.nonzero()[0].tolist()
+        where = f"pages from 0 to {k_cache.shape[0] - 1} (row {row}, entry {entry})"
+        raise ValueError(f"{function}: block_table must name {where}, got {int(table[row, entry])}")
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, first: Tensor, walks: bool, interleaved: bool) -> Tensor:
@@ -377,8 +431,7 @@ def _attend_cache(
     """(out, lse), packed, of q: (batch, seqlen_q, num_heads, head_dim) and the seqlens tokens of each row."""
     borders, q = _even_borders(q.shape[0], q.shape[1], q), q.flatten(0, 1)
     if leftpad is None:
-        args = (q, k_cache, v_cache, table, borders, seqlens.to(torch.int32))
-        out, lse = paged_attention(*args, return_lse=True, **options)
+        out, lse = paged_attention(q, k_cache, v_cache, table, borders, seqlens, return_lse=True, **options)
         return out, lse
     place = torch.arange(k_cache.shape[1], device=k_cache.device)
     counts = (place >= leftpad[:, None]) & (place < seqlens[:, None])  # (batch, max_len)

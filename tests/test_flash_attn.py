@@ -221,6 +221,52 @@ def test_kvcache_rotates(interleaved, rotary_dim, causal, dtype):
             )
 
 
+TABLES = {
+    "page -1": torch.tensor([[0], [-1]], dtype=torch.int32),
+    "page 9": torch.tensor([[0], [9]], dtype=torch.int32),
+    "int64": torch.tensor([[0], [1]]),
+    "one dimension": torch.tensor([0, 1], dtype=torch.int32),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(({"block_table": table}, "block_table must") for table in TABLES.values()),
+        ({"sinks": torch.zeros(3)}, r"sinks must have shape"),
+        ({"softmax_scale": 0.0}, "softmax_scale must be positive"),
+        ({"causal": "no"}, "causal must be True or False"),
+        ({"k": torch.ones(2, 3, 1, 8), "v": torch.ones(2, 3, 1, 8)}, r"k must be \(batch, seqlen, 2, 8\) as the cache"),
+        ({"k": torch.ones(2, 3, 2, 1), "v": torch.ones(2, 3, 2, 1)}, r"k must be \(batch, seqlen, 2, 8\) as the cache"),
+        ({"k": torch.ones(2, 3, 2, 8).bfloat16()}, "k must be float32 on cpu as the cache, got bfloat16 on cpu"),
+        ({"v": torch.ones(2, 3, 2, 8).double()}, "v must be float32 on cpu as the cache, got float64 on cpu"),
+        ({"v_cache": torch.ones(2, 9, 2, 8)}, "v_cache must have the shape of k_cache"),
+        ({"q": torch.ones(2, 3, 3, 8)}, "num_heads of q must be a positive multiple"),
+        ({"q": torch.ones(2, 3, 4, 8).bfloat16()}, "k_cache must be bfloat16 as q, got float32"),
+        (
+            {"cache_batch_idx": torch.tensor([0, -1])},
+            r"cache_batch_idx must name rows of the cache, 0 to 1, got \[0, -1\]",
+        ),
+        ({"cache_batch_idx": torch.tensor([0, 2])}, "cache_batch_idx must name rows of the cache"),
+        ({"cache_leftpad": torch.zeros(3).int()}, r"cache_leftpad must be integers of shape \(2,\)"),
+        ({"cache_leftpad": torch.zeros(2)}, r"cache_leftpad must be integers of shape"),
+        ({"cache_seqlens": 8}, "cache_seqlens must lie in the cache"),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else "",
+)
+def test_wrong_call_leaves_the_cache_as_it_was(change, message):
+    caches = [torch.zeros(2, 10, 2, 8) for _ in "kv"]
+    arguments = {"q": torch.ones(2, 3, 4, 8), "k_cache": caches[0], "v_cache": caches[1], "cache_seqlens": 2}
+    arguments |= {name: torch.ones(2, 3, 2, 8) for name in "kv"}
+    flash_attn_with_kvcache(**arguments, block_table=torch.tensor([[0], [1]], dtype=torch.int32))
+    assert all(cache.any() for cache in caches)
+    for cache in caches:
+        cache.zero_()
+    with pytest.raises(ValueError, match=message):
+        flash_attn_with_kvcache(**(arguments | change))
+    assert not any(cache.any() for cache in caches)
+
+
 T = torch.zeros(1, 2, 2, 8)
 CACHE = torch.zeros(1, 4, 2, 8)
 
@@ -231,7 +277,13 @@ CACHE = torch.zeros(1, 4, 2, 8)
         (lambda: flash_attn_func(T, T, T, 0.1), NotImplementedError, r"dropout_p must be 0, got 0.1; pass 0"),
         (lambda: flash_attn_func(T, T, T, alibi_slopes=T), NotImplementedError, r"alibi_slopes must be None"),
         (lambda: flash_attn_func(T[0], T, T), ValueError, r"q must be .*got \(2, 2, 8\); for packed documents"),
-        (lambda: flash_attn_func(T, T, CACHE), ValueError, r"k and v must have the batch size 1"),
+        (lambda: flash_attn_func(T, T, CACHE), ValueError, r"v must have the shape of k \(1, 2, 2, 8\), got"),
+        (lambda: flash_attn_func(T, T, T[..., :4]), ValueError, r"v must have the shape of k .* got \(1, 2, 2, 4\)"),
+        (lambda: flash_attn_func(T, T[:0], T[:0]), ValueError, r"k and v must have the batch size 1 of q, got 0"),
+        (lambda: flash_attn_func(T, T, T, softcap=None), ValueError, r"softcap must be a number, got None"),
+        (lambda: flash_attn_func(T, T, T, softcap="1"), ValueError, r"softcap must be a number, got '1'"),
+        (lambda: flash_attn_func(T, T, T, window_size=(None, 0)), ValueError, r"window_size must hold integers"),
+        (lambda: flash_attn_func(T, T, T, causal="no"), ValueError, r"causal must be True or False, got 'no'"),
         (lambda: flash_attn_func(T, None, T), TypeError, r"k must be a tensor, got NoneType"),
         (lambda: flash_attn_func(T, T, T, window_size=3), ValueError, r"window_size must be \(left, right\), got 3"),
         (lambda: flash_attn_qkvpacked_func(T), ValueError, r"qkv must be \(batch, seqlen, 3, heads, head_dim\)"),

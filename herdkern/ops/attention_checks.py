@@ -79,17 +79,19 @@ def check_max_seqlen(function: str, max_seqlen: Any) -> None:
     """Check an upper bound of document lengths, None or an integer."""
     if max_seqlen is None:
         return
-    if not _is_integer(max_seqlen):
+    if not is_integer(max_seqlen):
         raise ValueError(f"{function}: max_seqlen must be an integer, got {max_seqlen!r}")
     if max_seqlen < 0:
         raise ValueError(f"{function}: max_seqlen must be at least 0, got {max_seqlen}")
 
 
-def _is_integer(x: Any) -> bool:
+def is_integer(x: Any) -> bool:
+    """Return whether x is an integer, also one that is only a symbol while tracing; a bool is none."""
     return isinstance(x, Integral | torch.SymInt) and not isinstance(x, bool)
 
 
-def _is_number(x: Any) -> bool:
+def is_number(x: Any) -> bool:
+    """Return whether x is a real number, also one that is only a symbol while tracing; a bool is none."""
     return isinstance(x, Real | torch.SymInt | torch.SymFloat) and not isinstance(x, bool)
 
 
@@ -108,11 +110,11 @@ def check_softmax(
             raise ValueError(f"{function}: {name} must be True or False, got {value!r}")
     if not isinstance(window_size, tuple | list) or len(window_size) != 2:
         raise ValueError(f"{function}: window_size must be (left, right), got {window_size!r}")
-    if not all(_is_integer(side) and -1 <= side < 2**63 for side in window_size):
+    if not all(is_integer(side) and -1 <= side < 2**63 for side in window_size):
         raise ValueError(f"{function}: window_size must hold integers of at least -1 (no limit), got {window_size!r}")
-    if not _is_number(softcap) or (softcap != 0 and not _FLOAT32_MIN <= softcap <= _FLOAT32_MAX):
+    if not is_number(softcap) or (softcap != 0 and not _FLOAT32_MIN <= softcap <= _FLOAT32_MAX):
         raise ValueError(f"{function}: softcap must be 0 (none) or positive and finite, got {softcap!r}")
-    if softmax_scale is not None and not (_is_number(softmax_scale) and _FLOAT32_MIN <= softmax_scale <= _FLOAT32_MAX):
+    if softmax_scale is not None and not (is_number(softmax_scale) and _FLOAT32_MIN <= softmax_scale <= _FLOAT32_MAX):
         raise ValueError(f"{function}: softmax_scale must be positive and finite, got {softmax_scale!r}")
     if sinks is None:
         return

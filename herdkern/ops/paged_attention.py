@@ -89,8 +89,8 @@ def paged_attention(
     Raises: TypeError for an argument that must be a tensor; ValueError if shapes, dtypes, devices or values do not fit;
         NotImplementedError if a gradient is asked for.
     """
-    _check(q, k_cache, v_cache, block_table, cu_seqlens, seqlens_k)
-    check_softmax(_NAME, q, window_size, softcap, sinks, softmax_scale)
+    check_paged(q, k_cache, v_cache, block_table, cu_seqlens, seqlens_k)
+    check_softmax(_NAME, q, window_size, softcap, sinks, softmax_scale, causal=causal, return_lse=return_lse)
     _check_no_gradient(q=q, k_cache=k_cache, v_cache=v_cache, sinks=sinks)
     inputs = q, k_cache, v_cache, block_table, cu_seqlens, seqlens_k
     left, right = window_size[0], 0 if causal else window_size[1]
@@ -103,9 +103,10 @@ def paged_attention(
     return (out, lse) if return_lse else out
 
 
-def _check(
+def check_paged(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, cu_seqlens: Tensor, seqlens_k: Tensor
 ) -> None:
+    """Check the form of these arguments of `paged_attention`; the values of the last three are checked where read."""
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         check_tensor(_NAME, name, x)
     check_queries(_NAME, q)

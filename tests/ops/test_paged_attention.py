@@ -226,6 +226,14 @@ WRONG = [
     ("cu_seqlens", lambda x: x[None], ValueError, "must have shape .num_docs . 1,."),
     ("cu_seqlens", lambda x: x - 1, ValueError, "must start with 0"),
     ("cu_seqlens", lambda x: x * 2, ValueError, "must end with the number of tokens"),
+    ("block_table", lambda x: x.tolist(), TypeError, "block_table must be a tensor, got list"),
+    ("cu_seqlens", lambda x: x.tolist(), TypeError, "cu_seqlens must be a tensor, got list"),
+    ("seqlens_k", lambda x: x.tolist(), TypeError, "seqlens_k must be a tensor, got list"),
+    ("k_cache", lambda x: x.tolist(), TypeError, "k_cache must be a tensor, got list"),
+    ("q", lambda x: x.to_sparse(), ValueError, "q must be dense, got sparse_coo"),
+    ("q", lambda x: x[..., :0], ValueError, "head_dim of q must be 1 to 256, got 0"),
+    ("cu_seqlens", lambda x: x.flip(0), ValueError, "cu_seqlens must start with 0"),
+    ("cu_seqlens", lambda x: x.repeat_interleave(2)[::2], ValueError, "cu_seqlens must be contiguous"),
     ("seqlens_k", lambda x: x.long(), ValueError, "must be int32, got int64"),
     ("seqlens_k", lambda x: x[1:], ValueError, "must have shape .num_docs=5"),
     ("seqlens_k", lambda x: x * 100, ValueError, "must be 0 to max_pages . page_size"),
@@ -243,6 +251,7 @@ def test_wrong_arguments_are_named(name, change, error, message):
     with pytest.raises(error, match=message) as raised:
         paged_attention(**arguments)
     assert "attention: " in str(raised.value)
+    assert name in str(raised.value) or (name, message) == ("block_table", "seqlens_k must be 0 to max_pages")
 
 
 @pytest.mark.parametrize(
@@ -253,6 +262,13 @@ def test_wrong_arguments_are_named(name, change, error, message):
         ({"softcap": -1.0}, "softcap must be"),
         ({"softmax_scale": 0.0}, "softmax_scale must be"),
         ({"sinks": torch.zeros(3)}, "sinks must have shape"),
+        ({"causal": "no"}, "causal must be True or False, got 'no'"),
+        ({"return_lse": "x"}, "return_lse must be True or False, got 'x'"),
+        ({"softcap": None}, "softcap must be"),
+        ({"softcap": float("nan")}, "softcap must be"),
+        ({"softmax_scale": "1"}, "softmax_scale must be"),
+        ({"window_size": (1.5, 0)}, "window_size must hold"),
+        ({"sinks": torch.zeros(4, dtype=torch.int32)}, "sinks must be floating point"),
     ],
 )
 def test_wrong_options_are_named(options, message):
