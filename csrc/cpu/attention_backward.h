@@ -231,7 +231,7 @@ class BackwardChunk {
         if (s.sinks == nullptr && seen.end - seen.begin <= 16) normalize_row(p, span);
         delta[r] = delta_of_row(p, dp, span, s.sinks == nullptr);
         shared_.delta[first + r] = delta[r];
-      } else {
+      } else if (seen.begin < seen.end) {  // who sees none may see all of another chunk, which writes its delta now
         delta[r] = shared_.delta[first + r];
       }
     }
