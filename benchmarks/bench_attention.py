@@ -6,7 +6,7 @@ compile, is reported apart. A case is named
 <dtype>-<layout>-T<tokens>-D<head_dim>; 8 query heads share 2 key-value heads. Layouts: 16 documents of Zipf's law, 128
 short documents, one document.
 
-`python benchmarks/bench_attention.py --json benchmarks/results/attention.json` takes about 12 minutes on two cores and
+`python benchmarks/bench_attention.py --json benchmarks/results/attention.json` takes about 14 minutes on two cores and
 draws attention.svg beside the report.
 """
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("herdkern", "DEF")
 
@@ -56,6 +57,7 @@ def native_op(
 
     def call_with_gradient(*args: Any) -> Any:
         if not is_plain_eager(args):
+            refuse_forward_mode(name, args)
             return registered(*args)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return Eager.apply(*args)
@@ -99,6 +101,17 @@ except AttributeError:
         return 1
 
 
+def refuse_forward_mode(op: str, args: Sequence[Any]) -> None:
+    """Raise NotImplementedError if a forward-mode derivative is asked for: torch would take it as zero, in silence."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args):
+        raise NotImplementedError(
+            f"{op}: no backend can run this call in forward mode (torch.func.jvp, dual tensors); "
+            'use reverse mode, or backend="reference"'
+        )
+
+
 def is_plain_eager(args: Sequence[Any]) -> bool:
     """Return whether a call with `args` may skip torch's dispatcher: nobody traces, intercepts or transforms it."""
     if (
@@ -106,6 +119,7 @@ def is_plain_eager(args: Sequence[Any]) -> bool:
         or _num_dispatch_modes()
         or _num_function_modes()
         or _functorch_level() is not None
+        or forward_ad._current_level >= 0
     ):
         return False
     for arg in args:

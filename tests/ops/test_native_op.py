@@ -106,3 +106,18 @@ def test_a_block_of_all_ops_compiles_without_a_graph_break():
     torch.testing.assert_close(got, expected)
     for a, b in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves)):
         torch.testing.assert_close(a, b)
+
+
+def test_forward_mode_is_refused_and_not_taken_as_zero():
+    x, borders = torch.randn(4, 2, 8), torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="attention_forward: no backend can run this call in forward mode"):
+        torch.func.jvp(lambda q: attention(q, x, x, borders), (x,), (torch.ones_like(x),))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="in forward mode"):
+            attention(dual, x, x, borders)
+        assert attention(x, x, x, borders).isfinite().all()
+    _, tangent = torch.func.jvp(
+        lambda q: attention(q, x, x, borders, backend="reference"), (x,), (torch.ones_like(x),)
+    )
+    assert tangent.abs().sum() > 0
