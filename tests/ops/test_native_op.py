@@ -117,7 +117,5 @@ def test_forward_mode_is_refused_and_not_taken_as_zero():
         with pytest.raises(NotImplementedError, match="in forward mode"):
             attention(dual, x, x, borders)
         assert attention(x, x, x, borders).isfinite().all()
-    _, tangent = torch.func.jvp(
-        lambda q: attention(q, x, x, borders, backend="reference"), (x,), (torch.ones_like(x),)
-    )
+    _, tangent = torch.func.jvp(lambda q: attention(q, x, x, borders, backend="reference"), (x,), (torch.ones_like(x),))
     assert tangent.abs().sum() > 0
