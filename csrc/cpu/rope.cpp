@@ -1,5 +1,7 @@
 #include "cpu/rope.h"
 
+#include <algorithm>
+
 #include "common/simd.h"
 #include "cpu/threads.h"
 #include "cpu/workspace.h"
@@ -43,13 +45,35 @@ HK_INLINE void turn_neighbours(const T* x, const float* cos_pairs, const float* 
       });
 }
 
+// The position of each token of an ascending run.
+class Positions {
+ public:
+  Positions(const Rope& args, int64_t first_token) : args_(args) {
+    if (args.positions == nullptr && args.cu_seqlens != nullptr)  // the first border after the token
+      next_ = std::upper_bound(args.cu_seqlens, args.cu_seqlens + args.num_docs + 1, first_token);
+  }
+
+  HK_INLINE int64_t of(int64_t token) {
+    if (args_.positions != nullptr)
+      return args_.wide_positions ? static_cast<const int64_t*>(args_.positions)[token]
+                                  : static_cast<const int32_t*>(args_.positions)[token];
+    if (next_ == nullptr) return token;
+    while (*next_ <= token) ++next_;  // the last border, num_tokens, lies above every token
+    return token - next_[-1];
+  }
+
+ private:
+  const Rope& args_;
+  const int32_t* next_ = nullptr;
+};
+
 template <typename T>
 void turn_tokens(const Rope& args, int64_t token_begin, int64_t token_end, float* pairs) {
   const int64_t half = args.head_dim / 2;
   const float sign = args.inverse ? -1.0f : 1.0f;
+  Positions positions(args, token_begin);
   for (int64_t token = token_begin; token < token_end; ++token) {
-    const int64_t position = args.wide_positions ? static_cast<const int64_t*>(args.positions)[token]
-                                                 : static_cast<const int32_t*>(args.positions)[token];
+    const int64_t position = positions.of(token);
     const float* cos_row = args.cos_table + position * half;
     const float* sin_row = args.sin_table + position * half;
     float* const cos_pairs = pairs;
@@ -59,11 +83,13 @@ void turn_tokens(const Rope& args, int64_t token_begin, int64_t token_end, float
       sin_pairs[2 * i] = -sign * sin_row[i];
       sin_pairs[2 * i + 1] = sign * sin_row[i];
     }
-    for (int64_t head = 0; head < args.num_heads; ++head) {
-      const T* x = static_cast<const T*>(args.x) + token * args.token_stride + head * args.head_stride;
-      T* out = static_cast<T*>(args.out) + (token * args.num_heads + head) * args.head_dim;
-      args.interleaved ? turn_neighbours(x, cos_pairs, sin_pairs, args.head_dim, out)
-                       : turn_halves(x, cos_row, sin_row, sign, half, out);
+    for (const RopeHeads& heads : args.heads) {
+      const T* x = static_cast<const T*>(heads.x) + token * heads.token_stride;
+      T* out = static_cast<T*>(heads.out) + token * heads.out_token_stride;
+      for (int64_t head = 0; head < heads.num_heads; ++head, x += heads.head_stride, out += heads.out_head_stride) {
+        args.interleaved ? turn_neighbours(x, cos_pairs, sin_pairs, args.head_dim, out)
+                         : turn_halves(x, cos_row, sin_row, sign, half, out);
+      }
     }
   }
 }
@@ -71,7 +97,7 @@ void turn_tokens(const Rope& args, int64_t token_begin, int64_t token_end, float
 }  // namespace
 
 void rope(const Rope& args) {
-  const int64_t work = args.num_tokens * args.num_heads * args.head_dim;
+  const int64_t work = args.num_tokens * (args.heads[0].num_heads + args.heads[1].num_heads) * args.head_dim;
   const int num_threads = threads_for(work, args.num_threads);
   const int64_t pairs_size = (args.interleaved ? 2 * args.head_dim : 0) + 16;  // + a cache line between threads
   Workspace<float> pairs(pairs_size * num_threads);

@@ -4,7 +4,7 @@ from herdkern.ops.attention import attention, attention_reference
 from herdkern.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from herdkern.ops.paged_attention import paged_attention, paged_attention_reference
 from herdkern.ops.rms_norm import rms_norm, rms_norm_reference
-from herdkern.ops.rope import RopeScaling, rope, rope_reference, rope_table
+from herdkern.ops.rope import RopeScaling, rope, rope_qk, rope_qk_reference, rope_reference, rope_table
 from herdkern.ops.swiglu import swiglu, swiglu_reference
 
 __all__ = [
@@ -18,6 +18,8 @@ __all__ = [
     "rms_norm",
     "rms_norm_reference",
     "rope",
+    "rope_qk",
+    "rope_qk_reference",
     "rope_reference",
     "rope_table",
     "swiglu",

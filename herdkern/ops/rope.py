@@ -5,13 +5,15 @@ Source: Su et al. 2021, eq. 34 (arXiv:2104.09864); frequency scaling: Llama 3.1 
 
 import dataclasses
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from herdkern.ops.attention_checks import border_values, check_borders
 from herdkern.ops.backend import Backend, choose, dtype_name, native_module, num_threads, why_not_native
-from herdkern.ops.native_op import native_op
+from herdkern.ops.native_op import is_plain_eager, native_op
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,78 +73,293 @@ def rope_reference(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, in
     return (torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)).to(x.dtype)
 
 
+def rope_qk_reference(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    interleaved: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return rope_qk in plain torch: rope_reference of q and of k."""
+    if positions is None:
+        positions = torch.arange(q.shape[0], device=q.device)
+        if cu_seqlens is not None:
+            borders = cu_seqlens.long()
+            positions -= torch.repeat_interleave(borders[:-1], borders.diff(), output_size=q.shape[0])
+    turned_q, turned_k = (rope_reference(x, cos, sin, positions, interleaved=interleaved) for x in (q, k))
+    return turned_q, turned_k
+
+
 def rope(
-    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *, interleaved: bool = False, backend: Backend = "auto"
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    *,
+    interleaved: bool = False,
+    inplace: bool = False,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Return `x` with pair i of each head turned by the angle of row positions[t] of the table.
 
     x: (total_tokens, num_heads, head_dim), float32 | bfloat16; head_dim contiguous, so slices of a fused projection
     need no copy.  cos, sin: (max_position, head_dim // 2) float32, see rope_table.  positions: (total_tokens,) int32 |
     int64.  interleaved: pairs are neighbours (2i, 2i + 1) instead of the two halves (i, i + head_dim // 2).
+    inplace: write the result into x and return x, as said at rope_qk.
     Returns: shape and dtype of x, contiguous.
     Raises: ValueError if the arguments do not fit each other or a position lies outside the table;
     NotImplementedError if no backend can run the call.
     """
-    _check(x, cos, sin, positions)
-    why_not = {"native": why_not_native(x, torch.float32, torch.bfloat16), "reference": None}
-    if choose("rope", backend, why_not) == "reference":
-        if x.is_cpu and not torch.compiler.is_compiling():
-            outside = ((positions < 0) | (positions >= cos.shape[0])).nonzero()
-            _check_range(positions, cos.shape[0], int(outside[0]) if len(outside) else -1)
-        return rope_reference(x, cos, sin, positions, interleaved=interleaved)
+    _check("rope", {"x": x}, cos, sin, positions)
+    if _chosen("rope", x, backend) == "reference":
+        _check_places("rope", x, cos, positions, None)
+        out = rope_reference(x, cos, sin, positions, interleaved=interleaved)
+        return _write_back("rope", {"x": x}, (out,))[0] if inplace else out
+    if inplace:
+        return _turn_in_place("rope", {"x": x}, cos, sin, positions, None, interleaved)[0]
     return _forward(x, cos, sin, positions, interleaved, False)
 
 
-def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> None:
-    if x.dim() != 3 or x.shape[2] % 2:
-        raise ValueError(f"rope: x must be (total_tokens, num_heads, even head_dim), got {tuple(x.shape)}")
+def rope_qk(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    interleaved: bool = False,
+    inplace: bool = False,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Return `rope` of queries and keys by one kernel call.
+
+    q: (total_tokens, num_heads, head_dim), k: (total_tokens, num_kv_heads, head_dim), cos, sin, positions, interleaved:
+    as x and the rest in `rope`.
+    cu_seqlens: (num_docs + 1,) int32, borders of documents, in place of positions: each counts from 0. Without either,
+        tokens count from 0 to total_tokens - 1.
+    inplace: write the results into q and k and return them. With autograd, q and k are marked as changed: a leaf that
+        requires a gradient is refused, and torch raises where the old values are still needed or where a view comes
+        from a function with several results (split, unbind). For a view (unflatten of a projection) torch copies the
+        gradient of its base twice, so that in place is for inference and for tensors that are no views. Under
+        torch.compile it is a new tensor and a copy.
+    Returns: shapes and dtype of q and k; contiguous, or q and k themselves.
+    Raises: ValueError if the arguments do not fit each other, a position lies outside the table, or inplace cannot be;
+    NotImplementedError if no backend can run the call.
+    """
+    both = {"q": q, "k": k}
+    _check("rope_qk", both, cos, sin, positions, cu_seqlens)
+    if _chosen("rope_qk", q, backend) == "reference":
+        _check_places("rope_qk", q, cos, positions, cu_seqlens)
+        turned = rope_qk_reference(q, k, cos, sin, positions, cu_seqlens=cu_seqlens, interleaved=interleaved)
+        return _write_back("rope_qk", both, turned) if inplace else turned
+    if inplace:
+        return _turn_in_place("rope_qk", both, cos, sin, positions, cu_seqlens, interleaved)
+    turned_q, turned_k = _forward_qk(q, k, cos, sin, positions, cu_seqlens, interleaved, False)
+    return turned_q, turned_k
+
+
+def _chosen(function: str, x: Tensor, backend: Backend) -> str:
+    why_not = {"native": why_not_native(x, torch.float32, torch.bfloat16), "reference": None}
+    return choose(function, backend, why_not)
+
+
+def _check(
+    function: str,
+    operands: dict[str, Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+) -> None:
+    first = next(iter(operands.values()))
+    for name, x in operands.items():
+        if x.dim() != 3 or x.shape[2] % 2:
+            expected = "(total_tokens, num_heads, even head_dim)"
+            raise ValueError(f"{function}: {name} must be {expected}, got {tuple(x.shape)}")
+        if (x.shape[0], x.shape[2]) != (first.shape[0], first.shape[2]):
+            expected = f"({first.shape[0]}, num_kv_heads, {first.shape[2]}) as q"
+            raise ValueError(f"{function}: {name} must be {expected}, got {tuple(x.shape)}")
+        if x.dtype != first.dtype:
+            raise ValueError(f"{function}: {name} must be {dtype_name(first.dtype)} as q, got {dtype_name(x.dtype)}")
     for name, table in (("cos", cos), ("sin", sin)):
-        if table.dim() != 2 or table.shape[1] != x.shape[2] // 2 or table.shape[0] != cos.shape[0]:
-            expected = f"(max_position, {x.shape[2] // 2})"
-            raise ValueError(f"rope: {name} must have shape {expected}, got {tuple(table.shape)}")
-        if table.dtype != torch.promote_types(x.dtype, torch.float32) and table.dtype != torch.float32:
-            raise ValueError(f"rope: {name} must be float32, got {dtype_name(table.dtype)}")
+        if table.dim() != 2 or table.shape[1] != first.shape[2] // 2 or table.shape[0] != cos.shape[0]:
+            expected = f"(max_position, {first.shape[2] // 2})"
+            raise ValueError(f"{function}: {name} must have shape {expected}, got {tuple(table.shape)}")
+        if table.dtype != torch.promote_types(first.dtype, torch.float32) and table.dtype != torch.float32:
+            raise ValueError(f"{function}: {name} must be float32, got {dtype_name(table.dtype)}")
         if table.requires_grad:
-            raise ValueError(f"rope: {name} must not require a gradient, got requires_grad=True; there is none")
-    if positions.shape != x.shape[:1]:
-        raise ValueError(f"rope: positions must have shape ({x.shape[0]},), got {tuple(positions.shape)}")
-    if positions.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"rope: positions must be int32 or int64, got {dtype_name(positions.dtype)}")
-    for name, other in (("cos", cos), ("sin", sin), ("positions", positions)):
-        if other.device != x.device:
-            raise ValueError(f"rope: {name} must be on {x.device}, got {other.device}")
+            raise ValueError(f"{function}: {name} must not require a gradient, got requires_grad=True; there is none")
+    if positions is not None:
+        if cu_seqlens is not None:
+            raise ValueError(f"{function}: cu_seqlens must be None where positions are given, got both; drop one")
+        if positions.shape != first.shape[:1]:
+            raise ValueError(f"{function}: positions must have shape ({first.shape[0]},), got {tuple(positions.shape)}")
+        if positions.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{function}: positions must be int32 or int64, got {dtype_name(positions.dtype)}")
+    elif cu_seqlens is not None:
+        check_borders(function, "cu_seqlens", cu_seqlens, first)
+    others = {"cos": cos, "sin": sin, "positions": positions, **operands}
+    for name, other in others.items():
+        if other is not None and other.device != first.device:
+            raise ValueError(f"{function}: {name} must be on {first.device}, got {other.device}")
 
 
-def _check_range(positions: Tensor, max_position: int, bad: int) -> None:
+def _check_range(function: str, positions: Tensor, max_position: int, bad: int) -> None:
     if bad >= 0:
         got = f"{int(positions[bad])} at index {bad}"
-        raise ValueError(f"rope: positions must lie in [0, {max_position}), got {got}; make a longer rope_table")
+        raise ValueError(f"{function}: positions must lie in [0, {max_position}), got {got}; make a longer rope_table")
 
 
-def _rope_cpu(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool, inverse: bool) -> Tensor:
-    positions = positions.contiguous()
-    wide = positions.dtype == torch.int64
-    bad = native_module().find_bad_position(positions.data_ptr(), positions.numel(), cos.shape[0], wide)
-    _check_range(positions, cos.shape[0], bad)
-    if x.stride(2) != 1:
-        x = x.contiguous()
+def _check_places(
+    function: str, x: Tensor, cos: Tensor, positions: Tensor | None, cu_seqlens: Tensor | None, *, native: bool = False
+) -> None:
+    """Check the values of positions or borders against the table; not where they are traced or on another device."""
+    if not x.is_cpu or torch.compiler.is_compiling():
+        return
+    if positions is not None:
+        if native:
+            wide = positions.dtype == torch.int64
+            bad = native_module().find_bad_position(positions.data_ptr(), positions.numel(), cos.shape[0], wide)
+        else:
+            outside = ((positions < 0) | (positions >= cos.shape[0])).nonzero()
+            bad = int(outside[0]) if len(outside) else -1
+        _check_range(function, positions, cos.shape[0], bad)
+        return
+    longest = x.shape[0]
+    if cu_seqlens is not None:
+        borders = border_values(function, "cu_seqlens", cu_seqlens, x.shape[0])
+        longest = max((end - begin for begin, end in pairwise(borders)), default=0)
+    if longest > cos.shape[0]:
+        got = f"{longest} tokens in a row"
+        raise ValueError(f"{function}: positions must lie in [0, {cos.shape[0]}), got {got}; make a longer rope_table")
+
+
+def _heads(x: Tensor, out: Tensor) -> tuple[int, ...]:
+    return x.data_ptr(), out.data_ptr(), x.shape[1], x.stride(0), x.stride(1), out.stride(0), out.stride(1)
+
+
+def _launch(
+    function: str,
+    operands: list[tuple[Tensor, Tensor]],
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    interleaved: bool,
+    inverse: bool,
+) -> None:
+    """Turn x into out for each (x, out); the last dimension of all is contiguous, and out may be x."""
+    positions = None if positions is None else positions.contiguous()
+    x = operands[0][0]
+    _check_places(function, x, cos, positions, cu_seqlens, native=True)
     cos, sin = cos.contiguous(), sin.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype)
+    places = (
+        0 if positions is None else positions.data_ptr(),
+        positions is not None and positions.dtype == torch.int64,
+        0 if cu_seqlens is None else cu_seqlens.data_ptr(),
+        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+    )
     native_module().rope(
-        x.data_ptr(),
+        [_heads(x, out) for x, out in operands],
         cos.data_ptr(),
         sin.data_ptr(),
-        positions.data_ptr(),
-        out.data_ptr(),
-        *x.shape,
-        x.stride(0),
-        x.stride(1),
+        places,
+        x.shape[0],
+        x.shape[2],
         x.dtype == torch.bfloat16,
         interleaved,
         inverse,
-        wide,
         num_threads(),
     )
+
+
+def _turn_in_place(
+    function: str,
+    operands: dict[str, Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    interleaved: bool,
+) -> Any:
+    """The operands, turned where they lie."""
+    _check_in_place(function, operands)
+    x, *more = operands.values()
+    rest = (cos, sin, positions, cu_seqlens, interleaved)
+    if not is_plain_eager((*operands.values(), cos, sin, positions, cu_seqlens)):
+        k = more[0] if more else x.new_empty(x.shape[0], 0, x.shape[2])
+        return _write_back(function, operands, _forward_qk(x, k, *rest, False)[: len(operands)])
+    # Autograd first: where it refuses, nothing has been written.
+    results = [
+        _InPlace.apply(x, *rest) if x.requires_grad and torch.is_grad_enabled() else x for x in operands.values()
+    ]
+    with torch.no_grad():
+        targets = [x.detach() if x.stride(2) == 1 else x.contiguous() for x in results]
+        _launch(function, [(x, x) for x in targets], *rest, False)
+        for x, target in zip(results, targets, strict=True):
+            if x.data_ptr() != target.data_ptr():
+                x.copy_(target)
+    torch.autograd.graph.increment_version(results)
+    return tuple(results)
+
+
+def _check_in_place(function: str, operands: dict[str, Tensor]) -> None:
+    for name, x in operands.items():
+        root = x if x._base is None else x._base
+        if torch.is_grad_enabled() and root.is_leaf and root.requires_grad:
+            got = "a leaf" if root is x else "a view of one"
+            raise ValueError(
+                f"{function}: {name} must not be a leaf that requires a gradient with inplace=True, got {got}; "
+                "use inplace=False"
+            )
+        if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
+            got = f"strides {x.stride()}"
+            raise ValueError(f"{function}: {name} must not repeat elements with inplace=True, got {got}; clone it")
+    if len(operands) == 2 and operands["q"].numel() and operands["q"] is operands["k"]:
+        raise ValueError(f"{function}: k must not be q with inplace=True, got one tensor for both; use inplace=False")
+
+
+def _write_back(function: str, operands: dict[str, Tensor], turned: tuple[Tensor, ...]) -> Any:
+    _check_in_place(function, operands)
+    return tuple(x.copy_(out) for x, out in zip(operands.values(), turned, strict=True))
+
+
+class _InPlace(torch.autograd.Function):
+    """What autograd has to know of a tensor that is turned where it lies. One for each: of a function with two results
+    torch takes no views. The writing is done by the caller."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None,
+        cu_seqlens: Tensor | None,
+        interleaved: bool,
+    ) -> Tensor:
+        ctx.interleaved = interleaved
+        ctx.save_for_backward(cos, sin, positions, cu_seqlens)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        no_keys = dout.new_empty(dout.shape[0], 0, dout.shape[2])
+        return _forward_qk(dout, no_keys, *ctx.saved_tensors, ctx.interleaved, True)[0], *(None,) * 5
+
+
+def _dense_heads(x: Tensor) -> Tensor:
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _rope_cpu(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+    x, out = _dense_heads(x), torch.empty(x.shape, dtype=x.dtype)
+    _launch("rope", [(x, out)], cos, sin, positions, None, interleaved, inverse)
     return out
 
 
@@ -162,10 +379,57 @@ def _gradients(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, None, None
     return dx, None, None, None, None, None
 
 
+def _rope_qk_cpu(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    interleaved: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:
+    q, k = _dense_heads(q), _dense_heads(k)
+    out_q, out_k = torch.empty(q.shape, dtype=q.dtype), torch.empty(k.shape, dtype=k.dtype)
+    _launch("rope_qk", [(q, out_q), (k, out_k)], cos, sin, positions, cu_seqlens, interleaved, inverse)
+    return out_q, out_k
+
+
+def _rope_qk_fake(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _setup_context_qk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, cos, sin, positions, cu_seqlens, ctx.interleaved, ctx.inverse = inputs
+    ctx.num_heads = q.shape[1], k.shape[1]
+    ctx.save_for_backward(cos, sin, positions, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients_qk(ctx: Any, dout_q: Tensor | None, dout_k: Tensor | None) -> tuple[Any, ...]:
+    no_gradients = (None,) * 6
+    if dout_q is None and dout_k is None:
+        return None, None, *no_gradients
+    douts = [dout if needed else None for dout, needed in zip((dout_q, dout_k), ctx.needs_input_grad, strict=False)]
+    shown = next((dout for dout in (dout_q, dout_k) if dout is not None), None)
+    assert shown is not None
+    dq, dk = (shown.new_empty(shown.shape[0], 0, shown.shape[2]) if dout is None else dout for dout in douts)
+    dq, dk = _forward_qk(dq, dk, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse)
+    return None if douts[0] is None else dq, None if douts[1] is None else dk, *no_gradients
+
+
 _forward = native_op(
     "rope(Tensor x, Tensor cos, Tensor sin, Tensor positions, bool interleaved, bool inverse) -> Tensor",
     _rope_cpu,
     _rope_fake,
     _setup_context,
     _gradients,
+)
+_forward_qk = native_op(
+    "rope_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, Tensor? cu_seqlens, bool interleaved,"
+    " bool inverse) -> (Tensor, Tensor)",
+    _rope_qk_cpu,
+    _rope_qk_fake,
+    _setup_context_qk,
+    _gradients_qk,
 )
