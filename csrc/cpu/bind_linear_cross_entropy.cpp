@@ -17,27 +17,39 @@ int64_t find_bad_target(uintptr_t targets, int64_t count, int64_t vocab_size, in
   return -1;
 }
 
-void apply(uintptr_t x, uintptr_t weight, uintptr_t targets, uintptr_t dlosses, uintptr_t losses, uintptr_t loss,
-           uintptr_t dx, uintptr_t dweight, int64_t num_tokens, int64_t dim, int64_t vocab_size, int64_t x_stride,
-           int64_t weight_stride, int64_t ignore_index, int reduction, bool is_bf16, int num_threads) {
+void apply(uintptr_t hidden, uintptr_t weight, uintptr_t targets, uintptr_t stats, bool has_stats, uintptr_t losses,
+           uintptr_t logps, uintptr_t loss, uintptr_t dlosses, uintptr_t dlogps, uintptr_t dhidden, uintptr_t dweight,
+           int64_t num_tokens, int64_t dim, int64_t vocab_size, int64_t total_vocab_size, int64_t hidden_stride,
+           int64_t weight_stride, bool hidden_is_bf16, bool weight_is_bf16, bool dhidden_is_bf16, int64_t ignore_index, int reduction,
+           float label_smoothing, float z_loss, float softcap, int num_threads) {
   LinearCrossEntropy args;
   args.num_tokens = num_tokens;
   args.dim = dim;
   args.vocab_size = vocab_size;
-  args.x_stride = x_stride;
+  args.total_vocab_size = total_vocab_size;
+  args.hidden_stride = hidden_stride;
   args.weight_stride = weight_stride;
-  args.is_bf16 = is_bf16;
+  args.hidden_is_bf16 = hidden_is_bf16;
+  args.weight_is_bf16 = weight_is_bf16;
+  args.dhidden_is_bf16 = dhidden_is_bf16;
   args.num_threads = num_threads;
-  args.x = reinterpret_cast<const void*>(x);
+  args.hidden = reinterpret_cast<const void*>(hidden);
   args.weight = reinterpret_cast<const void*>(weight);
   args.targets = reinterpret_cast<const int64_t*>(targets);
   args.ignore_index = ignore_index;
+  args.label_smoothing = label_smoothing;
+  args.z_loss = z_loss;
+  args.softcap = softcap;
   args.reduction = static_cast<Reduction>(reduction);
-  args.dlosses = reinterpret_cast<const float*>(dlosses);
-  args.loss = reinterpret_cast<float*>(loss);
+  args.stats = reinterpret_cast<float*>(stats);
+  args.has_stats = has_stats;
   args.losses = reinterpret_cast<float*>(losses);
-  args.dx = reinterpret_cast<float*>(dx);
-  args.dweight = reinterpret_cast<float*>(dweight);
+  args.logps = reinterpret_cast<float*>(logps);
+  args.loss = reinterpret_cast<float*>(loss);
+  args.dlosses = reinterpret_cast<const float*>(dlosses);
+  args.dlogps = reinterpret_cast<const float*>(dlogps);
+  args.dhidden = reinterpret_cast<void*>(dhidden);
+  args.dweight = reinterpret_cast<void*>(dweight);
   HK_DISPATCH(linear_cross_entropy, args);
 }
 

@@ -6,8 +6,10 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "common/simd.h"
+#include "cpu/workspace.h"
 
 namespace herdkern::cpu::HK_ISA {
 
@@ -241,30 +243,65 @@ void pack_transposed(const T* source, int64_t source_row, int64_t columns, int64
   }
 }
 
+// multiply_panel for the first `columns` of the panel's columns alone; the others of C are not touched.
+template <typename Kind, bool kUnitDepth>
+void multiply_columns(const typename Kind::Word* a, int64_t a_stride, int64_t rows, const typename Kind::Word* panel,
+                      int64_t depth, float* c, int64_t c_row, int64_t columns, bool accumulate) {
+  if (columns >= kPanel) {
+    multiply_panel<Kind, kUnitDepth>(a, a_stride, rows, panel, depth, c, c_row, accumulate);
+    return;
+  }
+  Workspace<float> product(rows * kPanel);
+  multiply_panel<Kind, kUnitDepth>(a, a_stride, rows, panel, depth, product.data(), kPanel, false);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j)
+      c[i * c_row + j] = accumulate ? c[i * c_row + j] + product.data()[i * kPanel + j] : product.data()[i * kPanel + j];
+}
+
 // Packs one panel of B that lies in `source` as it is: word (k, j) comes from row k, element j, of rows source_row
-// apart. Columns past `columns` and depth past the end of the last word become zero.
-template <typename Kind, typename T>
+// apart, in the precision of As. Columns past `columns` and depth past the end of the last word become zero.
+template <typename Kind, typename T, typename As = T>
 void pack_straight(const T* source, int64_t source_row, int64_t columns, int64_t depth, typename Kind::Word* panel) {
   using Word = typename Kind::Word;
+  constexpr bool kRounds = std::is_same_v<As, bf16> && std::is_same_v<T, float>;
+  const auto value = [](T x) {
+    if constexpr (kRounds)
+      return from_float<bf16>(x);
+    else
+      return x;
+  };
   const int64_t words = (depth + Kind::kDepthPerWord - 1) / Kind::kDepthPerWord;
   for (int64_t k = 0; k < words; ++k) {
     const T* row = source + k * Kind::kDepthPerWord * source_row;
     Word* out = panel + k * kPanel;
     if (columns < kPanel) std::memset(out, 0, kPanel * sizeof(Word));
     if constexpr (Kind::kDepthPerWord == 1) {
-      if (columns >= kPanel) {
+      if (columns >= kPanel && !kRounds) {
         for (int j = 0; j < kPanel; j += Vec::kLanes) Vec::load(row + j).store(out + j);
       } else {
-        for (int64_t j = 0; j < columns; ++j) out[j] = to_float(row[j]);
+        for (int64_t j = 0; j < columns && j < kPanel; ++j) out[j] = to_float(value(row[j]));
       }
     } else {
       const T* next = row + source_row;
       const bool has_next = 2 * k + 1 < depth;
       if (columns >= kPanel && has_next) {
-        for (int j = 0; j < kPanel; ++j) out[j] = row[j].bits | static_cast<uint32_t>(next[j].bits) << 16;
+        bf16 rounded[2][kPanel];
+        const bf16 *low, *high;
+        if constexpr (kRounds) {
+          for (int j = 0; j < kPanel; j += Vec::kLanes) {
+            Vec::load(row + j).store(rounded[0] + j);
+            Vec::load(next + j).store(rounded[1] + j);
+          }
+          low = rounded[0];
+          high = rounded[1];
+        } else {
+          low = row;
+          high = next;
+        }
+        for (int j = 0; j < kPanel; ++j) out[j] = low[j].bits | static_cast<uint32_t>(high[j].bits) << 16;
       } else {
         for (int64_t j = 0; j < columns && j < kPanel; ++j)
-          out[j] = row[j].bits | (has_next ? static_cast<uint32_t>(next[j].bits) << 16 : 0u);
+          out[j] = value(row[j]).bits | (has_next ? static_cast<uint32_t>(value(next[j]).bits) << 16 : 0u);
       }
     }
   }

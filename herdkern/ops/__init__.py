@@ -2,6 +2,7 @@
 
 from herdkern.ops.attention import attention, attention_reference
 from herdkern.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from herdkern.ops.linear_cross_entropy_parallel import vocab_parallel_linear_cross_entropy
 from herdkern.ops.paged_attention import paged_attention, paged_attention_reference
 from herdkern.ops.rms_norm import rms_norm, rms_norm_reference
 from herdkern.ops.rope import RopeScaling, rope, rope_qk, rope_qk_reference, rope_reference, rope_table
@@ -24,4 +25,5 @@ __all__ = [
     "rope_table",
     "swiglu",
     "swiglu_reference",
+    "vocab_parallel_linear_cross_entropy",
 ]

@@ -1,212 +1,388 @@
 """Cross entropy of a linear layer that never holds all logits at once.
 
-Source: Liger-Kernel technical report 2024, section 3.2 (arXiv:2410.10989): the gradient is made in the forward pass.
+Source: Liger-Kernel technical report 2024, section 3.2 (arXiv:2410.10989): the gradient is made in the forward pass;
+z-loss: PaLM 2022, section 5 (arXiv:2204.02311); softcap: Gemma 2 2024, section 2 (arXiv:2408.00118).
 """
 
+import dataclasses
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from herdkern.ops.backend import Backend, choose, dtype_name, native_module, num_threads, why_not_native
-from herdkern.ops.native_op import differentiable_gradients, native_op, rows
+from herdkern.ops.native_op import differentiable_gradients, is_plain_eager, native_op, rows
 
 Reduction = Literal["none", "sum", "mean"]
 
 
 def linear_cross_entropy_reference(
-    x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: Reduction = "mean"
-) -> Tensor:
-    """Return linear_cross_entropy in plain torch, computed in fp32 or the dtype of `x` if that is wider."""
-    acc = torch.promote_types(x.dtype, torch.float32)
-    logits = x.to(acc) @ weight.to(acc).T
-    return torch.nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
-
-
-def linear_cross_entropy(
-    x: Tensor,
+    hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     *,
     ignore_index: int = -100,
     reduction: Reduction = "mean",
-    backend: Backend = "auto",
-) -> Tensor:
-    """Return the float32 cross entropy of the logits x @ weight.T against `targets`, never holding n x vocab_size.
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    return_logps: bool = False,
+) -> Any:
+    """Return linear_cross_entropy in plain torch, computed in fp32 or the dtype of `hidden` if that is wider."""
+    acc = torch.promote_types(hidden.dtype, torch.float32)
+    wide = weight.to(acc)
+    if weight.dtype != hidden.dtype:  # the value is rounded, the gradient is not
+        wide = wide + (weight.to(hidden.dtype).to(acc) - wide).detach()
+    logits = hidden.to(acc) @ wide.T
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    losses = torch.nn.functional.cross_entropy(
+        logits, targets, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+    )
+    counts = targets != ignore_index
+    if z_loss:
+        losses = losses + z_loss * torch.where(counts, logits.logsumexp(1).square(), 0)
+    loss = losses if reduction == "none" else losses.sum()
+    if reduction == "mean":
+        loss = loss / counts.sum()
+    if not return_logps:
+        return loss
+    return loss, -torch.nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
 
-    x: (n, dim), float32 | bfloat16.  weight: (vocab_size, dim), dtype of x.  targets: (n,) int64, token ids or
-    ignore_index.  Under autocast x and weight are cast as for a linear layer.
-    Returns: a scalar, or (n,) with 0 where ignored for reduction="none".  The mean is over the targets that count;
-    it is NaN when all are ignored, as in torch, and the gradients are then zero.
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    return_logps: bool = False,
+    backend: Backend = "auto",
+) -> Any:
+    """Return the float32 cross entropy of the logits hidden @ weight.T against `targets`, never holding n x vocab_size.
+
+    hidden: (n, dim), float32 | bfloat16.  weight: (vocab_size, dim), dtype of hidden, or float32 with bfloat16 hidden:
+    its values are rounded to bfloat16 as they are used, its gradient is summed and returned in float32.
+    targets: (n,) int64, token ids or ignore_index.
+    softcap c > 0 replaces each logit z by c tanh(z / c). label_smoothing as in torch; z_loss adds
+    z_loss * logsumexp(logits)^2 to each token's loss.
+    Under autocast hidden and a 16-bit weight are cast as for a linear layer; a float32 weight needs no copy.
+    Returns: the loss, a scalar, or (n,) with 0 where ignored for reduction="none"; with return_logps (loss, logps),
+    logps: (n,) float32 log-probabilities of the targets, 0 where ignored. Both are differentiable. The mean is over the
+    targets that count; it is NaN when all are ignored, as in torch, and the gradients are then zero.
+    Gradients: exact, none is filtered. For a scalar loss they are made in the forward pass and only scaled in the
+    backward pass, in place unless the graph is kept; for bfloat16 a scale that is no power of two rounds once more.
+    For reduction="none", and where logps get a gradient, they are made in the backward pass from logits that are
+    computed again. A frozen hidden or weight skips its half of the work.
+    Memory beyond inputs and gradients: up to 64 MiB. A bfloat16 weight's gradient is summed in float32 within its own
+    memory and that; what does not fit (half of the rows at worst) costs a second computation of its logits.
     Raises: ValueError if the arguments do not fit each other or a target is no token id; NotImplementedError if no
     backend can run the call.
     """
-    if x.is_cpu and torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        with torch.autocast("cpu", enabled=False):
-            return linear_cross_entropy(
-                x.to(dtype),
-                weight.to(dtype),
-                targets,
-                ignore_index=ignore_index,
-                reduction=reduction,
-                backend=backend,
+    options = Options(ignore_index, reduction, label_smoothing, z_loss, softcap)
+    if hidden.is_cpu and torch.is_autocast_enabled("cpu"):
+        hidden, weight = _autocast(hidden, weight)
+    check(hidden, weight, targets, options)
+    why_not = {"native": why_not_native(hidden, torch.float32, torch.bfloat16), "reference": None}
+    with torch.autocast("cpu", enabled=False):
+        if choose("linear_cross_entropy", backend, why_not) == "reference":
+            if hidden.is_cpu and not torch.compiler.is_compiling():
+                bad = ((targets != ignore_index) & ((targets < 0) | (targets >= weight.shape[0]))).nonzero()
+                check_range(targets, weight.shape[0], ignore_index, int(bad[0]) if len(bad) else -1)
+            return linear_cross_entropy_reference(
+                hidden, weight, targets, **options.as_keywords(), return_logps=return_logps
             )
-    _check(x, weight, targets, reduction)
-    why_not = {"native": why_not_native(x, torch.float32, torch.bfloat16), "reference": None}
-    if choose("linear_cross_entropy", backend, why_not) == "reference":
-        if x.is_cpu and not torch.compiler.is_compiling():
-            bad = ((targets != ignore_index) & ((targets < 0) | (targets >= weight.shape[0]))).nonzero()
-            _check_range(targets, weight.shape[0], ignore_index, int(bad[0]) if len(bad) else -1)
-        return linear_cross_entropy_reference(x, weight, targets, ignore_index=ignore_index, reduction=reduction)
-    # the gradient of a row is not known before dloss is, so "none" makes it in the backward pass
-    early = torch.is_grad_enabled() and reduction != "none"
-    return _forward(
-        x,
-        weight,
-        targets,
-        ignore_index,
-        get_args(Reduction).index(reduction),
-        early and x.requires_grad,
-        early and weight.requires_grad,
-    )[0]
+        # the gradient of a row is not known before dloss is, so "none" makes it in the backward pass
+        early = torch.is_grad_enabled() and reduction != "none"
+        needs = early and hidden.requires_grad, early and weight.requires_grad
+        loss, logps, *_ = _forward(hidden, weight, targets, *options.as_numbers(), *needs)
+        return (loss, logps) if return_logps else loss
 
 
-def _check(x: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> None:
-    if x.dim() != 2 or x.shape[1] == 0:
-        raise ValueError(f"linear_cross_entropy: x must be (n, dim), got {tuple(x.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != x.shape[1] or weight.shape[0] == 0:
-        expected = f"(vocab_size, {x.shape[1]})"
-        raise ValueError(f"linear_cross_entropy: weight must have shape {expected}, got {tuple(weight.shape)}")
-    if weight.dtype != x.dtype:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the loss is, as the public functions take it."""
+
+    ignore_index: int
+    reduction: Reduction
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+
+    def as_keywords(self) -> dict[str, Any]:
+        """Return the arguments of the reference."""
+        return dataclasses.asdict(self)
+
+    def as_numbers(self) -> tuple[int, int, float, float, float]:
+        """Return the arguments of the registered op."""
+        reduction = get_args(Reduction).index(self.reduction)
+        return self.ignore_index, reduction, float(self.label_smoothing), float(self.z_loss), float(self.softcap)
+
+
+def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.get_autocast_dtype("cpu")
+    keeps = dtype == torch.bfloat16 and weight.dtype == torch.float32  # rounded where it is used
+    return hidden.to(dtype), weight if keeps else weight.to(dtype)
+
+
+def check(hidden: Tensor, weight: Tensor, targets: Tensor, options: Options, op: str = "linear_cross_entropy") -> None:
+    """Raise ValueError, in the name of `op`, if the arguments do not fit each other; targets' values are not read."""
+    if hidden.dim() != 2 or hidden.shape[1] == 0:
+        raise ValueError(f"{op}: hidden must be (n, dim), got {tuple(hidden.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
+        raise ValueError(f"{op}: weight must have shape (vocab_size, {hidden.shape[1]}), got {tuple(weight.shape)}")
+    if weight.dtype != hidden.dtype and (hidden.dtype, weight.dtype) != (torch.bfloat16, torch.float32):
+        allowed = " or float32" if hidden.dtype == torch.bfloat16 else ""
         got = dtype_name(weight.dtype)
-        raise ValueError(f"linear_cross_entropy: weight must be {dtype_name(x.dtype)} as x is, got {got}")
-    if targets.shape != x.shape[:1]:
-        raise ValueError(f"linear_cross_entropy: targets must have shape ({x.shape[0]},), got {tuple(targets.shape)}")
+        raise ValueError(f"{op}: weight must be {dtype_name(hidden.dtype)} as hidden is{allowed}, got {got}")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"{op}: targets must have shape ({hidden.shape[0]},), got {tuple(targets.shape)}")
     if targets.dtype != torch.int64:
-        raise ValueError(f"linear_cross_entropy: targets must be int64, got {dtype_name(targets.dtype)}")
+        raise ValueError(f"{op}: targets must be int64, got {dtype_name(targets.dtype)}")
     for name, other in (("weight", weight), ("targets", targets)):
-        if other.device != x.device:
-            raise ValueError(f"linear_cross_entropy: {name} must be on {x.device}, got {other.device}")
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"linear_cross_entropy: reduction must be none, sum or mean, got {reduction!r}")
+        if other.device != hidden.device:
+            raise ValueError(f"{op}: {name} must be on {hidden.device}, got {other.device}")
+    if options.reduction not in get_args(Reduction):
+        raise ValueError(f"{op}: reduction must be none, sum or mean, got {options.reduction!r}")
+    if not 0 <= options.label_smoothing <= 1:
+        raise ValueError(f"{op}: label_smoothing must lie in [0, 1], got {options.label_smoothing}")
+    for name in ("z_loss", "softcap"):
+        if not 0 <= getattr(options, name) < float("inf"):
+            raise ValueError(f"{op}: {name} must be 0 (off) or positive, got {getattr(options, name)}")
 
 
-def _check_range(targets: Tensor, vocab_size: int, ignore_index: int, bad: int) -> None:
+def check_range(targets: Tensor, vocab_size: int, ignore_index: int, bad: int) -> None:
+    """Raise ValueError for the target at index `bad`, if that is no -1."""
     if bad >= 0:
         got = f"{int(targets[bad])} at index {bad}"
         expected = f"lie in [0, {vocab_size}) or be ignore_index={ignore_index}"
         raise ValueError(f"linear_cross_entropy: targets must {expected}, got {got}")
 
 
-def _run(
-    x: Tensor,
+def run_kernel(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    stats: Tensor,
+    options: tuple[int, int, float, float, float],
+    *,
+    has_stats: bool = False,
+    losses: Tensor | None = None,
+    logps: Tensor | None = None,
+    loss: Tensor | None = None,
+    dlosses: Tensor | None = None,
+    dlogps: Tensor | None = None,
+    dhidden: Tensor | None = None,
+    dweight: Tensor | None = None,
+    total_vocab_size: int = 0,
+) -> None:
+    """Call the native kernel (csrc/cpu/linear_cross_entropy.h): it writes losses, logps, loss and gradients if given.
+
+    dhidden may be float32 for bfloat16 hidden.
+    """
+
+    def address(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else tensor.data_ptr()
+
+    hidden, hidden_stride = rows(hidden)
+    weight, weight_stride = rows(weight)
+    targets = targets.contiguous()
+    dlosses, dlogps = (None if d is None else d.float().contiguous() for d in (dlosses, dlogps))
+    ignore_index, reduction, *numbers = options
+    native_module().linear_cross_entropy(
+        *map(address, (hidden, weight, targets, stats)),
+        has_stats,
+        *map(address, (losses, logps, loss, dlosses, dlogps, dhidden, dweight)),
+        *(*hidden.shape, weight.shape[0], total_vocab_size or weight.shape[0], hidden_stride, weight_stride),
+        *(x is not None and x.dtype == torch.bfloat16 for x in (hidden, weight, dhidden)),
+        *(ignore_index, reduction),
+        *numbers,
+        num_threads(),
+    )
+
+
+def _forward_cpu(
+    hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     ignore_index: int,
     reduction: int,
-    dlosses: Tensor | None,
-    need_dx: bool,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    need_dhidden: bool,
     need_dweight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Calls the kernel: the loss (per token or reduced) and the gradients in fp32, empty where not needed."""
-    x, x_stride = rows(x)
-    weight, weight_stride = rows(weight)
-    targets = targets.contiguous()
-    vocab_size, dim = weight.shape
-    bad = native_module().find_bad_target(targets.data_ptr(), targets.numel(), vocab_size, ignore_index)
-    _check_range(targets, vocab_size, ignore_index, bad)
-    losses = torch.empty(targets.shape, dtype=torch.float32)
-    loss = losses if reduction == 0 else torch.empty((), dtype=torch.float32)
-    dx = torch.empty(x.shape if need_dx else 0, dtype=torch.float32)
-    dweight = torch.empty(weight.shape if need_dweight else 0, dtype=torch.float32)
-    native_module().linear_cross_entropy(
-        x.data_ptr(),
-        weight.data_ptr(),
-        targets.data_ptr(),
-        0 if dlosses is None else dlosses.data_ptr(),
-        losses.data_ptr(),
-        0 if reduction == 0 else loss.data_ptr(),
-        dx.data_ptr() if need_dx else 0,
-        dweight.data_ptr() if need_dweight else 0,
-        x.shape[0],
-        dim,
-        vocab_size,
-        x_stride,
-        weight_stride,
-        ignore_index,
-        reduction,
-        x.dtype == torch.bfloat16,
-        num_threads(),
+) -> tuple[Tensor, ...]:
+    """Loss, log-probabilities, what the gradient needs to know of each token, gradients (empty where not needed)."""
+    options = (ignore_index, reduction, label_smoothing, z_loss, softcap)
+    given = targets.contiguous()
+    bad = native_module().find_bad_target(given.data_ptr(), given.numel(), weight.shape[0], ignore_index)
+    check_range(given, weight.shape[0], ignore_index, bad)
+    results = _forward_fake(hidden, weight, given, *options, need_dhidden, need_dweight)
+    loss, logps, stats, dhidden, dweight = results
+    run_kernel(
+        hidden,
+        weight,
+        given,
+        stats,
+        options,
+        losses=loss if reduction == 0 else torch.empty_like(logps),
+        logps=logps,
+        loss=loss if reduction else None,
+        dhidden=dhidden if need_dhidden else None,
+        dweight=dweight if need_dweight else None,
     )
-    return loss, dx, dweight
-
-
-def _forward_cpu(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: int, need_dx: bool, need_dweight: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _run(x, weight, targets, ignore_index, reduction, None, need_dx, need_dweight)
+    return results
 
 
 def _forward_fake(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, reduction: int, need_dx: bool, need_dweight: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    loss = x.new_empty(targets.shape if reduction == 0 else (), dtype=torch.float32)
-    return loss, *_gradients_fake(loss, x, weight, targets, ignore_index, need_dx, need_dweight)
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    need_dhidden: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, ...]:
+    logps = hidden.new_empty(targets.shape, dtype=torch.float32)
+    loss = torch.empty_like(logps) if reduction == 0 else logps.new_empty(())
+    stats = logps.new_empty((4, *targets.shape))
+    return loss, logps, stats, *_gradients_fake(hidden, weight, need_dhidden, need_dweight)
+
+
+def _gradients_fake(hidden: Tensor, weight: Tensor, need_dhidden: bool, need_dweight: bool) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape if need_dhidden else 0), weight.new_empty(weight.shape if need_dweight else 0)
 
 
 def _gradients_cpu(
-    dlosses: Tensor, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_dx: bool, need_dweight: bool
+    dlosses: Tensor | None,
+    dlogps: Tensor | None,
+    stats: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    need_dhidden: bool,
+    need_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _run(x, weight, targets, ignore_index, 0, dlosses.contiguous(), need_dx, need_dweight)[1:]
+    dhidden, dweight = _gradients_fake(hidden, weight, need_dhidden, need_dweight)
+    run_kernel(
+        hidden,
+        weight,
+        targets,
+        stats,
+        (ignore_index, 0, label_smoothing, z_loss, softcap),
+        has_stats=True,
+        dlosses=torch.zeros_like(stats[0]) if dlosses is None else dlosses,
+        dlogps=dlogps,
+        dhidden=dhidden if need_dhidden else None,
+        dweight=dweight if need_dweight else None,
+    )
+    return dhidden, dweight
 
 
-def _gradients_fake(
-    dlosses: Tensor, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, need_dx: bool, need_dweight: bool
-) -> tuple[Tensor, Tensor]:
-    dx = x.new_empty(x.shape if need_dx else 0, dtype=torch.float32)
-    return dx, x.new_empty(weight.shape if need_dweight else 0, dtype=torch.float32)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, targets, ctx.ignore_index, ctx.reduction, *_ = inputs
-    _, dx, dweight = output
-    ctx.save_for_backward(x, weight, targets, dx, dweight)
-    ctx.mark_non_differentiable(dx, dweight)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, targets, *ctx.numbers = inputs[:8]
+    _, _, stats, dhidden, dweight = output
+    ctx.mark_non_differentiable(stats, dhidden, dweight)
     ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    x, weight, targets, dx, dweight = ctx.saved_tensors
-    rest = (None,) * 5
-    if dloss is None:
-        return None, None, *rest
-    need_dx, need_dweight = ctx.needs_input_grad[:2]
-    if torch.is_grad_enabled():
-        reduction = get_args(Reduction)[ctx.reduction]
-
-        def reference(x: Tensor, weight: Tensor) -> Tensor:
-            return linear_cross_entropy_reference(
-                x, weight, targets, ignore_index=ctx.ignore_index, reduction=reduction
-            )
-
-        return *differentiable_gradients(reference, (x, weight), dloss), *rest
-    if ctx.reduction == 0:
-        dx, dweight = _gradients(dloss, x, weight, targets, ctx.ignore_index, need_dx, need_dweight)
+    ctx.early = None
+    if is_plain_eager((hidden, weight, targets)):
+        # Not among the saved tensors, which would stay referred to: the backward pass hands them on as they are.
+        ctx.early = dhidden, dweight
+        ctx.save_for_backward(hidden, weight, targets, stats)
     else:
-        dx, dweight = dx * dloss, dweight * dloss
-    return dx.to(x.dtype) if need_dx else None, dweight.to(x.dtype) if need_dweight else None, *rest
+        ctx.save_for_backward(hidden, weight, targets, stats, dhidden, dweight)
 
 
+def _backward(ctx: Any, dloss: Tensor | None, dlogps: Tensor | None = None, *_: None) -> tuple[Tensor | None, ...]:
+    hidden, weight, targets, stats, *early = ctx.saved_tensors
+    rest = (None,) * 8
+    if dloss is None and dlogps is None:
+        return None, None, *rest
+    needs = ctx.needs_input_grad[:2]
+    ignore_index, reduction, *numbers = ctx.numbers
+    if torch.is_grad_enabled():
+        return *_second_order(ctx, hidden, weight, targets, dloss, dlogps), *rest
+    if reduction == 0 or dlogps is not None:
+        if dloss is not None and reduction:
+            scale = dloss / (targets != ignore_index).sum() if reduction == 2 else dloss
+            dloss = scale.expand(targets.shape)
+        dhidden, dweight = _gradients(dloss, dlogps, stats, hidden, weight, targets, ignore_index, *numbers, *needs)
+        return dhidden if needs[0] else None, dweight if needs[1] else None, *rest
+    assert dloss is not None
+    if early:
+        return *(g * dloss.to(torch.float32) if need else None for g, need in zip(early, needs, strict=True)), *rest
+    return *_scaled(ctx, dloss), *rest
+
+
+def _scaled(ctx: Any, dloss: Tensor) -> list[Tensor | None]:
+    """The early gradients times dloss: themselves unless the graph is kept, so that a leaf takes them uncopied."""
+    scale, keep = dloss.item(), _keeps_graph()
+    found: list[Tensor | None] = []
+    for gradient, need in zip(ctx.early, ctx.needs_input_grad[:2], strict=True):
+        if not need:
+            found.append(None)
+        elif keep:
+            found.append(gradient * scale)
+        else:
+            found.append(gradient if scale == 1.0 else gradient.mul_(scale))
+    if not keep:
+        ctx.early = None
+    return found
+
+
+def _keeps_graph() -> bool:
+    """Whether the backward pass in progress may be followed by another of the same graph."""
+    try:
+        return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+    except AttributeError:  # a private name of torch: without it there is one copy more
+        return True
+
+
+def _second_order(
+    ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dloss: Tensor | None, dlogps: Tensor | None
+) -> list[Any]:
+    ignore_index, reduction, label_smoothing, z_loss, softcap = ctx.numbers
+
+    def reference(hidden: Tensor, weight: Tensor) -> Tensor:
+        loss, logps = linear_cross_entropy_reference(
+            hidden,
+            weight,
+            targets,
+            ignore_index=ignore_index,
+            reduction=get_args(Reduction)[reduction],
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            return_logps=True,
+        )
+        parts = [(out * d).sum() for out, d in ((loss, dloss), (logps, dlogps)) if d is not None]
+        return torch.stack(parts).sum()
+
+    return differentiable_gradients(reference, (hidden, weight), torch.ones(()))
+
+
+_OPTIONS = "float label_smoothing, float z_loss, float softcap, bool need_dhidden, bool need_dweight"
 _gradients = native_op(
-    "linear_cross_entropy_gradients(Tensor dlosses, Tensor x, Tensor weight, Tensor targets, int ignore_index,"
-    " bool need_dx, bool need_dweight) -> (Tensor, Tensor)",
+    "linear_cross_entropy_gradients(Tensor? dlosses, Tensor? dlogps, Tensor stats, Tensor hidden, Tensor weight,"
+    f" Tensor targets, int ignore_index, {_OPTIONS}) -> (Tensor, Tensor)",
     _gradients_cpu,
-    _gradients_fake,
+    lambda dlosses, dlogps, stats, hidden, weight, *options: _gradients_fake(hidden, weight, *options[-2:]),
 )
 _forward = native_op(
-    "linear_cross_entropy_forward(Tensor x, Tensor weight, Tensor targets, int ignore_index, int reduction,"
-    " bool need_dx, bool need_dweight) -> (Tensor, Tensor, Tensor)",
+    "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, int reduction,"
+    f" {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward_cpu,
     _forward_fake,
     _setup_context,

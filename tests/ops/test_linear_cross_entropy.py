@@ -39,6 +39,12 @@ def with_targets(function, targets, **options):
     return lambda x, weight: function(x, weight, targets, **options)
 
 
+def dout_of(reduction):
+    """None: a random one for each token. A scalar loss's 16-bit gradients are rounded before they meet its gradient,
+    so that a power of two keeps them exact; test_a_scale_that_is_no_power_of_two_rounds_once_more has the rest."""
+    return None if reduction == "none" else torch.tensor(-0.5)
+
+
 def both(targets, **options):
     return [with_targets(f, targets, **options) for f in (linear_cross_entropy, linear_cross_entropy_reference)]
 
@@ -50,13 +56,13 @@ def both(targets, **options):
 def test_matches_fp64(assert_matches_fp64, isa, dtype, reduction, size):
     x, weight, targets = example(*size, dtype)
     with forced_isa(isa):
-        assert_matches_fp64(*both(targets, reduction=reduction), [x, weight])
+        assert_matches_fp64(*both(targets, reduction=reduction), [x, weight], dout_of(reduction))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_large_vocabulary_in_several_chunks(assert_matches_fp64, dtype):
     x, weight, targets = example(1000, 8, 9000, dtype)
-    assert_matches_fp64(*both(targets), [x, weight])
+    assert_matches_fp64(*both(targets), [x, weight], dout_of("mean"))
 
 
 @pytest.mark.parametrize("isa", available_isas())
@@ -65,7 +71,7 @@ def test_a_large_vocabulary_in_several_chunks(assert_matches_fp64, dtype):
 def test_flat_and_sharp_distributions(assert_matches_fp64, isa, dtype, sharpness):
     x, weight, targets = example(60, 48, 200, dtype)
     with forced_isa(isa):
-        assert_matches_fp64(*both(targets), [x, (weight * sharpness).to(dtype)])
+        assert_matches_fp64(*both(targets), [x, (weight * sharpness).to(dtype)], dout_of("mean"))
 
 
 @pytest.mark.parametrize("isa", available_isas())
@@ -75,7 +81,7 @@ def test_confident_and_right(assert_matches_fp64, isa, dtype):
     weight = torch.eye(100, 128).to(dtype) * 4
     targets = torch.arange(100)
     with forced_isa(isa):
-        assert_matches_fp64(*both(targets), [weight.clone() * 0.75, weight])
+        assert_matches_fp64(*both(targets), [weight.clone() * 0.75, weight], dout_of("mean"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,7 +97,7 @@ def test_layouts(assert_matches_fp64, dtype, layout):
         wide = torch.nn.functional.pad(t, (2, 3 if layout == "odd-pitch" else 4))
         return wide[:, 2 : 2 + t.shape[1]]
 
-    assert_matches_fp64(*both(targets), [shaped(x), shaped(weight)])
+    assert_matches_fp64(*both(targets), [shaped(x), shaped(weight)], dout_of("mean"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -100,7 +106,8 @@ def test_layouts(assert_matches_fp64, dtype, layout):
 def test_ignore_index(assert_matches_fp64, dtype, reduction, ignore_index):
     x, weight, targets = example(40, 20, 70, dtype, ignored=100)
     targets[::3] = ignore_index
-    assert_matches_fp64(*both(targets, ignore_index=ignore_index, reduction=reduction), [x, weight])
+    functions = both(targets, ignore_index=ignore_index, reduction=reduction)
+    assert_matches_fp64(*functions, [x, weight], dout_of(reduction))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -150,25 +157,6 @@ def test_loss_does_not_depend_on_neighbours_or_on_gradients(isa, dtype):
         assert torch.equal(with_gradient, linear_cross_entropy(x.detach(), weight, targets))
 
 
-def test_memory_does_not_grow_with_tokens_times_vocabulary(tmp_path):
-    """Peak memory of 4096 tokens x 60000 words, which as a matrix of logits would be 938 MiB."""
-    import subprocess
-    import sys
-
-    script = """
-import resource, torch
-from herdkern.ops import linear_cross_entropy
-x, weight = torch.randn(4096, 8, requires_grad=True), torch.randn(60000, 8, requires_grad=True)
-targets = torch.randint(0, 60000, (4096,))
-linear_cross_entropy(x[:8], weight, targets[:8]).backward()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-linear_cross_entropy(x, weight, targets).backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-"""
-    grown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert float(grown.stdout) < 120  # 64 MiB of a chunk's logits and change
-
-
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
 def test_only_wanted_gradients(wanted, reduction):
@@ -216,19 +204,23 @@ def test_second_derivative(assert_matches_fp64, reduction):
 
 
 @pytest.mark.parametrize("reduction", [0, 1, 2])
-def test_registered_op(reduction):
+@pytest.mark.parametrize("numbers", [(0.0, 0.0, 0.0), (0.1, 1e-2, 3.0)], ids=["plain", "options"])
+def test_registered_op(reduction, numbers):
     x, weight, targets = example(6, 8, 11, FP32)
     x.requires_grad_()
     weight.requires_grad_()
     forward = torch.ops.herdkern.linear_cross_entropy_forward.default
-    torch.library.opcheck(forward, (x, weight, targets, -100, reduction, reduction > 0, reduction > 0))
+    torch.library.opcheck(forward, (x, weight, targets, -100, reduction, *numbers, reduction > 0, reduction > 0))
 
 
 def test_registered_gradient_op():
     x, weight, targets = example(6, 8, 11, FP32)
+    stats = torch.ops.herdkern.linear_cross_entropy_forward(x, weight, targets, -100, 0, 0.1, 0.1, 2.0, False, False)[2]
     gradients = torch.ops.herdkern.linear_cross_entropy_gradients.default
     for needs in ((True, True), (False, True), (True, False)):
-        torch.library.opcheck(gradients, (torch.randn(6), x, weight, targets, -100, *needs))
+        for dlogps in (None, torch.randn(6)):
+            arguments = (torch.randn(6), dlogps, stats, x, weight, targets, -100, 0.1, 0.1, 2.0, *needs)
+            torch.library.opcheck(gradients, arguments)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -281,11 +273,11 @@ def errors():
     bad = targets.clone()
     bad[2] = 6
     return {
-        "x-3d": ((x[None], weight, targets), "x must be (n, dim), got (1, 4, 8)"),
-        "no-dim": ((x[:, :0], weight[:, :0], targets), "x must be (n, dim), got (4, 0)"),
+        "hidden-3d": ((x[None], weight, targets), "hidden must be (n, dim), got (1, 4, 8)"),
+        "no-dim": ((x[:, :0], weight[:, :0], targets), "hidden must be (n, dim), got (4, 0)"),
         "weight": ((x, weight[:, :7], targets), "weight must have shape (vocab_size, 8), got (6, 7)"),
         "no-vocabulary": ((x, weight[:0], targets), "weight must have shape (vocab_size, 8), got (0, 8)"),
-        "dtype": ((x, weight.to(BF16), targets), "weight must be float32 as x is, got bfloat16"),
+        "dtype": ((x, weight.to(BF16), targets), "weight must be float32 as hidden is, got bfloat16"),
         "targets-shape": ((x, weight, targets[:3]), "targets must have shape (4,), got (3,)"),
         "targets-dtype": ((x, weight, targets.int()), "targets must be int64, got int32"),
         "device": ((x, weight.to("meta"), targets), "weight must be on cpu, got meta"),
@@ -306,3 +298,16 @@ def test_unknown_reduction():
     x, weight, targets = example(4, 8, 6, FP32)
     with pytest.raises(ValueError, match="reduction must be none, sum or mean, got 'average'"):
         linear_cross_entropy(x, weight, targets, reduction="average")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing": 1.5}, "label_smoothing must lie in [0, 1], got 1.5"),
+        ({"z_loss": -1.0}, "z_loss must be 0 (off) or positive, got -1.0"),
+        ({"softcap": float("inf")}, "softcap must be 0 (off) or positive, got inf"),
+    ],
+)
+def test_unusable_numbers(options, message):
+    with pytest.raises(ValueError, match=re.escape(f"linear_cross_entropy: {message}")):
+        linear_cross_entropy(*example(4, 8, 6, FP32), **options)

@@ -47,8 +47,8 @@ def case(num_tokens: int, dim: int, vocab_size: int, dtype: torch.dtype) -> Case
 
 
 SIZES = [(2048, 256, 4096), (1024, 512, 16384)]
-BENCH = Bench("linear_cross_entropy", [case(*s, dtype) for dtype in (torch.float32, torch.bfloat16) for s in SIZES])
-test_linear_cross_entropy = pytest_cases(BENCH)
+BENCH = Bench("cross_entropy", [case(*s, dtype) for dtype in (torch.float32, torch.bfloat16) for s in SIZES])
+test_cross_entropy = pytest_cases(BENCH)
 
 if __name__ == "__main__":
     sys.exit(BENCH.main())

@@ -1,0 +1,213 @@
+"""Linear cross entropy whose weight is split by rows of the vocabulary over the ranks of a torch.distributed group.
+
+Each rank computes the logits of its own rows; a maximum and sums for each token are all that is exchanged.
+Source: Megatron-LM 2019, section 3 (arXiv:1909.08053).
+"""
+
+from typing import Any, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from herdkern.ops.backend import Backend, choose, why_not_native
+from herdkern.ops.linear_cross_entropy import Options, Reduction, check, run_kernel
+
+_NOWHERE = torch.iinfo(torch.int64).min  # ignore_index of the kernel: no row of any shard
+
+
+def vocab_parallel_linear_cross_entropy(
+    hidden: Tensor,
+    weight_shard: Tensor,
+    targets: Tensor,
+    *,
+    vocab_start: int,
+    group: dist.ProcessGroup | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    return_logps: bool = False,
+    reduce_dhidden: bool = True,
+    backend: Backend = "auto",
+) -> Any:
+    """Return linear_cross_entropy(hidden, weight, targets, ...) where this rank holds some rows of weight.
+
+    hidden, targets: as there, the same on every rank of `group` (None: all ranks).  weight_shard: (rows, dim), rows
+    vocab_start ... vocab_start + rows - 1 of weight; shards may differ in size, and together they are all rows once.
+    Every rank returns the same loss (and logps); the gradient of weight_shard is its rows of the gradient of weight.
+    The gradient of hidden is summed over the ranks in float32; with reduce_dhidden=False it is this rank's part of it,
+    for a caller that reduces or scatters it itself.
+    The gradients are made in the backward pass, from logits that are computed again. Not differentiable twice.
+    Raises: ValueError on every rank if the arguments do not fit each other or a target lies in no shard or in two.
+    """
+    op = "vocab_parallel_linear_cross_entropy"
+    options = Options(ignore_index, reduction, label_smoothing, z_loss, softcap)
+    check(hidden, weight_shard, targets, options, op)
+    if vocab_start < 0:
+        raise ValueError(f"{op}: vocab_start must be 0 or more, got {vocab_start}")
+    why_not = {"native": why_not_native(hidden, torch.float32, torch.bfloat16), "reference": None}
+    native = choose(op, backend, why_not) == "native"
+    shifted = torch.where(targets == ignore_index, _NOWHERE, targets - vocab_start)
+    local = Options(_NOWHERE, reduction, label_smoothing, z_loss, softcap)
+    loss, logps = _VocabParallel.apply(hidden, weight_shard, shifted, local, group, reduce_dhidden, native)
+    return (loss, logps) if return_logps else loss
+
+
+class _VocabParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        options: Options,
+        group: dist.ProcessGroup | None,
+        reduce_dhidden: bool,
+        native: bool,
+    ) -> tuple[Tensor, Tensor]:
+        stats = (_stats_native if native else _stats_reference)(hidden, weight, targets, options)
+        stats, total_vocab_size = _joined(stats, targets, weight.shape[0], group)
+        losses, logps = _losses(stats, targets, options, total_vocab_size)
+        ctx.save_for_backward(hidden, weight, targets, stats)
+        ctx.rest = options, group, reduce_dhidden, native, total_vocab_size
+        ctx.set_materialize_grads(False)
+        loss = losses if options.reduction == "none" else losses.sum()
+        return loss / (targets != _NOWHERE).sum() if options.reduction == "mean" else loss, logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor | None, dlogps: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, stats = ctx.saved_tensors
+        options, group, reduce_dhidden, native, total_vocab_size = ctx.rest
+        counts = targets != _NOWHERE
+        dlosses = stats.new_zeros(targets.shape) if dloss is None else dloss.expand(targets.shape)
+        if options.reduction == "mean":
+            dlosses = dlosses / counts.sum()
+        dlogps = torch.zeros_like(dlosses) if dlogps is None else dlogps
+        gradients = _gradients_native if native else _gradients_reference
+        needs = ctx.needs_input_grad[:2]
+        dhidden, dweight = gradients(hidden, weight, targets, stats, options, dlosses, dlogps, total_vocab_size, needs)
+        if dhidden is not None:
+            if reduce_dhidden:
+                dist.all_reduce(dhidden, group=group)
+            dhidden = dhidden.to(hidden.dtype)
+        return dhidden, dweight, None, None, None, None, None
+
+
+def _joined(stats: Tensor, targets: Tensor, rows: int, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
+    """The statistics over all shards, and the number of their rows."""
+    top = stats[0].clone()
+    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+    sums = stats.new_empty(4, stats.shape[1] + 1, dtype=torch.float64)
+    sums[0, :-1] = stats[1] * torch.exp(stats[0] - top)
+    sums[1:3, :-1] = stats[2:]
+    sums[3, :-1] = (targets >= 0) & (targets < rows)
+    sums[:, -1] = rows
+    dist.all_reduce(sums, group=group)
+    wrong = ((sums[3, :-1] != 1) & (targets != _NOWHERE)).nonzero()
+    if len(wrong):
+        index = int(wrong[0])
+        raise ValueError(
+            "vocab_parallel_linear_cross_entropy: targets must lie in one shard each, got one in "
+            f"{int(sums[3, index])} shards at index {index} (rank {dist.get_rank(group)}); "
+            "check targets, vocab_start and the sizes of the shards"
+        )
+    return torch.cat([top[None], sums[:3, :-1].to(stats.dtype)]), int(sums[0, -1])
+
+
+def _losses(stats: Tensor, targets: Tensor, options: Options, total_vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Loss and log-probability of each token; as loss_of_token in csrc/cpu/linear_cross_entropy_plan.h."""
+    top, total, target, logit_sum = stats
+    log_total = total.log()
+    nll = log_total - (target - top)
+    losses = nll
+    if options.label_smoothing:
+        smooth = log_total - (logit_sum / total_vocab_size - top)
+        losses = (1 - options.label_smoothing) * nll + options.label_smoothing * smooth
+    if options.z_loss:
+        losses = losses + options.z_loss * (top + log_total).square()
+    counts = targets != _NOWHERE
+    return torch.where(counts, losses, 0), torch.where(counts, -nll, 0)
+
+
+def _stats_native(hidden: Tensor, weight: Tensor, targets: Tensor, options: Options) -> Tensor:
+    stats = hidden.new_empty((4, *targets.shape), dtype=torch.float32)
+    run_kernel(hidden, weight, targets, stats, options.as_numbers())
+    return stats
+
+
+def _gradients_native(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    stats: Tensor,
+    options: Options,
+    dlosses: Tensor,
+    dlogps: Tensor,
+    total_vocab_size: int,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    dhidden = torch.empty_like(hidden, dtype=torch.float32, memory_format=torch.contiguous_format) if needs[0] else None
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+    ignore_index, _, *numbers = options.as_numbers()
+    run_kernel(
+        hidden,
+        weight,
+        targets,
+        stats,
+        (ignore_index, get_args(Reduction).index("none"), numbers[0], numbers[1], numbers[2]),
+        has_stats=True,
+        dlosses=dlosses,
+        dlogps=dlogps,
+        dhidden=dhidden,
+        dweight=dweight,
+        total_vocab_size=total_vocab_size,
+    )
+    return dhidden, dweight
+
+
+def _logits_reference(hidden: Tensor, weight: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """Weight as the logits see it, in fp32 or wider, and the logits."""
+    acc = torch.promote_types(hidden.dtype, torch.float32)
+    wide = weight.to(hidden.dtype).to(acc)
+    logits = hidden.to(acc) @ wide.T
+    return wide, softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def _stats_reference(hidden: Tensor, weight: Tensor, targets: Tensor, options: Options) -> Tensor:
+    _, logits = _logits_reference(hidden, weight, options.softcap)
+    top = logits.amax(1)
+    here = (targets >= 0) & (targets < weight.shape[0])
+    at_target = logits.gather(1, torch.where(here, targets, 0)[:, None])[:, 0]
+    total = (logits - top[:, None]).exp().sum(1)
+    return torch.stack([top, total, torch.where(here, at_target, 0), logits.sum(1)])
+
+
+def _gradients_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    stats: Tensor,
+    options: Options,
+    dlosses: Tensor,
+    dlogps: Tensor,
+    total_vocab_size: int,
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    wide, logits = _logits_reference(hidden, weight, options.softcap)
+    lse = stats[0] + stats[1].log()
+    share = options.label_smoothing / total_vocab_size
+    dlogits = (logits - lse[:, None]).exp() * (dlosses * (1 + 2 * options.z_loss * lse) - dlogps)[:, None]
+    dlogits = dlogits - (dlosses * share)[:, None]
+    here = ((targets >= 0) & (targets < weight.shape[0])).nonzero()[:, 0]
+    dlogits[here, targets[here]] += (dlogps - (1 - options.label_smoothing) * dlosses)[here]
+    dlogits = torch.where((targets != _NOWHERE)[:, None], dlogits, 0)
+    if options.softcap:
+        dlogits = dlogits * (1 - (logits / options.softcap).square())
+    return (
+        dlogits @ wide if needs[0] else None,
+        (dlogits.T @ hidden.to(wide.dtype)).to(weight.dtype) if needs[1] else None,
+    )
