@@ -20,8 +20,8 @@ int64_t find_bad_target(uintptr_t targets, int64_t count, int64_t vocab_size, in
 void apply(uintptr_t hidden, uintptr_t weight, uintptr_t targets, uintptr_t stats, bool has_stats, uintptr_t losses,
            uintptr_t logps, uintptr_t loss, uintptr_t dlosses, uintptr_t dlogps, uintptr_t dhidden, uintptr_t dweight,
            int64_t num_tokens, int64_t dim, int64_t vocab_size, int64_t total_vocab_size, int64_t hidden_stride,
-           int64_t weight_stride, bool hidden_is_bf16, bool weight_is_bf16, bool dhidden_is_bf16, int64_t ignore_index, int reduction,
-           float label_smoothing, float z_loss, float softcap, int num_threads) {
+           int64_t weight_stride, bool hidden_is_bf16, bool weight_is_bf16, bool dhidden_is_bf16, int64_t ignore_index,
+           int reduction, float label_smoothing, float z_loss, float softcap, int num_threads) {
   LinearCrossEntropy args;
   args.num_tokens = num_tokens;
   args.dim = dim;

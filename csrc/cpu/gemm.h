@@ -255,7 +255,8 @@ void multiply_columns(const typename Kind::Word* a, int64_t a_stride, int64_t ro
   multiply_panel<Kind, kUnitDepth>(a, a_stride, rows, panel, depth, product.data(), kPanel, false);
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < columns; ++j)
-      c[i * c_row + j] = accumulate ? c[i * c_row + j] + product.data()[i * kPanel + j] : product.data()[i * kPanel + j];
+      c[i * c_row + j] =
+          accumulate ? c[i * c_row + j] + product.data()[i * kPanel + j] : product.data()[i * kPanel + j];
 }
 
 // Packs one panel of B that lies in `source` as it is: word (k, j) comes from row k, element j, of rows source_row

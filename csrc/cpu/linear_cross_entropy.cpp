@@ -32,9 +32,9 @@ HK_INLINE void round_to(const float* source, bf16* out, int64_t count) {
   if (i < count) Vec::load_partial(source + i, count - i).store_partial(out + i, static_cast<int>(count - i));
 }
 
-// What the steps share for one chunk of tokens. Kind is how products are done, T and W how hidden and weight are stored.
-// With pairs of bf16 the dlogits are rounded; the few that are not small against the gradient, at the target and where
-// the probability is high, get back what the rounding took, in fp32 (Correction).
+// What the steps share for one chunk of tokens. Kind is how products are done, T and W how hidden and weight are
+// stored. With pairs of bf16 the dlogits are rounded; the few that are not small against the gradient, at the target
+// and where the probability is high, get back what the rounding took, in fp32 (Correction).
 template <typename Kind, typename T, typename W>
 class Chunks {
   using Word = typename Kind::Word;
@@ -52,7 +52,8 @@ class Chunks {
         room_(std::max(plan_.chunk, plan_.late_chunk)),
         panels_(room_ * words(args_.dim)),
         columns_(args_.dweight != nullptr ? round_up(args_.dim, kPanel) * words(room_) : 0),
-        logits_(wants_gradient_ ? std::max(round_up(args_.vocab_size, 2) * plan_.chunk, plan_.slab_rows * args_.dim) : 0),
+        logits_(wants_gradient_ ? std::max(round_up(args_.vocab_size, 2) * plan_.chunk, plan_.slab_rows * args_.dim)
+                                : 0),
         partials_(args_.has_stats ? 0 : plan_.num_blocks * 3 * plan_.chunk),
         tokens_(5 * room_),
         dhidden_sum_(args_.dhidden != nullptr && args_.dhidden_is_bf16 ? plan_.chunk * args_.dim : 0),
@@ -129,8 +130,7 @@ class Chunks {
   float reduced_loss() const {
     double total = 0.0;
     for (int64_t t = 0; t < args_.num_tokens; ++t) total += static_cast<double>(args_.losses[t]);
-    return static_cast<float>(args_.reduction == Reduction::kMean ? total / static_cast<double>(num_targets_)
-                                                                  : total);
+    return static_cast<float>(args_.reduction == Reduction::kMean ? total / static_cast<double>(num_targets_) : total);
   }
 
   // Makes tokens [first, first + size) the chunk: packs them for both products.
@@ -208,11 +208,13 @@ class Chunks {
       Vec highest = Vec::load(logits + t);
       for (int64_t i = 1; i < num_rows; ++i) highest = max(Vec::load(logits + i * pitch_ + t), highest);
       highest.store(maxima + t);
-      grouped_sum(num_rows, 8, [&](int64_t i) { return exp(Vec::load(logits + i * pitch_ + t) - highest); })
-          .store(maxima + plan_.chunk + t);
+      grouped_sum(num_rows, 8, [&](int64_t i) {
+        return exp(Vec::load(logits + i * pitch_ + t) - highest);
+      }).store(maxima + plan_.chunk + t);
       if (args_.label_smoothing > 0.0f)
-        grouped_sum(num_rows, 8, [&](int64_t i) { return Vec::load(logits + i * pitch_ + t); })
-            .store(maxima + 2 * plan_.chunk + t);
+        grouped_sum(num_rows, 8, [&](int64_t i) {
+          return Vec::load(logits + i * pitch_ + t);
+        }).store(maxima + 2 * plan_.chunk + t);
     }
     for_targets_in(block, [&](int64_t t, int64_t row) { stat(kTargetLogit)[t] = logits[row * pitch_ + t]; });
   }
@@ -468,17 +470,17 @@ class Chunks {
   const Plan plan_;
   const int num_threads_;
   const bool wants_gradient_;
-  const int64_t num_targets_;                  // tokens that are not ignored
-  const int64_t room_;                         // tokens of the largest chunk
-  int64_t first_ = 0, count_ = 0, pitch_ = 0;  // the chunk: its first token, its size, its size in whole panels
-  int64_t slab_ = 0;                           // first of the late rows whose sums lie in logits_
-  const Workspace<Word> panels_;               // hidden of the chunk, packed for the logits: columns are tokens
-  const Workspace<Word> columns_;              // hidden of the chunk, packed for dweight: columns are dimensions
-  const Workspace<float> logits_;              // (vocab_size, pitch): logits, then dlogits
-  const Workspace<float> partials_;            // (num_blocks, 3, chunk): maximum, sum of exponentials, sum
-  const Workspace<float> tokens_;              // (5, room)
-  const Workspace<float> dhidden_sum_;         // (chunk, dim), unless dhidden itself serves
-  const Workspace<float> more_sums_;           // sums of dweight that its own memory does not hold
+  const int64_t num_targets_;                         // tokens that are not ignored
+  const int64_t room_;                                // tokens of the largest chunk
+  int64_t first_ = 0, count_ = 0, pitch_ = 0;         // the chunk: its first token, its size, its size in whole panels
+  int64_t slab_ = 0;                                  // first of the late rows whose sums lie in logits_
+  const Workspace<Word> panels_;                      // hidden of the chunk, packed for the logits: columns are tokens
+  const Workspace<Word> columns_;                     // hidden of the chunk, packed for dweight: columns are dimensions
+  const Workspace<float> logits_;                     // (vocab_size, pitch): logits, then dlogits
+  const Workspace<float> partials_;                   // (num_blocks, 3, chunk): maximum, sum of exponentials, sum
+  const Workspace<float> tokens_;                     // (5, room)
+  const Workspace<float> dhidden_sum_;                // (chunk, dim), unless dhidden itself serves
+  const Workspace<float> more_sums_;                  // sums of dweight that its own memory does not hold
   std::vector<std::vector<Correction>> corrections_;  // of the chunk, per block
 };
 

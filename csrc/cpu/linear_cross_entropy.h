@@ -34,10 +34,10 @@ struct LinearCrossEntropy {
   int64_t total_vocab_size;  // of all shards
   float label_smoothing, z_loss, softcap;
   Reduction reduction;
-  float* stats;          // (kNumStats, num_tokens)
-  bool has_stats;        // stats are read, else written
+  float* stats;           // (kNumStats, num_tokens)
+  bool has_stats;         // stats are read, else written
   float *losses, *logps;  // (num_tokens,), 0 where ignored; null: not wanted
-  float* loss;           // sum of losses, or mean over those that count (NaN if none does, as in torch); null: none
+  float* loss;            // sum of losses, or mean over those that count (NaN if none does, as in torch); null: none
   const float *dlosses, *dlogps;  // (num_tokens,); both null: the derivative of `loss`
   void *dhidden, *dweight;        // contiguous, shapes of hidden and weight, dweight in the dtype of weight; null: none
 };

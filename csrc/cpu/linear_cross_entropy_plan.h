@@ -8,17 +8,17 @@
 
 namespace herdkern::cpu::HK_ISA {
 
-constexpr int64_t kVocabBlock = 96;    // rows of weight per task: a multiple of every kTileRows, and even
-constexpr int64_t kDepthBlock = 128;   // of the logits' product: short chains of additions, a panel of hidden in L1
-constexpr int64_t kVocabDepth = 192;   // of dhidden's product
-constexpr int64_t kTokenDepth = 480;   // of dweight's product, as kDepthBlock
+constexpr int64_t kVocabBlock = 96;   // rows of weight per task: a multiple of every kTileRows, and even
+constexpr int64_t kDepthBlock = 128;  // of the logits' product: short chains of additions, a panel of hidden in L1
+constexpr int64_t kVocabDepth = 192;  // of dhidden's product
+constexpr int64_t kTokenDepth = 480;  // of dweight's product, as kDepthBlock
 constexpr int64_t kMiB = int64_t{1} << 20;
 
-// Memory. All that is kept between tasks shall take no more than kBudget for any number of tokens, first the logits of a
-// chunk: as many tokens as keep them in the last cache, 480 if those are fewer, 1920 if more.
-// A bf16 dweight is summed in fp32, which takes twice its size. The sums of half of its rows lie in its own memory, those
-// of some more in what the budget leaves; rows beyond them (only where vocab_size * dim is large) get their gradient at
-// the end, slab by slab, from logits that are computed again.
+// Memory. All that is kept between tasks shall take no more than kBudget for any number of tokens, first the logits of
+// a chunk: as many tokens as keep them in the last cache, 480 if those are fewer, 1920 if more. A bf16 dweight is
+// summed in fp32, which takes twice its size. The sums of half of its rows lie in its own memory, those of some more in
+// what the budget leaves; rows beyond them (only where vocab_size * dim is large) get their gradient at the end, slab
+// by slab, from logits that are computed again.
 struct Plan {
   static constexpr int64_t kBudget = 50 * kMiB, kLatePanels = 8 * kMiB;
   int64_t chunk, num_blocks;

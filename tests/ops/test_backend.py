@@ -116,7 +116,7 @@ def kernels(x, weight, head, dout, table, positions, targets):
     results = [y, *rms_norm_op._backward_cpu(dout, x, weight, rstd, True, True)]
     results += [swiglu_op._forward_cpu(x, y), *swiglu_op._backward_cpu(dout, x, y, True, True)]
     results.append(rope_op._rope_cpu(x.view(600, 4, 64), *table, positions, False, False))
-    results += loss_op._forward_cpu(x, head, targets, -100, 2, True, True)
+    results += loss_op._forward_cpu(x, head, targets, -100, 2, 0.0, 0.0, 0.0, True, True)
     return [result.numpy().tobytes() for result in results]
 
 
