@@ -9,6 +9,7 @@
 namespace py = pybind11;
 
 namespace herdkern::cpu {
+void bind_adamw(py::module_& m);                 // bind_adamw.cpp
 void bind_attention(py::module_& m);             // bind_attention.cpp
 void bind_linear_cross_entropy(py::module_& m);  // bind_linear_cross_entropy.cpp
 void bind_peak(py::module_& m);                  // bind_peak.cpp
@@ -24,6 +25,7 @@ PYBIND11_MODULE(_ops, m) {
   m.def("active_isa", [] { return isa_name(active_isa()); });
   m.def("set_isa", [](const std::string& name) { set_active_isa(name.c_str()); });
   m.def("has_avx512_bf16", &has_avx512_bf16);
+  bind_adamw(m);
   bind_attention(m);
   bind_linear_cross_entropy(m);
   bind_peak(m);

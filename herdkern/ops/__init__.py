@@ -1,5 +1,6 @@
-"""Attention, RMSNorm, SwiGLU, RoPE and the fused linear cross entropy, each with its plain reference."""
+"""Attention, RMSNorm, SwiGLU, RoPE, the fused linear cross entropy and AdamW, each with its plain reference."""
 
+from herdkern.ops.adamw import AdamwSettings, adamw_reference, adamw_step, grad_norm
 from herdkern.ops.attention import attention, attention_reference
 from herdkern.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from herdkern.ops.linear_cross_entropy_parallel import vocab_parallel_linear_cross_entropy
@@ -9,9 +10,13 @@ from herdkern.ops.rope import RopeScaling, rope, rope_qk, rope_qk_reference, rop
 from herdkern.ops.swiglu import swiglu, swiglu_reference
 
 __all__ = [
+    "AdamwSettings",
     "RopeScaling",
+    "adamw_reference",
+    "adamw_step",
     "attention",
     "attention_reference",
+    "grad_norm",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
     "paged_attention",
