@@ -3,6 +3,9 @@
     python benchmarks/bench_X.py [--quick] [--case PART] [--threads N] [--clock wall|cpu] [--isa LEVEL] [--json FILE]
     pytest benchmarks                      ours alone, under pytest-benchmark
 
+A case that is `reused` runs in a second process, where all candidates work under herdkern.memory.reuse(): their results
+lie in memory that was there before. The others have what malloc does by default: a large result is fresh every time.
+
 Each case is set up, checked (no time is printed if that fails) and run once to warm up; then every round times each
 implementation once, in rotating order, so that a slow minute of the machine falls on all alike. The table shows
 medians, the spread (half of the samples lie within it) and the memory that one call adds at its peak; "limit" is the
@@ -22,6 +25,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -55,6 +59,7 @@ class Case:
     aside_lap: str = "forward"
     is_large: bool = False  # left out of --quick and of pytest
     memory_apart: bool = False  # each implementation's memory in a process of its own; none in --quick
+    reused: bool = False  # all under herdkern.memory.reuse(), in a process of its own
     extra: Callable[[Any, dict[str, Any], Limits], dict[str, Any]] | None = None  # more keys, from functions and result
 
 
@@ -74,45 +79,83 @@ class Bench:
         options = parse(self, arguments)
         if options.memory_of:
             return print_memory(self.cases, options.memory_of)
+        chosen = [case for case in self.cases if options.case in case.name and not (options.quick and case.is_large)]
+        cases = [case for case in chosen if case.reused == options.reused]
         limits = Limits(options.threads)
         machine = describe_machine(options.threads)
         print(
             f"{self.name} on {machine['cpu']}, {machine['cores']} cores, {options.threads} threads, {clock.kind} clock"
+            + ", freed memory is reused" * options.reused
         )
-        print("lscpu: " + ", ".join(f"{name} {value}" for name, value in machine["lscpu"].items()))
-        cases = [case for case in self.cases if options.case in case.name and not (options.quick and case.is_large)]
-        deadline = process_start() + 32 if options.quick else float("inf")
+        if options.reused:
+            from herdkern import memory
+
+            assert memory.reuse(), memory.why_not()
+        else:
+            print("lscpu: " + ", ".join(f"{name} {value}" for name, value in machine["lscpu"].items()))
         print_limits(cases, limits)
         results: list[dict[str, Any]] = []
-        measured, failed = [], 0
         name = f"{self.name}-{options.isa}" if options.isa else self.name
         report = {"bench": name, "unit": "ms", "quick": options.quick, "cases": results, "machine": machine}
         machine["limits"] = limits.measured
+        failed = 0
         for i, case in enumerate(cases):
-            share = (deadline - time.time()) / (len(cases) - i)
-            try:
-                result = run_case(case, max(0.2, min(share, self.seconds)), options, limits)
-            except Exception as error:
-                wrong = isinstance(error, AssertionError)
-                print(f"\n{case.name}: no times: {'WRONG RESULT: ' * wrong}{error}", flush=True)
-                if not wrong:
-                    traceback.print_exc()
+            share = (options.until - time.time()) / (len(chosen) - i)
+            result = try_case(case, max(0.2, min(share, self.seconds)), options, limits)
+            if result is None:
                 failed += 1
                 continue
-            print_case(case, result)
             print(f"  {i + 1} of {len(cases)}, {time.time() - process_start():.0f} s since the start", flush=True)
             results.append(result)
-            measured.append(case)
             write_json(options.json, report | {"unfinished": True})
-        for case, result in zip(measured, results, strict=True):  # a busy moment may have hidden a rate at first
-            result |= shares(case, result[OURS] / 1e3, limits)
-        if self.summarise:
+        if len(cases) < len(chosen) and not options.reused:
+            failed += run_reused(options, results, limits)
+        by_name = {case.name: case for case in chosen}
+        for result in results:  # a busy moment may have hidden a rate at first
+            result |= shares(by_name[result["case"]], result[OURS] / 1e3, limits)
+        if self.summarise and not options.reused:
             self.summarise(report, options.quick)
         write_json(options.json, report)
-        if options.json and self.after:
+        if options.json and self.after and not options.reused:
             self.after(Path(options.json))
-        print("\n" + json.dumps(report))
+        if not options.reused:
+            print("\n" + json.dumps(report))
         return 1 if failed else 0
+
+
+def try_case(case: Case, seconds: float, options: argparse.Namespace, limits: Limits) -> dict[str, Any] | None:
+    """The result of the case, printed; None if ours is wrong or raised, which is printed too."""
+    try:
+        result = run_case(case, seconds, options, limits)
+    except Exception as error:
+        wrong = isinstance(error, AssertionError)
+        print(f"\n{case.name}: no times: {'WRONG RESULT: ' * wrong}{error}", flush=True)
+        if not wrong:
+            traceback.print_exc()
+        return None
+    print_case(case, result)
+    return result
+
+
+def run_reused(options: argparse.Namespace, results: list[dict[str, Any]], limits: Limits) -> int:
+    """Runs this script's `reused` cases in a second process, which adds to `results`; returns its exit status."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "report.json"
+        command = [sys.executable, sys.argv[0], "--reused", "--json", str(path), "--until", str(options.until)]
+        command += ["--case", options.case, "--threads", str(options.threads), "--clock", clock.kind]
+        command += ["--quick"] * options.quick + ["--one-thread"] * options.one_thread
+        status = subprocess.run(command, check=False).returncode
+        if path.exists():
+            report = json.loads(path.read_text())
+            results += report["cases"]
+            for name, rate in report["machine"]["limits"].items():
+                limits.measured[name] = max(rate, limits.measured.get(name, 0.0))
+    return status
+
+
+def fresh_and_reused(case: Case) -> list[Case]:
+    """The case as malloc serves it, and with results in memory that was there before."""
+    return [case, dataclasses.replace(case, name=f"{case.name} reused", reused=True)]
 
 
 def parse(bench: Bench, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -127,12 +170,18 @@ def parse(bench: Bench, arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--isa", choices=("baseline", "avx2", "avx512", "amx"), help="level of ours and of torch")
     parser.add_argument("--json", metavar="FILE", help="also write the report to FILE")
     parser.add_argument("--memory-of", metavar="CASE", help=argparse.SUPPRESS)
+    parser.add_argument("--reused", action="store_true", help=argparse.SUPPRESS)  # the second process
+    parser.add_argument("--one-thread", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.until is None:
+        options.until = process_start() + 32 if options.quick else float("inf")
     if options.isa and os.environ.get("HERDKERN_ISA") != options.isa:  # torch reads its own when it is imported
         torch_isa = "default" if options.isa == "baseline" else options.isa
         env = {name: value.format(torch_isa) for name, value in ISA_OF_TORCH.items()}
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **env, "HERDKERN_ISA": options.isa})
-    options.one_thread = bench.one_thread and options.threads is None and cores > 1 and not options.quick
+    alone = bench.one_thread and options.threads is None and cores > 1 and not options.quick
+    options.one_thread = options.one_thread or alone
     options.threads = options.threads or cores
     clock.kind = options.clock or ("cpu" if options.threads == 1 else "wall")
     set_threads(options.threads)
@@ -379,7 +428,8 @@ def memory_apart(case: Case, options: argparse.Namespace) -> dict[str, int]:
 
 def print_memory(cases: Sequence[Case], case_name: str) -> int:
     """The process that memory_apart starts: imports once, computes nothing, and forks for each implementation."""
-    functions = next(case for case in cases if case.name == case_name).setup()
+    case = next(case for case in cases if case.name == case_name)
+    functions = case.setup()
     grown: dict[str, int] = {}
     for name, function in functions.items():
         reader, writer = os.pipe()
@@ -388,6 +438,8 @@ def print_memory(cases: Sequence[Case], case_name: str) -> int:
             status = 1
             try:
                 getattr(function, "warm_up", lambda: None)()
+                if case.reused:
+                    keep_from_now_on()
                 os.write(writer, str(peak_growth(function)).encode())
                 status = 0
             except Exception as error:
@@ -403,6 +455,13 @@ def print_memory(cases: Sequence[Case], case_name: str) -> int:
     return 0
 
 
+def keep_from_now_on() -> None:
+    from herdkern import memory
+
+    memory.reuse()
+    memory.release()  # what a warm-up freed is gone, as for the others
+
+
 def pytest_cases(bench: Bench) -> Callable[..., None] | None:
     """A test for pytest-benchmark: every case, checked, then ours alone. None where pytest is not installed."""
     try:
@@ -410,7 +469,9 @@ def pytest_cases(bench: Bench) -> Callable[..., None] | None:
     except ImportError:
         return None
 
-    @pytest.mark.parametrize("case", [c for c in bench.cases if not c.is_large], ids=lambda case: case.name)
+    @pytest.mark.parametrize(
+        "case", [c for c in bench.cases if not (c.is_large or c.reused)], ids=lambda case: case.name
+    )
     def test(case: Case, benchmark: Any) -> None:
         functions = case.setup()
         if case.check is not None:

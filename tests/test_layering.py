@@ -14,6 +14,7 @@ BELOW = {  # floor -> what it may import of herdkern (itself always)
     "data": {"tokenizer", "engine", "_text"},
     "dedup": {"data", "tokenizer", "engine", "_text"},
     "documents": set(),
+    "memory": set(),
     "ops": {"_ops", "_cuda"},
     "flash_attn": {"ops", "documents"},
     "integrations": {"ops", "documents"},
@@ -21,7 +22,7 @@ BELOW = {  # floor -> what it may import of herdkern (itself always)
     "model": {"ops", "documents"},
     "optim": {"ops"},
     "parallel": {"model", "ops"},
-    "train": {"parallel", "model", "ops", "optim", "data", "tokenizer", "engine"},
+    "train": {"memory", "parallel", "model", "ops", "optim", "data", "tokenizer", "engine"},
     "report": {"data", "engine"},
     "recipes": {"train", "parallel", "model", "ops", "dedup", "data", "tokenizer", "engine", "report", "env"},
     "env": {"ops", "_ops", "_text", "tokenizer", "dedup"},
@@ -29,7 +30,7 @@ BELOW = {  # floor -> what it may import of herdkern (itself always)
     "__main__": {"cli"},
     "__init__": {"leak_check"},
 }
-WITHOUT_TORCH = {"engine", "tokenizer", "data", "dedup", "report"}
+WITHOUT_TORCH = {"memory", "engine", "tokenizer", "data", "dedup", "report"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

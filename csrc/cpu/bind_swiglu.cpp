@@ -1,5 +1,8 @@
 // Binds SwiGLU to Python: pointers as integers (0: not wanted), sizes, strides in elements; the GIL is released.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
 
 #include "cpu/swiglu.h"
 
@@ -8,19 +11,22 @@ namespace py = pybind11;
 namespace herdkern::cpu {
 namespace {
 
-void forward(uintptr_t gate, uintptr_t up, uintptr_t out, int64_t num_rows, int64_t dim, int64_t gate_stride,
-             int64_t up_stride, bool is_bf16, int num_threads) {
-  HK_DISPATCH(swiglu_forward, SwigluForward{num_rows, dim, gate_stride, up_stride, is_bf16, num_threads,
-                                            reinterpret_cast<const void*>(gate), reinterpret_cast<const void*>(up),
-                                            reinterpret_cast<void*>(out)});
+const void* input(uintptr_t address) { return reinterpret_cast<const void*>(address); }
+void* output(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+// strides: of gate, up
+void forward(uintptr_t gate, uintptr_t up, uintptr_t out, int64_t num_rows, int64_t dim,
+             const std::array<int64_t, 2>& strides, int element, int num_threads) {
+  HK_DISPATCH(swiglu_forward, SwigluForward{num_rows, dim, strides[0], strides[1], static_cast<Element>(element),
+                                            num_threads, input(gate), input(up), output(out)});
 }
 
+// strides: of dout, gate, up, dgate, dup
 void backward(uintptr_t dout, uintptr_t gate, uintptr_t up, uintptr_t dgate, uintptr_t dup, int64_t num_rows,
-              int64_t dim, int64_t dout_stride, int64_t gate_stride, int64_t up_stride, bool is_bf16, int num_threads) {
-  HK_DISPATCH(swiglu_backward, SwigluBackward{num_rows, dim, dout_stride, gate_stride, up_stride, is_bf16, num_threads,
-                                              reinterpret_cast<const void*>(dout), reinterpret_cast<const void*>(gate),
-                                              reinterpret_cast<const void*>(up), reinterpret_cast<void*>(dgate),
-                                              reinterpret_cast<void*>(dup)});
+              int64_t dim, const std::array<int64_t, 5>& strides, int element, int num_threads) {
+  HK_DISPATCH(swiglu_backward, SwigluBackward{num_rows, dim, strides[0], strides[1], strides[2], strides[3], strides[4],
+                                              static_cast<Element>(element), num_threads, input(dout), input(gate),
+                                              input(up), output(dgate), output(dup)});
 }
 
 }  // namespace

@@ -1,34 +1,42 @@
-// RMSNorm on the CPU: out[r, c] = x[r, c] * rstd[r] * weight[c],  rstd[r] = 1 / sqrt(mean_c(x[r, c]^2) + eps).
-// Torch-free: herdkern/ops/rms_norm.py checks shapes. Arithmetic is fp32 whatever the storage type.
+// RMSNorm on the CPU: out[r, c] = h[r, c] * rstd[r] * (weight[c] + weight_offset), rstd[r] = 1 / sqrt(mean_c(h[r, c]^2)
+// + eps), with h = x or, if there is a residual, x + residual.
+// Torch-free: herdkern/ops/rms_norm.py checks shapes. Arithmetic is fp32; Casting says what is rounded in between.
 // Source: Zhang & Sennrich 2019, eq. 4 (arXiv:1910.07467).
 #pragma once
 #include <cstdint>
 
+#include "cpu/element.h"
 #include "cpu/isa.h"
 
 namespace herdkern::cpu {
 
-// x: (num_rows, dim), rows x_stride elements apart.  weight: (dim,), bf16 only if x is.  rstd: (num_rows,).
+// kLlama: h * rstd is rounded to the type of x. kGemma: nothing is. kNone: every step is. The same for fp32.
+enum class Casting : int { kLlama = 0, kGemma = 1, kNone = 2 };
+
+// Rows of inputs lie *_stride elements apart; outputs are contiguous.  weight: (dim,).  rstd: (num_rows,).
 struct RmsNormShape {
-  int64_t num_rows, dim, x_stride;
-  bool bf16_x, bf16_weight;
+  int64_t num_rows, dim;
+  Element element, weight_element;  // the weight's is x's or fp32
+  Casting casting;
+  float weight_offset;
   int num_threads;
 };
 
 struct RmsNormForward {
   RmsNormShape shape;
-  const void *x, *weight;
+  const void *x, *residual, *weight;  // (num_rows, dim); residual: null for none
+  int64_t x_stride, residual_stride;
   float eps;
-  void* out;  // (num_rows, dim) contiguous, type of x
+  void *out, *new_residual;  // type of x; new_residual: x + residual, where there is one
   float* rstd;
 };
 
 struct RmsNormBackward {
   RmsNormShape shape;
-  const void *dout, *x, *weight;  // dout: type of x, rows dout_stride elements apart
-  int64_t dout_stride;
+  const void *dout, *dresidual, *x, *weight;  // x: what was normed; dresidual: gradient that also reaches it, or null
+  int64_t dout_stride, dresidual_stride, x_stride;
   const float* rstd;
-  void *dx, *dweight;  // dx: (num_rows, dim) contiguous, type of x.  dweight: (dim,), type of weight.  Null: not wanted
+  void *dx, *dweight;  // type of x, type of weight.  Null: not wanted
 };
 
 }  // namespace herdkern::cpu

@@ -1,46 +1,58 @@
 #include "cpu/swiglu.h"
 
-#include "common/simd.h"
+#include "common/pair.h"
+#include "cpu/huge_pages.h"
 #include "cpu/threads.h"
 
 namespace herdkern::cpu::HK_ISA {
 namespace {
 
 template <typename T>
+HK_INLINE Pair<T> sigmoid(const Pair<T>& x) {
+  return {sigmoid(x.a), sigmoid(x.b)};
+}
+
+template <typename T>
+HK_INLINE Pair<T> forward_step(const Pair<T>& gate, const Pair<T>& up) {
+  return gate * sigmoid(gate) * up;
+}
+
+template <typename T, bool kStream>
 void forward_run(const T* gate, const T* up, T* out, int64_t count) {
-  for_each_vec(
+  for_each_pair(
       count,
       [&](int64_t i) {
-        const Vec g = Vec::load(gate + i);
-        (g * sigmoid(g) * Vec::load(up + i)).store(out + i);
+        const Pair<T> y = forward_step(Pair<T>::load(gate + i), Pair<T>::load(up + i));
+        kStream ? y.stream(out + i) : y.store(out + i);
       },
       [&](int64_t i, int n) {
-        const Vec g = Vec::load_partial(gate + i, n);
-        (g * sigmoid(g) * Vec::load_partial(up + i, n)).store_partial(out + i, n);
+        forward_step(Pair<T>::load_partial(gate + i, n), Pair<T>::load_partial(up + i, n)).store_partial(out + i, n);
       });
 }
 
 // silu'(g) = s (1 + g (1 - s)) with s = sigmoid(g).
+template <typename T>
 struct Gradients {
-  Vec dgate, dup;
-  HK_INLINE Gradients(const Vec& dout, const Vec& gate, const Vec& up) {
-    const Vec one(1.0f), s = sigmoid(gate);
+  Pair<T> dgate, dup;
+  HK_INLINE Gradients(const Pair<T>& dout, const Pair<T>& gate, const Pair<T>& up) {
+    const Pair<T> one(1.0f), s = sigmoid(gate);
     dgate = dout * up * s * fma(gate, one - s, one);
     dup = dout * gate * s;
   }
 };
 
-template <typename T>
+template <typename T, bool kStream>
 void backward_run(const T* dout, const T* gate, const T* up, T* dgate, T* dup, int64_t count) {
-  for_each_vec(
+  for_each_pair(
       count,
       [&](int64_t i) {
-        const Gradients d(Vec::load(dout + i), Vec::load(gate + i), Vec::load(up + i));
-        if (dgate != nullptr) d.dgate.store(dgate + i);
-        if (dup != nullptr) d.dup.store(dup + i);
+        const Gradients<T> d(Pair<T>::load(dout + i), Pair<T>::load(gate + i), Pair<T>::load(up + i));
+        if (dgate != nullptr) kStream ? d.dgate.stream(dgate + i) : d.dgate.store(dgate + i);
+        if (dup != nullptr) kStream ? d.dup.stream(dup + i) : d.dup.store(dup + i);
       },
       [&](int64_t i, int n) {
-        const Gradients d(Vec::load_partial(dout + i, n), Vec::load_partial(gate + i, n), Vec::load_partial(up + i, n));
+        const Gradients<T> d(Pair<T>::load_partial(dout + i, n), Pair<T>::load_partial(gate + i, n),
+                             Pair<T>::load_partial(up + i, n));
         if (dgate != nullptr) d.dgate.store_partial(dgate + i, n);
         if (dup != nullptr) d.dup.store_partial(dup + i, n);
       });
@@ -56,42 +68,71 @@ void for_each_stretch(int64_t num_rows, int64_t dim, bool contiguous, int num_th
   if (!contiguous) {
     parallel_ranges(num_rows, num_threads, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) run(row, int64_t{0}, dim);
+      end_of_streams();
     });
     return;
   }
   parallel_ranges((total + kBlock - 1) / kBlock, num_threads, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kBlock, last = end * kBlock < total ? end * kBlock : total;
     run(int64_t{0}, first, last - first);
+    end_of_streams();
   });
 }
 
 template <typename T>
 void forward(const SwigluForward& args) {
   const bool contiguous = args.gate_stride == args.dim && args.up_stride == args.dim;
+  const int64_t bytes = args.num_rows * args.dim * static_cast<int64_t>(sizeof(T));
+  prefer_huge_pages(args.out, bytes);
   for_each_stretch(args.num_rows, args.dim, contiguous, args.num_threads, [&](int64_t row, int64_t c, int64_t count) {
-    forward_run(static_cast<const T*>(args.gate) + row * args.gate_stride + c,
-                static_cast<const T*>(args.up) + row * args.up_stride + c,
-                static_cast<T*>(args.out) + row * args.dim + c, count);
+    const T* gate = static_cast<const T*>(args.gate) + row * args.gate_stride + c;
+    const T* up = static_cast<const T*>(args.up) + row * args.up_stride + c;
+    T* out = static_cast<T*>(args.out) + row * args.dim + c;
+    if (bytes >= kStreamBytes && is_line_aligned(out)) {
+      forward_run<T, true>(gate, up, out, count);
+    } else {
+      forward_run<T, false>(gate, up, out, count);
+    }
   });
 }
 
 template <typename T>
+T* at(void* data, int64_t offset) {
+  return data == nullptr ? nullptr : static_cast<T*>(data) + offset;
+}
+
+template <typename T>
 void backward(const SwigluBackward& args) {
-  const bool contiguous = args.dout_stride == args.dim && args.gate_stride == args.dim && args.up_stride == args.dim;
+  bool contiguous = args.dout_stride == args.dim && args.gate_stride == args.dim && args.up_stride == args.dim;
+  contiguous = contiguous && args.dgate_stride == args.dim && args.dup_stride == args.dim;
+  const int64_t bytes = args.num_rows * args.dim * static_cast<int64_t>(sizeof(T));
+  const bool packed = args.dgate_stride != args.dim;  // one tensor, which begins at dgate
+  if (args.dgate != nullptr) prefer_huge_pages(args.dgate, packed ? 2 * bytes : bytes);
+  if (args.dup != nullptr && !packed) prefer_huge_pages(args.dup, bytes);
   for_each_stretch(args.num_rows, args.dim, contiguous, args.num_threads, [&](int64_t row, int64_t c, int64_t count) {
-    const int64_t at = row * args.dim + c;
-    backward_run(static_cast<const T*>(args.dout) + row * args.dout_stride + c,
-                 static_cast<const T*>(args.gate) + row * args.gate_stride + c,
-                 static_cast<const T*>(args.up) + row * args.up_stride + c,
-                 args.dgate == nullptr ? nullptr : static_cast<T*>(args.dgate) + at,
-                 args.dup == nullptr ? nullptr : static_cast<T*>(args.dup) + at, count);
+    const T* dout = static_cast<const T*>(args.dout) + row * args.dout_stride + c;
+    const T* gate = static_cast<const T*>(args.gate) + row * args.gate_stride + c;
+    const T* up = static_cast<const T*>(args.up) + row * args.up_stride + c;
+    T* dgate = at<T>(args.dgate, row * args.dgate_stride + c);
+    T* dup = at<T>(args.dup, row * args.dup_stride + c);
+    if (bytes >= kStreamBytes && is_line_aligned(dgate) && is_line_aligned(dup)) {
+      backward_run<T, true>(dout, gate, up, dgate, dup, count);
+    } else {
+      backward_run<T, false>(dout, gate, up, dgate, dup, count);
+    }
   });
 }
 
 }  // namespace
 
-void swiglu_forward(const SwigluForward& args) { args.is_bf16 ? forward<bf16>(args) : forward<float>(args); }
+void swiglu_forward(const SwigluForward& args) {
+  if (args.element == Element::kFloat32) return forward<float>(args);
+  args.element == Element::kBfloat16 ? forward<bf16>(args) : forward<fp16>(args);
+}
 
-void swiglu_backward(const SwigluBackward& args) { args.is_bf16 ? backward<bf16>(args) : backward<float>(args); }
+void swiglu_backward(const SwigluBackward& args) {
+  if (args.element == Element::kFloat32) return backward<float>(args);
+  args.element == Element::kBfloat16 ? backward<bf16>(args) : backward<fp16>(args);
+}
 
 }  // namespace herdkern::cpu::HK_ISA

@@ -4,14 +4,15 @@
 #pragma once
 #include <cstdint>
 
+#include "cpu/element.h"
 #include "cpu/isa.h"
 
 namespace herdkern::cpu {
 
-// All arrays are (num_rows, dim) of one type; inputs have rows *_stride elements apart, outputs are contiguous.
+// All arrays are (num_rows, dim) of one type with rows *_stride elements apart; out is contiguous.
 struct SwigluForward {
   int64_t num_rows, dim, gate_stride, up_stride;
-  bool is_bf16;
+  Element element;
   int num_threads;
   const void *gate, *up;
   void* out;
@@ -19,7 +20,8 @@ struct SwigluForward {
 
 struct SwigluBackward {
   int64_t num_rows, dim, dout_stride, gate_stride, up_stride;
-  bool is_bf16;
+  int64_t dgate_stride, dup_stride;
+  Element element;
   int num_threads;
   const void *dout, *gate, *up;
   void *dgate, *dup;  // null: not wanted

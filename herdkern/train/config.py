@@ -87,6 +87,7 @@ class TrainConfig:
     eval_every_steps: int = 0  # held-out loss; 0: never inside the loop
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped_steps: int = 10  # in a row, with on_nonfinite="skip"
+    reuse_memory: bool = True  # keep freed memory for the next step (herdkern.memory); the same bits either way
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -127,5 +128,5 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """The fields that the bits of the result depend on, as JSON values; a resumed run must have the same."""
         values = dataclasses.asdict(self)
-        del values["checkpoint"], values["eval_every_steps"]
+        del values["checkpoint"], values["eval_every_steps"], values["reuse_memory"]
         return values

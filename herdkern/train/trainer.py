@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from herdkern import memory
 from herdkern.engine import write_json_atomic
 from herdkern.model.hf_weights import config_to_hf, hf_state
 from herdkern.model.transformer import Transformer
@@ -151,9 +152,14 @@ class Trainer:
         cannot be written.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(self.run_dir / "train.lock"), _deterministic(), self._on_signals():
+        with (
+            _locked(self.run_dir / "train.lock"),
+            _deterministic(),
+            self._on_signals(),
+            _memory(self.config.reuse_memory) as how,
+        ):
             saved = self.resume()
-            write_json_atomic(self.run_dir / "training.json", self._resolved_config())
+            write_json_atomic(self.run_dir / "training.json", {**self._resolved_config(), "memory": how})
             self._measure_peak()
             self.model.train()
             total = self.config.steps * self.config.tokens_per_step
@@ -386,6 +392,23 @@ def _locked(path: Path) -> Iterator[None]:
                 f"Trainer: {path.parent} must have one process training in it, another holds {path}"
             ) from e
         yield
+
+
+@contextlib.contextmanager
+def _memory(reused: bool) -> Iterator[str]:
+    """Freed memory is kept for the next step if wanted and possible, until the loop ends; yields what holds."""
+    if not reused or memory.is_reused():
+        yield "reused" if memory.is_reused() else "fresh"
+        return
+    reason = memory.why_not()
+    if reason is not None:
+        yield f"fresh: {reason}"
+        return
+    memory.reuse()
+    try:
+        yield "reused"
+    finally:
+        memory.stop_reuse()
 
 
 @contextlib.contextmanager

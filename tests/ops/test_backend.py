@@ -113,7 +113,7 @@ def test_level_variable_is_read_when_the_ops_are_loaded():
 def kernels(x, weight, head, dout, table, positions, targets):
     """Every kernel once, forward and backward, on work for several threads, without a parallel op of torch."""
     y, rstd = rms_norm_op._forward_cpu(x, weight, 1e-5)
-    results = [y, *rms_norm_op._backward_cpu(dout, x, weight, rstd, True, True)]
+    results = [y, *rms_norm_op._backward_cpu(dout, None, x, weight, rstd, "llama", 0.0, True, True)]
     results += [swiglu_op._forward_cpu(x, y), *swiglu_op._backward_cpu(dout, x, y, True, True)]
     results.append(rope_op._rope_cpu(x.view(600, 4, 64), *table, positions, False, False))
     results += loss_op._forward_cpu(x, head, targets, -100, 2, 0.0, 0.0, 0.0, True, True)

@@ -8,8 +8,8 @@ import torch
 from herdkern.ops import swiglu, swiglu_reference
 from herdkern.ops.backend import available_isas, forced_isa
 
-FP32, BF16 = torch.float32, torch.bfloat16
-DTYPES = [pytest.param(d, id=str(d)[6:]) for d in (FP32, BF16)]
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = [pytest.param(d, id=str(d)[6:]) for d in (FP32, BF16, FP16)]
 LAYOUTS = {
     "1d": lambda x: x[0],
     "3d": lambda x: x.view(3, 7, -1),
@@ -47,6 +47,57 @@ def test_halves_of_one_projection(dtype):
     (got,) = torch.autograd.grad(swiglu(*hidden.chunk(2, dim=-1)), hidden, dout)
     (expected,) = torch.autograd.grad(swiglu_reference(*hidden.chunk(2, dim=-1)), hidden, dout)
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ffn_dim", [0, 1, 5, 31, 32, 63, 256])
+def test_packed_has_the_bits_of_two_tensors(isa, dtype, ffn_dim):
+    packed = torch.randn(9, 2 * ffn_dim).to(dtype).requires_grad_()
+    dout = torch.randn(9, ffn_dim).to(dtype)
+    with forced_isa(isa):
+        out = swiglu(packed)
+        two = swiglu(*packed.chunk(2, dim=-1))
+        (got,), (expected,) = (torch.autograd.grad(o, packed, dout) for o in (out, two))
+    assert torch.equal(out, two)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_packed(assert_matches_fp64, dtype, layout):
+    packed = LAYOUTS[layout](torch.randn(42, 68).to(dtype).view(21, -1))
+    packed = packed[..., : packed.shape[-1] // 2 * 2]
+    assert_matches_fp64(swiglu, swiglu_reference, [packed])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("packed", [False, True], ids=["two", "packed"])
+def test_large_results_have_the_bits_of_small_ones(dtype, packed):
+    """Results of 16 MiB and more take another way to memory."""
+    num_rows, dim = (16 << 20) // (2048 * dtype.itemsize) + 3, 2048
+    both, dout = torch.randn(num_rows, 2 * dim).to(dtype), torch.randn(num_rows, dim).to(dtype)
+    rows = slice(num_rows - 7, num_rows)
+
+    def step(rows):
+        halves = [both[rows].clone()] if packed else [h.contiguous() for h in both[rows].chunk(2, dim=-1)]
+        leaves = [h.requires_grad_() for h in halves]
+        out = swiglu(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, dout[rows])
+
+    for large, small in zip(step(slice(None)), step(rows)):
+        assert torch.equal(large[rows], small)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 2], ids=["packed", "two"])
+def test_nothing_but_the_inputs_is_saved(dtype, count):
+    inputs = [torch.randn(4, 6).to(dtype).requires_grad_() for _ in range(count)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        out = swiglu(*inputs)
+    assert saved == [t.data_ptr() for t in inputs]
+    assert out.dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -121,10 +172,20 @@ def test_second_derivative_is_the_references():
     for got, expected in zip(second(swiglu), second(swiglu_reference)):
         torch.testing.assert_close(got, expected)
 
+    def second_packed(function):
+        packed = torch.cat([gate, up], dim=-1)
+        (gradient,) = torch.autograd.grad(function(packed).sin().sum(), packed, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), (gate, up))
+
+    for got, expected in zip(second_packed(swiglu), second_packed(swiglu_reference)):
+        torch.testing.assert_close(got, expected)
+
 
 def test_registered_op():
     gate, up = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
     torch.library.opcheck(torch.ops.herdkern.swiglu_forward.default, (gate, up))
+    torch.library.opcheck(torch.ops.herdkern.swiglu_packed_forward.default, (gate,))
+    torch.library.opcheck(torch.ops.herdkern.swiglu_packed_backward.default, (torch.randn(5, 4), gate.detach()))
     detached = torch.randn(5, 8), gate.detach(), up.detach()
     for needs in ((True, True), (False, True), (True, False)):
         torch.library.opcheck(torch.ops.herdkern.swiglu_backward.default, (*detached, *needs))
@@ -135,7 +196,7 @@ def test_compiles_without_a_graph_break(dtype):
     gate, up = (torch.randn(6, 10).to(dtype).requires_grad_() for _ in range(2))
 
     def function(gate, up):
-        return swiglu(gate * 2, up).float().sin().sum()
+        return swiglu(gate * 2, up).float().sin().sum() + swiglu(up * 3).float().sum()
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     got = torch.autograd.grad(compiled(gate, up), (gate, up))
@@ -155,10 +216,9 @@ def test_autocast_keeps_the_dtype_of_its_inputs():
         assert swiglu(gate, up).dtype == BF16
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_other_dtypes_fall_back_and_say_so(dtype):
-    gate, up = torch.randn(3, 8).to(dtype), torch.randn(3, 8).to(dtype)
-    expected = f"swiglu: using 'reference' because native: dtype must be float32 or bfloat16, got {str(dtype)[6:]}"
+def test_other_dtypes_fall_back_and_say_so():
+    gate, up = torch.randn(3, 8).double(), torch.randn(3, 8).double()
+    expected = "native: dtype must be float32 or bfloat16 or float16, got float64"
     with pytest.warns(UserWarning, match=re.escape(expected)):
         assert torch.equal(swiglu(gate, up), swiglu_reference(gate, up))
     with pytest.raises(NotImplementedError, match="asked for 'native'"):
@@ -174,6 +234,10 @@ def test_explicit_backends():
 ERRORS = {
     "shape": ((torch.zeros(3, 8), torch.zeros(3, 7)), "swiglu: up must have the shape of gate (3, 8), got (3, 7)"),
     "no-broadcast": ((torch.zeros(3, 8), torch.zeros(8)), "swiglu: up must have the shape of gate (3, 8), got (8,)"),
+    "odd": (
+        (torch.zeros(3, 7),),
+        "swiglu: gate must have an even last dimension [gate | up], got 7; pass up as well",
+    ),
     "scalar": ((torch.zeros(()), torch.zeros(())), "swiglu: gate must have at least one dimension, got a scalar"),
     "dtype": (
         (torch.zeros(3, 8), torch.zeros(3, 8, dtype=BF16)),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from herdkern import memory
 from herdkern.model.transformer import Transformer
 from herdkern.train.checkpoint import checkpoint_folders
 from herdkern.train.config import CheckpointConfig, OptimizerConfig, TrainConfig
@@ -323,3 +324,23 @@ def test_the_progress_bar_is_quiet_off_a_terminal(tiny_model_config, tiny_train_
     assert capfd.readouterr().err == ""
     run(tiny_model_config, TrainConfig(**vars(tiny_train_config)), sampler, tmp_path / "loud", progress=True)
     assert "loss" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(memory.why_not() is not None, reason=str(memory.why_not()))
+def test_memory_is_reused_while_it_trains_and_changes_no_bit(tiny_model_config, tiny_train_config, sampler, tmp_path):
+    weights, seen = [], []
+
+    def objective(model, batch):
+        seen.append(memory.is_reused())
+        return next_token_loss(model, batch)
+
+    for reused in (True, False):
+        config = dataclasses.replace(tiny_train_config, reuse_memory=reused)
+        seen.clear()
+        _, result = run(tiny_model_config, config, sampler, tmp_path / str(reused), objective=objective)
+        assert set(seen) == {reused}
+        assert not memory.is_reused()
+        state = json.loads((tmp_path / str(reused) / "training.json").read_text())
+        assert state["memory"] == ("reused" if reused else "fresh")
+        weights.append((result.checkpoint / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
