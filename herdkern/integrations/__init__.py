@@ -1,1 +1,1 @@
-"""Doors into other libraries: each module changes its library only when its register() is called."""
+"""Doors into other libraries: importing changes nothing; `register()` and `patch(model)` do, and are taken back."""
