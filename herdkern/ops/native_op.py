@@ -21,15 +21,17 @@ def native_op(
     fake: Callable[..., Any],
     setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
     backward: Callable[..., Any] | None = None,
+    devices: Sequence[str] = ("CPU",),
 ) -> Callable[..., Any]:
     """Register herdkern::<schema> and return the function to call; its arguments are positional, as in the schema.
 
-    implementation: runs it on CPU tensors.  fake: shapes and dtypes alone.  setup_context(ctx, inputs, output) and
+    implementation: runs it on tensors of `devices`.  fake: shapes and dtypes alone.  setup_context(ctx, inputs, output) and
     backward(ctx, *douts): the gradient, as for torch.library.register_autograd; without them there is none.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, implementation, "CPU")
+    for device in devices:
+        _LIBRARY.impl(name, implementation, device)
     torch.library.register_fake(f"herdkern::{name}", fake, lib=_LIBRARY)
     registered = getattr(torch.ops.herdkern, name).default
     if setup_context is None or backward is None:
@@ -124,7 +126,7 @@ def is_plain_eager(args: Sequence[Any]) -> bool:
         return False
     for arg in args:
         if isinstance(arg, Tensor) and not (
-            (type(arg) is Tensor or type(arg) is torch.nn.Parameter) and arg.is_cpu and not arg.is_neg()
+            (type(arg) is Tensor or type(arg) is torch.nn.Parameter) and (arg.is_cpu or arg.is_cuda) and not arg.is_neg()
         ):
             return False
     return True

@@ -1,0 +1,393 @@
+"""Cross entropy of a linear layer with a Triton softmax: torch multiplies, one kernel turns logits into their gradient.
+
+Tokens are taken in chunks whose float32 logits fill 256 MiB at most. One program for each token reads its row once for
+the log of the sum of exponentials and once more to write the gradient over it, in the dtype of hidden for the products
+that follow. Memory beyond that: the sum of a 16-bit weight's gradient in float32 while there are several chunks.
+"""
+
+from typing import Any, get_args
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from herdkern.ops.linear_cross_entropy import Reduction, linear_cross_entropy_reference
+from herdkern.ops.native_op import differentiable_gradients, is_plain_eager, native_op
+
+_CHUNK_BYTES = 256 << 20  # of float32 logits
+_PART_BYTES = 64 << 20  # of a float32 weight, rounded to 16 bits at a time
+_BLOCK = 4096
+
+Numbers = tuple[int, float, float, float]  # ignore_index, label_smoothing, z_loss, softcap
+
+
+@triton.jit
+def _capped(logits, softcap):
+    """softcap * tanh(logits / softcap), to a few units in the last place."""
+    u = logits / softcap
+    u2 = u * u
+    near_zero = u * (1.0 + u2 * (-1 / 3 + u2 * (2 / 15 + u2 * (-17 / 315 + u2 * (62 / 2835)))))
+    e = tl.exp(-2.0 * tl.abs(u))  # 1 - e loses digits near zero
+    far = (1.0 - e) / (1.0 + e)
+    return softcap * tl.where(tl.abs(u) < 0.25, near_zero, tl.where(u < 0.0, -far, far))
+
+
+@triton.jit
+def _loss_kernel(
+    logits_ptr,
+    dlogits_ptr,
+    targets_ptr,
+    losses_ptr,
+    logps_ptr,
+    dlosses_ptr,
+    dlogps_ptr,
+    vocab_size,
+    logits_stride,
+    dlogits_stride,
+    ignore_index,
+    label_smoothing,
+    z_loss,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    HAS_DLOGPS: tl.constexpr,
+    NEED_GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * logits_stride
+    dlogits_ptr += row * dlogits_stride
+    target = tl.load(targets_ptr + row)
+    if target == ignore_index:
+        tl.store(losses_ptr + row, 0.0)
+        tl.store(logps_ptr + row, 0.0)
+        if NEED_GRADIENT:
+            for start in range(0, vocab_size, BLOCK):
+                col = start + tl.arange(0, BLOCK)
+                tl.store(dlogits_ptr + col, tl.zeros((BLOCK,), dlogits_ptr.dtype.element_ty), mask=col < vocab_size)
+        return
+
+    # each lane keeps a maximum and a sum of its own; they meet once, at the end
+    high = tl.full((BLOCK,), -3e38, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    sum_of_logits = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocab_size, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        logits = tl.load(logits_ptr + col, mask=col < vocab_size, other=float("-inf"))
+        if HAS_SOFTCAP:
+            logits = tl.where(col < vocab_size, _capped(logits, softcap), float("-inf"))
+        if HAS_SMOOTHING:
+            sum_of_logits += tl.where(col < vocab_size, logits, 0.0)
+        higher = tl.maximum(high, logits)
+        total = total * tl.exp(high - higher) + tl.exp(logits - higher)
+        high = higher
+    highest = tl.max(high, axis=0)
+    lse = highest + tl.log(tl.sum(total * tl.exp(high - highest), axis=0))
+
+    # a target that is no token id cannot be reported from here: it gives NaN
+    at_target = tl.load(logits_ptr + target, mask=(target >= 0) & (target < vocab_size), other=float("nan"))
+    if HAS_SOFTCAP:
+        at_target = _capped(at_target, softcap)
+    loss = lse - at_target
+    tl.store(logps_ptr + row, -loss)
+    if HAS_SMOOTHING:
+        loss = (1.0 - label_smoothing) * loss + label_smoothing * (lse - tl.sum(sum_of_logits, axis=0) / vocab_size)
+    tl.store(losses_ptr + row, loss + z_loss * lse * lse)
+
+    if NEED_GRADIENT:
+        dloss = tl.load(dlosses_ptr + row)
+        of_softmax = dloss * (1.0 + 2.0 * z_loss * lse)
+        of_target = dloss * (label_smoothing - 1.0)
+        if HAS_DLOGPS:
+            dlogp = tl.load(dlogps_ptr + row)
+            of_softmax -= dlogp
+            of_target += dlogp
+        of_all = dloss * label_smoothing / vocab_size
+        for start in range(0, vocab_size, BLOCK):
+            col = start + tl.arange(0, BLOCK)
+            logits = tl.load(logits_ptr + col, mask=col < vocab_size, other=0.0)
+            if HAS_SOFTCAP:
+                logits = _capped(logits, softcap)
+            dlogits = of_softmax * tl.exp(logits - lse) - of_all + tl.where(col == target, of_target, 0.0)
+            if HAS_SOFTCAP:
+                tanh = logits / softcap
+                dlogits *= 1.0 - tanh * tanh
+            tl.debug_barrier()  # the 16-bit gradient lies over logits that other threads read: all have, from here on
+            tl.store(dlogits_ptr + col, dlogits.to(dlogits_ptr.dtype.element_ty), mask=col < vocab_size)
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """out (float32) = a @ b, or += with accumulate; sums are float32."""
+    if a.is_cuda and a.dtype != torch.float32:
+        if accumulate:
+            torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+        else:
+            torch.mm(a, b, out_dtype=torch.float32, out=out)
+    elif accumulate:
+        out.addmm_(a.float(), b.float())
+    else:
+        torch.mm(a.float(), b.float(), out=out)
+
+
+def _parts(weight: Tensor, dtype: torch.dtype) -> list[slice]:
+    """The rows of `weight` that are held in `dtype` at once: all, if that is the weight's own."""
+    vocab_size, dim = weight.shape
+    step = vocab_size if weight.dtype == dtype else max(_PART_BYTES // (dim * dtype.itemsize), 1)
+    return [slice(begin, min(begin + step, vocab_size)) for begin in range(0, vocab_size, step)]
+
+
+def _run(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    numbers: Numbers,
+    dlosses: Tensor | None,
+    dlogps: Tensor | None,
+    dhidden: Tensor | None,
+    dweight: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Losses and log-probabilities of the tokens; writes the gradients that are given, scaled by dlosses and dlogps."""
+    n, (vocab_size, dim) = len(targets), weight.shape
+    losses, logps = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    stride = triton.cdiv(vocab_size, 8) * 8  # rows begin at 16 bytes, whatever vocab_size is
+    chunk = min(max(_CHUNK_BYTES // (4 * stride), 1), n)
+    chunk = chunk // 128 * 128 if n > chunk > 128 else chunk
+    parts = _parts(weight, hidden.dtype)
+    logits_buffer = torch.empty((chunk, stride), dtype=torch.float32, device=hidden.device)
+    dhidden_sum = None if dhidden is None else torch.empty((chunk, dim), dtype=torch.float32, device=hidden.device)
+    dweight_sum = dweight
+    if dweight is not None and dweight.dtype != torch.float32:
+        dweight_sum = torch.empty(dweight.shape, dtype=torch.float32, device=hidden.device)
+    for begin in range(0, n, max(chunk, 1)):
+        tokens = slice(begin, min(begin + chunk, n))
+        x = hidden[tokens]
+        logits = logits_buffer[: len(x), :vocab_size]
+        for part in parts:
+            _multiply(x, weight[part].to(x.dtype).T, logits[:, part])
+        dlogits = logits_buffer[: len(x)].view(hidden.dtype)[:, :vocab_size]
+        given = [None if t is None else t[tokens] for t in (targets, losses, logps, dlosses, dlogps)]
+        _softmax(logits, dlogits, given, numbers, dhidden is not None or dweight is not None)
+        for part in parts:
+            if dhidden_sum is not None:
+                _multiply(dlogits[:, part], weight[part].to(x.dtype), dhidden_sum[: len(x)], part.start > 0)
+            if dweight_sum is not None:
+                _multiply(dlogits[:, part].T, x, dweight_sum[part], begin > 0)
+        if dhidden is not None and dhidden_sum is not None:
+            dhidden[tokens] = dhidden_sum[: len(x)]
+    if dweight is not None and dweight_sum is not None:
+        if n == 0:
+            dweight.zero_()
+        elif dweight_sum is not dweight:
+            dweight.copy_(dweight_sum)
+    return losses, logps
+
+
+def _softmax(
+    logits: Tensor, dlogits: Tensor, given: list[Tensor | None], numbers: Numbers, need_gradient: bool
+) -> None:
+    """Launch the kernel for one chunk; given: targets, losses, logps, dlosses and dlogps of its tokens."""
+    targets, losses, logps, dlosses, dlogps = given
+    ignore_index, label_smoothing, z_loss, softcap = numbers
+    with torch.cuda.device_of(logits):
+        _loss_kernel[(len(logits),)](
+            logits,
+            dlogits,
+            targets,
+            losses,
+            logps,
+            losses if dlosses is None else dlosses,
+            losses if dlogps is None else dlogps,
+            logits.shape[1],
+            logits.stride(0),
+            dlogits.stride(0),
+            ignore_index,
+            label_smoothing,
+            z_loss,
+            softcap,
+            HAS_SOFTCAP=softcap != 0,
+            HAS_SMOOTHING=label_smoothing != 0,
+            HAS_DLOGPS=dlogps is not None,
+            NEED_GRADIENT=need_gradient,
+            BLOCK=min(triton.next_power_of_2(logits.shape[1]), _BLOCK),
+            num_warps=8,
+        )
+
+
+def _forward_cuda(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    need_dhidden: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, ...]:
+    """Loss, log-probabilities and gradients (empty where not needed)."""
+    targets = targets.contiguous()
+    dhidden, dweight = _gradients_fake(hidden, weight, need_dhidden, need_dweight)
+    counts = (targets != ignore_index).to(torch.float32)
+    count = counts.sum()
+    losses, logps = _run(
+        hidden,
+        weight,
+        targets,
+        (ignore_index, label_smoothing, z_loss, softcap),
+        counts / count if reduction == 2 else counts,
+        None,
+        dhidden if need_dhidden else None,
+        dweight if need_dweight else None,
+    )
+    loss = (losses, losses.sum(), losses.sum() / count)[reduction] if reduction else losses
+    return loss, logps, dhidden, dweight
+
+
+def _forward_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    need_dhidden: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, ...]:
+    logps = hidden.new_empty(targets.shape, dtype=torch.float32)
+    loss = logps.new_empty(targets.shape if reduction == 0 else ())
+    return loss, logps, *_gradients_fake(hidden, weight, need_dhidden, need_dweight)
+
+
+def _gradients_fake(hidden: Tensor, weight: Tensor, need_dhidden: bool, need_dweight: bool) -> tuple[Tensor, Tensor]:
+    return hidden.new_empty(hidden.shape if need_dhidden else 0), weight.new_empty(weight.shape if need_dweight else 0)
+
+
+def _gradients_cuda(
+    dlosses: Tensor | None,
+    dlogps: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    need_dhidden: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor]:
+    dhidden, dweight = _gradients_fake(hidden, weight, need_dhidden, need_dweight)
+    if dlosses is None:
+        dlosses = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
+    _run(
+        hidden,
+        weight,
+        targets.contiguous(),
+        (ignore_index, label_smoothing, z_loss, softcap),
+        dlosses.float().contiguous(),
+        None if dlogps is None else dlogps.float().contiguous(),
+        dhidden if need_dhidden else None,
+        dweight if need_dweight else None,
+    )
+    return dhidden, dweight
+
+
+def _gradients_of_gradients_fake(
+    dlosses: Tensor | None, dlogps: Tensor | None, hidden: Tensor, weight: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    return _gradients_fake(hidden, weight, *rest[-2:])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, targets, ctx.ignore_index, ctx.reduction, *ctx.numbers = inputs[:8]
+    _, _, dhidden, dweight = output
+    ctx.mark_non_differentiable(dhidden, dweight)
+    ctx.set_materialize_grads(False)
+    ctx.early = None
+    if is_plain_eager((hidden, weight, targets)):  # not saved tensors, so that the backward pass may scale them in place
+        ctx.early = [dhidden, dweight]
+        ctx.save_for_backward(hidden, weight, targets)
+    else:
+        ctx.save_for_backward(hidden, weight, targets, dhidden, dweight)
+
+
+def _backward(ctx: Any, dloss: Tensor | None, dlogps: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    hidden, weight, targets, *early = ctx.saved_tensors
+    rest = (None,) * 8
+    needs = ctx.needs_input_grad[:2]
+    if dloss is None and dlogps is None:
+        return None, None, *rest
+    if torch.is_grad_enabled():
+        return *_second_order(ctx, hidden, weight, targets, (dloss, dlogps)), *rest
+    if ctx.reduction == 0 or dlogps is not None or not (early or ctx.early):
+        if dloss is not None and ctx.reduction:
+            scale = dloss / (targets != ctx.ignore_index).sum() if ctx.reduction == 2 else dloss
+            dloss = scale.expand(targets.shape)
+        gradients = _gradients(dloss, dlogps, hidden, weight, targets, ctx.ignore_index, *ctx.numbers, *needs)
+    elif early:
+        gradients = [g * dloss for g in early]
+    else:
+        gradients, ctx.early = [g.mul_(dloss) for g in ctx.early], None  # a second backward pass makes them again
+    return *(g.to(x.dtype) if need else None for g, x, need in zip(gradients, (hidden, weight), needs)), *rest
+
+
+def _second_order(
+    ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, douts: tuple[Tensor | None, ...]
+) -> list[Any]:
+    label_smoothing, z_loss, softcap = ctx.numbers
+
+    def reference(hidden: Tensor, weight: Tensor) -> Any:
+        outputs = linear_cross_entropy_reference(
+            hidden,
+            weight,
+            targets,
+            ignore_index=ctx.ignore_index,
+            reduction=get_args(Reduction)[ctx.reduction],
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            return_logps=True,
+        )
+        return sum((out * dout).sum() for out, dout in zip(outputs, douts, strict=True) if dout is not None)
+
+    return differentiable_gradients(reference, (hidden, weight), torch.ones((), device=hidden.device))
+
+
+_gradients = native_op(
+    "triton_linear_cross_entropy_gradients(Tensor? dlosses, Tensor? dlogps, Tensor hidden, Tensor weight,"
+    " Tensor targets, int ignore_index, float label_smoothing, float z_loss, float softcap, bool need_dhidden,"
+    " bool need_dweight) -> (Tensor, Tensor)",
+    _gradients_cuda,
+    _gradients_of_gradients_fake,
+    devices=("CUDA", "CPU"),  # CPU: under the interpreter
+)
+_forward = native_op(
+    "triton_linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, int reduction,"
+    " float label_smoothing, float z_loss, float softcap, bool need_dhidden, bool need_dweight)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward_cuda,
+    _forward_fake,
+    _setup_context,
+    _backward,
+    devices=("CUDA", "CPU"),
+)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    numbers: tuple[int, int, float, float, float],
+    need_dhidden: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return loss and log-probabilities of herdkern.ops.linear_cross_entropy; a target that is no token id gives NaN.
+
+    numbers: ignore_index, reduction (0 none, 1 sum, 2 mean), label_smoothing, z_loss, softcap.  need_dhidden,
+    need_dweight: make these gradients now, for a scalar loss.
+    """
+    loss, logps, *_ = _forward(hidden, weight, targets, *numbers, need_dhidden, need_dweight)
+    return loss, logps

@@ -1,0 +1,294 @@
+"""RMSNorm in Triton: one program holds whole rows in registers, so that x is read once and written once.
+
+The gradient of the weight is summed in two steps of fixed order: each program adds up its own rows, then the sums of
+the programs are added. How rows are cut depends on their number alone: the same bits on every run and every GPU.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from herdkern.ops.native_op import differentiable_gradients, native_op, rows
+from herdkern.ops.rms_norm import rms_norm_reference
+
+MAX_DIM = 16384  # of the rows that fit into one program's registers
+_MAX_PARTIAL_SUMS = 512  # fills a GPU of 132 processors four times over; their sums stay in its L2 cache
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    new_residual_ptr,
+    rstd_ptr,
+    num_rows,
+    dim,
+    x_stride,
+    residual_stride,
+    eps,
+    weight_offset,
+    CASTING: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, COLS)
+    mask = (row < num_rows)[:, None] & (col < dim)[None, :]
+    dtype = out_ptr.dtype.element_ty
+
+    x = tl.load(x_ptr + row[:, None] * x_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + row[:, None] * residual_stride + col[None, :], mask=mask, other=0.0)
+        total = (x + residual.to(tl.float32)).to(dtype)
+        tl.store(new_residual_ptr + row[:, None] * dim + col[None, :], total, mask=mask)
+        x = total.to(tl.float32)  # what is normed is what is stored
+    weight = tl.load(weight_ptr + col, mask=col < dim, other=0.0).to(tl.float32)[None, :]
+    if HAS_OFFSET:
+        if CASTING == "none":
+            weight = (weight.to(dtype).to(tl.float32) + weight_offset).to(dtype).to(tl.float32)
+        else:
+            weight += weight_offset
+
+    if CASTING == "none":  # every step is rounded
+        mean = (tl.sum((x * x).to(dtype).to(tl.float32), axis=1) / dim).to(dtype).to(tl.float32)
+        root = tl.sqrt_rn((mean + eps).to(dtype).to(tl.float32))
+        rstd = (1.0 / root).to(dtype).to(tl.float32)
+    else:
+        rstd = 1.0 / tl.sqrt_rn(tl.sum(x * x, axis=1) / dim + eps)
+    tl.store(rstd_ptr + row, rstd, mask=row < num_rows)
+    xhat = x * rstd[:, None]
+    if CASTING != "gemma":
+        xhat = xhat.to(dtype).to(tl.float32)
+    tl.store(out_ptr + row[:, None] * dim + col[None, :], (xhat * weight).to(dtype), mask=mask)
+
+
+@triton.jit
+def _backward_kernel(
+    dout_ptr,
+    dtotal_ptr,
+    x_ptr,
+    weight_ptr,
+    rstd_ptr,
+    dx_ptr,
+    partial_ptr,
+    num_rows,
+    dim,
+    dout_stride,
+    dtotal_stride,
+    x_stride,
+    tiles_per_program,
+    weight_offset,
+    HAS_DTOTAL: tl.constexpr,
+    NEED_DX: tl.constexpr,
+    NEED_DWEIGHT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, COLS)
+    weight = tl.load(weight_ptr + col, mask=col < dim, other=0.0).to(tl.float32)[None, :] + weight_offset
+    dweight = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    for tile in range(0, tiles_per_program):
+        row = (program * tiles_per_program + tile) * ROWS + tl.arange(0, ROWS)
+        mask = (row < num_rows)[:, None] & (col < dim)[None, :]
+        x = tl.load(x_ptr + row[:, None] * x_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
+        dout = tl.load(dout_ptr + row[:, None] * dout_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row, mask=row < num_rows, other=0.0)[:, None]
+        xhat = x * rstd
+        if NEED_DWEIGHT:
+            dweight += dout * xhat
+        if NEED_DX:
+            dxhat = dout * weight
+            dx = rstd * (dxhat - xhat * (tl.sum(dxhat * xhat, axis=1) / dim)[:, None])
+            if HAS_DTOTAL:
+                dtotal_at = dtotal_ptr + row[:, None] * dtotal_stride + col[None, :]
+                dx += tl.load(dtotal_at, mask=mask, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + row[:, None] * dim + col[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    if NEED_DWEIGHT:
+        tl.store(partial_ptr + program * dim + col, tl.sum(dweight, axis=0), mask=col < dim)
+
+
+@triton.jit
+def _sum_columns_kernel(partial_ptr, out_ptr, num_partials, dim, ROWS: tl.constexpr, COLS: tl.constexpr):
+    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    total = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    for start in range(0, num_partials, ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < num_partials)[:, None] & (col < dim)[None, :]
+        total += tl.load(partial_ptr + row[:, None].to(tl.int64) * dim + col[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + col, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=col < dim)
+
+
+def _tile(dim: int) -> dict[str, int]:
+    """The rows and columns of a program's tile, and its warps: 16 elements a thread, 32 in the longest rows."""
+    cols = triton.next_power_of_2(max(dim, 1))
+    num_rows = max(1, 2048 // cols)
+    return {"ROWS": num_rows, "COLS": cols, "num_warps": min(max(num_rows * cols // 512, 4), 16)}
+
+
+def _forward_cuda(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, casting: str, weight_offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, x_stride = rows(x)
+    has_residual = residual is not None
+    residual, residual_stride = (x, 0) if residual is None else rows(residual)
+    dim = x.shape[-1]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    new_residual = torch.empty(x.shape if has_residual else 0, dtype=x.dtype, device=x.device)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    tile = _tile(dim)
+    if rstd.numel():
+        with torch.cuda.device_of(x):
+            _forward_kernel[(triton.cdiv(rstd.numel(), tile["ROWS"]),)](
+                x,
+                residual,
+                weight.contiguous(),
+                out,
+                new_residual,
+                rstd,
+                rstd.numel(),
+                dim,
+                x_stride,
+                residual_stride,
+                eps,
+                weight_offset,
+                CASTING=casting,
+                HAS_RESIDUAL=has_residual,
+                HAS_OFFSET=weight_offset != 0,
+                **tile,
+            )
+    return out, new_residual, rstd
+
+
+def _forward_fake(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, casting: str, weight_offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    new_residual = x.new_empty(0 if residual is None else x.shape)
+    return x.new_empty(x.shape), new_residual, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _backward_cuda(
+    dout: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    weight_offset: float,
+    need_dx: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor]:
+    dout, dout_stride = rows(dout)
+    has_dtotal = dtotal is not None
+    dtotal, dtotal_stride = (dout, 0) if dtotal is None else rows(dtotal)
+    x, x_stride = rows(x)
+    dim, num_rows = x.shape[-1], rstd.numel()
+    tile = _tile(dim)
+    num_tiles = triton.cdiv(num_rows, tile["ROWS"])
+    tiles_per_program = max(triton.cdiv(num_tiles, _MAX_PARTIAL_SUMS), min(num_tiles, 8)) if need_dweight else 1
+    num_programs = triton.cdiv(num_tiles, max(tiles_per_program, 1))
+    dx = torch.empty(x.shape if need_dx else 0, dtype=x.dtype, device=x.device)
+    dweight = torch.empty(weight.shape if need_dweight else 0, dtype=weight.dtype, device=x.device)
+    partial = torch.empty((num_programs, dim) if need_dweight else 0, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        if num_rows and dim:
+            _backward_kernel[(num_programs,)](
+                dout,
+                dtotal,
+                x,
+                weight.contiguous(),
+                rstd,
+                dx,
+                partial,
+                num_rows,
+                dim,
+                dout_stride,
+                dtotal_stride,
+                x_stride,
+                tiles_per_program,
+                weight_offset,
+                HAS_DTOTAL=has_dtotal,
+                NEED_DX=need_dx,
+                NEED_DWEIGHT=need_dweight,
+                **tile,
+            )
+        if need_dweight and dim:
+            _sum_columns_kernel[(triton.cdiv(dim, 32),)](
+                partial, dweight, num_programs, dim, ROWS=64, COLS=32, num_warps=4
+            )
+    return dx, dweight
+
+
+def _backward_fake(
+    dout: Tensor,
+    dtotal: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    weight_offset: float,
+    need_dx: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if need_dx else 0), weight.new_empty(weight.shape if need_dweight else 0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, residual, weight, ctx.eps, ctx.casting, ctx.weight_offset = inputs
+    ctx.has_residual = residual is not None
+    ctx.save_for_backward(output[1] if ctx.has_residual else x, weight, output[2])
+    ctx.mark_non_differentiable(*output[2 if ctx.has_residual else 1 :])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, dout: Tensor | None, dtotal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    x, weight, rstd = ctx.saved_tensors
+    need_dx = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+    dx, dweight = dtotal, None
+    if dout is not None and torch.is_grad_enabled():
+
+        def reference(x: Tensor, weight: Tensor) -> Tensor:
+            return rms_norm_reference(
+                x, weight, eps=ctx.eps, casting=ctx.casting, weight_offset=ctx.weight_offset
+            )
+
+        dx, dweight = differentiable_gradients(reference, (x, weight), dout)
+        if dtotal is not None and dx is not None:
+            dx = dx + dtotal
+    elif dout is not None:
+        need_dweight = ctx.needs_input_grad[2]
+        dx, dweight = _backward(dout, dtotal, x, weight, rstd, ctx.weight_offset, need_dx, need_dweight)
+        dweight = dweight if need_dweight else None
+    dx = dx if need_dx else None
+    return dx if ctx.needs_input_grad[0] else None, dx if ctx.needs_input_grad[1] else None, dweight, None, None, None
+
+
+_backward = native_op(
+    "triton_rms_norm_backward(Tensor dout, Tensor? dtotal, Tensor x, Tensor weight, Tensor rstd, float weight_offset,"
+    " bool need_dx, bool need_dweight) -> (Tensor, Tensor)",
+    _backward_cuda,
+    _backward_fake,
+    devices=("CUDA", "CPU"),  # CPU: under the interpreter
+)
+_forward = native_op(
+    "triton_rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, str casting, float weight_offset)"
+    " -> (Tensor, Tensor, Tensor)",
+    _forward_cuda,
+    _forward_fake,
+    _setup_context,
+    _gradients,
+    devices=("CUDA", "CPU"),
+)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, casting: str, weight_offset: float
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return herdkern.ops.rms_norm of checked arguments."""
+    out, new_residual, _ = _forward(x, residual, weight, eps, casting, weight_offset)
+    return out if residual is None else (out, new_residual)
