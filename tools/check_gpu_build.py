@@ -2,10 +2,10 @@
 
     python tools/check_gpu_build.py [--target 90] [--case PART] [--json FILE]     needs triton, runs no kernel
 
-The cases below call the ops on tensors of real sizes; each launch is caught and its kernel compiled as that launch would
-have had it compiled: with the types, constants and alignments of its arguments. The table shows registers a thread,
-shared memory of a block, bytes of stack, instructions that touch local memory (spills), and how many of the accesses of
-global memory move 16 bytes. --cases FILE takes CASES from another Python file.
+The cases below call the ops on tensors of real sizes; each launch is caught and its kernel compiled as the launch would
+have it compiled: with the types, constants and alignments of its arguments. The table shows registers of a thread,
+shared memory of a block, bytes of stack, instructions that touch local memory (spills), and how many accesses of global
+memory move 16 bytes. --cases FILE takes CASES from another Python file.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def cases() -> list[Case]:
         positions = torch.zeros(4096, dtype=torch.int64) if places == "positions" else None
         borders = torch.zeros(17, dtype=torch.int32) if places == "documents" else None
         q, k = leaf(4096, 32, head_dim, dtype=dtype), leaf(4096, 8, head_dim, dtype=dtype)
-        backward(rope.rope_qk(q, k, *rope_table(8, head_dim), positions, borders, interleaved))
+        backward(rope.rope_qk(q, k, *rope_table(8, head_dim), positions, borders, interleaved, False))
 
     def loss(vocab_size: int, dtype: torch.dtype = bf16, options: tuple[float, ...] = (0.0, 0.0, 0.0)) -> None:
         numbers = (-100, 2, *options)
@@ -120,7 +120,9 @@ def cases() -> list[Case]:
         Case("linear_cross_entropy bf16 128256", lambda: loss(128256)),
         Case("linear_cross_entropy bf16 32000", lambda: loss(32000)),
         Case("linear_cross_entropy fp32 32000", lambda: loss(32000, fp32)),
-        Case("linear_cross_entropy bf16 32000 smoothing, z-loss, softcap", lambda: loss(32000, bf16, (0.1, 1e-4, 30.0))),
+        Case(
+            "linear_cross_entropy bf16 32000 smoothing, z-loss, softcap", lambda: loss(32000, bf16, (0.1, 1e-4, 30.0))
+        ),
         Case("adamw fp32", lambda: step(fp32)),
         Case("adamw bf16 master", lambda: step(bf16, master=True)),
         Case("adamw bf16 stochastic rounding", lambda: step(bf16, seed=1)),
@@ -158,6 +160,17 @@ def source_and_options(launch: Launch, target: Any) -> tuple[Any, dict[str, Any]
     bound, specialization, options = bind(*launch.args, **kwargs)
     options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, options)
     return ASTSource(kernel, signature, constants, attributes), options.__dict__
+
+
+def different(launches: list[Launch]) -> list[Launch]:
+    """The launches that compile to different kernels, the first of each."""
+    from triton.backends.compiler import GPUTarget
+
+    found: dict[str, Launch] = {}
+    for launch in launches:
+        source, _ = source_and_options(launch, GPUTarget("cuda", TARGETS[0], 32))
+        found.setdefault(f"{source.hash()} {launch.kwargs.get('num_warps')}", launch)
+    return list(found.values())
 
 
 def compiled(launch: Launch, capability: int) -> dict[str, Any]:
@@ -209,10 +222,12 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def spills(row: dict[str, Any]) -> bool:
+    """Whether the kernel uses memory for what should be registers."""
     return bool(row["stack_bytes"] or row["local_bytes"] or row["spill_instructions"])
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
+    """One line for each kernel and target."""
     columns = ("registers", "dynamic_shared_bytes", "stack_bytes", "spill_instructions")
     print(f"{'case and kernel':88} {'target':>7} {'regs':>5} {'shared':>7} {'stack':>6} {'spills':>6} {'16 B':>9}")
     for row in rows:
@@ -226,8 +241,10 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def load_cases(path: str) -> list[Case]:
+    """The cases of another file."""
     spec = importlib.util.spec_from_file_location("gpu_build_cases", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return [Case(*case) for case in module.CASES]
@@ -258,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     began = time.time()
     wanted = load_cases(options.cases) if options.cases else cases()
-    _launches[:] = caught_launches([case for case in wanted if options.case in case.name])
+    _launches[:] = different(caught_launches([case for case in wanted if options.case in case.name]))
     jobs = [(i, target) for i in range(len(_launches)) for target in options.target or TARGETS]
     with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
         rows = pool.map(_compile_one, jobs, chunksize=1)

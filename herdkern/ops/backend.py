@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -18,11 +19,16 @@ try:
 except ImportError as error:
     _NO_NATIVE_CPU = f"herdkern._ops cannot be imported ({error}); reinstall with a C++17 compiler"
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # imported by the first call that needs it
+_NO_TRITON_DEVICE = "needs a CUDA tensor (TRITON_INTERPRET=1 and backend='triton' interpret its kernels on CPU tensors)"
+
 Backend = Literal["auto", "native", "triton", "reference"]
 
 
 def choose(op: str, backend: Backend, why_not: dict[str, str | None]) -> str:
     """Return the first backend of `why_not` (best first) whose reason is None; an explicit `backend` never falls back.
+
+    It warns where "auto" ends at the reference; native and Triton kernels are one for the CPU, one for the GPU.
 
     Raises: NotImplementedError with every reason if no backend can run the call.
     """
@@ -31,7 +37,7 @@ def choose(op: str, backend: Backend, why_not: dict[str, str | None]) -> str:
     refused: list[str] = []
     for name, reason in candidates.items():
         if reason is None:
-            if refused:
+            if refused and name == "reference":
                 warnings.warn(f"{op}: using {name!r} because " + "; ".join(refused), stacklevel=3)
             return name
         refused.append(f"{name}: {reason}")
@@ -45,6 +51,20 @@ def why_not_native(x: Tensor, *dtypes: torch.dtype) -> str | None:
     if x.device.type == "meta" or x.is_cpu:
         return _NO_NATIVE_CPU or None
     return f"no native kernels for device {x.device.type}"
+
+
+def why_not_triton(x: Tensor, backend: Backend, *dtypes: torch.dtype) -> str | None:
+    """Return None if the Triton kernels can run on `x`, else the reason: its device, its dtype or a missing package.
+
+    CPU tensors run only where the caller asked for "triton" by name and TRITON_INTERPRET=1 is set: for tests.
+    """
+    if not x.is_cuda:
+        asked = _DEFAULT_BACKEND if backend == "auto" else backend
+        if not x.is_cpu or asked != "triton" or os.environ.get("TRITON_INTERPRET") != "1":
+            return _NO_TRITON_DEVICE
+    if x.dtype not in dtypes:
+        return f"dtype must be {' or '.join(map(dtype_name, dtypes))}, got {dtype_name(x.dtype)}"
+    return None if _HAS_TRITON else "triton is not installed; pip install 'herdkern[triton]'"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

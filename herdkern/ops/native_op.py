@@ -25,8 +25,8 @@ def native_op(
 ) -> Callable[..., Any]:
     """Register herdkern::<schema> and return the function to call; its arguments are positional, as in the schema.
 
-    implementation: runs it on tensors of `devices`.  fake: shapes and dtypes alone.  setup_context(ctx, inputs, output) and
-    backward(ctx, *douts): the gradient, as for torch.library.register_autograd; without them there is none.
+    implementation: runs it on tensors of `devices`.  fake: shapes and dtypes alone.  setup_context(ctx, inputs, output)
+    and backward(ctx, *douts): the gradient, as for torch.library.register_autograd; without them there is none.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -126,7 +126,9 @@ def is_plain_eager(args: Sequence[Any]) -> bool:
         return False
     for arg in args:
         if isinstance(arg, Tensor) and not (
-            (type(arg) is Tensor or type(arg) is torch.nn.Parameter) and (arg.is_cpu or arg.is_cuda) and not arg.is_neg()
+            (type(arg) is Tensor or type(arg) is torch.nn.Parameter)
+            and (arg.is_cpu or arg.is_cuda)
+            and not arg.is_neg()
         ):
             return False
     return True

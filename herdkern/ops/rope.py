@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from herdkern.ops.attention_checks import border_values, check_borders
-from herdkern.ops.backend import Backend, choose, dtype_name, native_module, num_threads, why_not_native
+from herdkern.ops.backend import Backend, choose, dtype_name, native_module, num_threads, why_not_native, why_not_triton
 from herdkern.ops.native_op import is_plain_eager, native_op
 
 
@@ -114,12 +114,16 @@ def rope(
     NotImplementedError if no backend can run the call.
     """
     _check("rope", {"x": x}, cos, sin, positions)
-    if _chosen("rope", x, backend) == "reference":
+    chosen = _chosen("rope", x, backend)
+    if chosen == "reference":
         _check_places("rope", x, cos, positions, None)
         out = rope_reference(x, cos, sin, positions, interleaved=interleaved)
         return _write_back("rope", {"x": x}, (out,))[0] if inplace else out
     if inplace:
-        return _turn_in_place("rope", {"x": x}, cos, sin, positions, None, interleaved)[0]
+        return _turn_in_place("rope", {"x": x}, cos, sin, positions, None, interleaved, _kernels(chosen))[0]
+    if chosen == "triton":
+        no_keys = x.new_empty(x.shape[0], 0, x.shape[2])
+        return _kernels(chosen)[0](x, no_keys, cos, sin, positions, None, interleaved, False)[0]
     return _forward(x, cos, sin, positions, interleaved, False)
 
 
@@ -152,19 +156,33 @@ def rope_qk(
     """
     both = {"q": q, "k": k}
     _check("rope_qk", both, cos, sin, positions, cu_seqlens)
-    if _chosen("rope_qk", q, backend) == "reference":
+    chosen = _chosen("rope_qk", q, backend)
+    if chosen == "reference":
         _check_places("rope_qk", q, cos, positions, cu_seqlens)
         turned = rope_qk_reference(q, k, cos, sin, positions, cu_seqlens=cu_seqlens, interleaved=interleaved)
         return _write_back("rope_qk", both, turned) if inplace else turned
     if inplace:
-        return _turn_in_place("rope_qk", both, cos, sin, positions, cu_seqlens, interleaved)
-    turned_q, turned_k = _forward_qk(q, k, cos, sin, positions, cu_seqlens, interleaved, False)
+        return _turn_in_place("rope_qk", both, cos, sin, positions, cu_seqlens, interleaved, _kernels(chosen))
+    turned_q, turned_k = _kernels(chosen)[0](q, k, cos, sin, positions, cu_seqlens, interleaved, False)
     return turned_q, turned_k
 
 
 def _chosen(function: str, x: Tensor, backend: Backend) -> str:
-    why_not = {"native": why_not_native(x, torch.float32, torch.bfloat16), "reference": None}
+    why_not = {
+        "native": why_not_native(x, torch.float32, torch.bfloat16),
+        "triton": why_not_triton(x, backend, torch.float32, torch.bfloat16, torch.float16),
+        "reference": None,
+    }
     return choose(function, backend, why_not)
+
+
+def _kernels(chosen: str) -> tuple[Any, Any]:
+    """The functions that turn q and k, into new tensors and where they are told to."""
+    if chosen == "triton":
+        from herdkern.ops.triton import rope as triton_rope
+
+        return triton_rope.rope_qk, triton_rope.launch
+    return _forward_qk, _launch
 
 
 def _check(
@@ -285,21 +303,24 @@ def _turn_in_place(
     positions: Tensor | None,
     cu_seqlens: Tensor | None,
     interleaved: bool,
+    kernels: tuple[Any, Any],
 ) -> Any:
     """The operands, turned where they lie."""
+    forward_qk, launch = kernels
     _check_in_place(function, operands)
     x, *more = operands.values()
     rest = (cos, sin, positions, cu_seqlens, interleaved)
     if not is_plain_eager((*operands.values(), cos, sin, positions, cu_seqlens)):
         k = more[0] if more else x.new_empty(x.shape[0], 0, x.shape[2])
-        return _write_back(function, operands, _forward_qk(x, k, *rest, False)[: len(operands)])
+        return _write_back(function, operands, forward_qk(x, k, *rest, False)[: len(operands)])
     # Autograd first: where it refuses, nothing has been written.
     results = [
-        _InPlace.apply(x, *rest) if x.requires_grad and torch.is_grad_enabled() else x for x in operands.values()
+        _InPlace.apply(x, *rest, forward_qk) if x.requires_grad and torch.is_grad_enabled() else x
+        for x in operands.values()
     ]
     with torch.no_grad():
         targets = [x.detach() if x.stride(2) == 1 else x.contiguous() for x in results]
-        _launch(function, [(x, x) for x in targets], *rest, False)
+        launch(function, [(x, x) for x in targets], *rest, False)
         for x, target in zip(results, targets, strict=True):
             if x.data_ptr() != target.data_ptr():
                 x.copy_(target)
@@ -341,8 +362,9 @@ class _InPlace(torch.autograd.Function):
         positions: Tensor | None,
         cu_seqlens: Tensor | None,
         interleaved: bool,
+        forward_qk: Any,
     ) -> Tensor:
-        ctx.interleaved = interleaved
+        ctx.interleaved, ctx.forward_qk = interleaved, forward_qk
         ctx.save_for_backward(cos, sin, positions, cu_seqlens)
         ctx.mark_dirty(x)
         return x
@@ -350,7 +372,7 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
         no_keys = dout.new_empty(dout.shape[0], 0, dout.shape[2])
-        return _forward_qk(dout, no_keys, *ctx.saved_tensors, ctx.interleaved, True)[0], *(None,) * 5
+        return ctx.forward_qk(dout, no_keys, *ctx.saved_tensors, ctx.interleaved, True)[0], *(None,) * 6
 
 
 def _dense_heads(x: Tensor) -> Tensor:

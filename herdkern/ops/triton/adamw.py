@@ -1,7 +1,7 @@
 """AdamW in Triton: one launch updates every tensor of a kind, found through a table of addresses.
 
-A program updates one block of one tensor; which, it finds by a search in the table of first blocks. The scale that clips
-the gradients stays on the GPU: nothing waits for it. Sums of squares are added in a fixed order.
+A program updates one block of one tensor, which it finds by a search in the table of first blocks. The scale that clips
+gradients stays on the GPU: nothing waits for it. Sums of squares are added in a fixed order.
 """
 
 from collections.abc import Sequence
@@ -141,7 +141,7 @@ def _sum_squares_kernel(
 
 
 def _table(columns: Sequence[Sequence[Tensor]], block: int) -> tuple[Tensor, int, bool]:
-    """Addresses by column, sizes and first blocks as one int64 tensor; the number of blocks; if 16 divides addresses."""
+    """Addresses by column, sizes and first blocks as one tensor; the number of blocks; whether all are aligned."""
     addresses = [[tensor.data_ptr() for tensor in column] for column in columns]
     sizes = [tensor.numel() for tensor in columns[0]]
     first = [0]
@@ -162,10 +162,10 @@ def _by_kind(columns: Sequence[Sequence[Tensor]]) -> list[list[list[Tensor]]]:
 
 
 def sum_squares(grads: Sequence[Tensor]) -> Tensor:
-    """Return the sum of the squares of all elements, a float32 scalar on the device of `grads` (contiguous, not none)."""
+    """Return the sum of the squares of all elements, a float32 scalar on their device; contiguous, at least one."""
     sums = []
     for (group,) in _by_kind([grads]):
-        table, num_blocks, is_aligned = _table([group], 4 * _BLOCK)
+        table, num_blocks, is_aligned = _table([group], 2 * _BLOCK)
         partial = torch.empty(num_blocks, dtype=torch.float32, device=table.device)
         with torch.cuda.device_of(table):
             _sum_squares_kernel[(num_blocks,)](
@@ -174,7 +174,7 @@ def sum_squares(grads: Sequence[Tensor]) -> Tensor:
                 len(group),
                 GRAD=_DTYPES[group[0].dtype],
                 IS_ALIGNED=is_aligned,
-                BLOCK=4 * _BLOCK,
+                BLOCK=2 * _BLOCK,
                 num_warps=8,
             )
         sums.append(partial.sum())

@@ -307,7 +307,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(dhidden, dweight)
     ctx.set_materialize_grads(False)
     ctx.early = None
-    if is_plain_eager((hidden, weight, targets)):  # not saved tensors, so that the backward pass may scale them in place
+    if is_plain_eager(
+        (hidden, weight, targets)
+    ):  # not saved tensors, so that the backward pass may scale them in place
         ctx.early = [dhidden, dweight]
         ctx.save_for_backward(hidden, weight, targets)
     else:

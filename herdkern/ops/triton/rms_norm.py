@@ -93,7 +93,8 @@ def _backward_kernel(
 ):
     program = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, COLS)
-    weight = tl.load(weight_ptr + col, mask=col < dim, other=0.0).to(tl.float32)[None, :] + weight_offset
+    if NEED_DX:
+        weight = tl.load(weight_ptr + col, mask=col < dim, other=0.0).to(tl.float32)[None, :] + weight_offset
     dweight = tl.zeros((ROWS, COLS), dtype=tl.float32)
     for tile in range(0, tiles_per_program):
         row = (program * tiles_per_program + tile) * ROWS + tl.arange(0, ROWS)
@@ -191,14 +192,19 @@ def _backward_cuda(
     dim, num_rows = x.shape[-1], rstd.numel()
     tile = _tile(dim)
     num_tiles = triton.cdiv(num_rows, tile["ROWS"])
-    tiles_per_program = max(triton.cdiv(num_tiles, _MAX_PARTIAL_SUMS), min(num_tiles, 8)) if need_dweight else 1
-    num_programs = triton.cdiv(num_tiles, max(tiles_per_program, 1))
+    per_sum = max(triton.cdiv(num_tiles, _MAX_PARTIAL_SUMS), min(num_tiles, 8), 1)  # tiles that one program adds up
+    num_sums = triton.cdiv(num_tiles, per_sum)
     dx = torch.empty(x.shape if need_dx else 0, dtype=x.dtype, device=x.device)
     dweight = torch.empty(weight.shape if need_dweight else 0, dtype=weight.dtype, device=x.device)
-    partial = torch.empty((num_programs, dim) if need_dweight else 0, dtype=torch.float32, device=x.device)
+    partial = torch.empty((num_sums, dim) if need_dweight else 0, dtype=torch.float32, device=x.device)
+    passes = [(need_dx, need_dweight)]
+    if dim > 8192:  # the registers do not hold the row and the sum: x is read twice
+        passes = [(need_dx, False), (False, need_dweight)]
     with torch.cuda.device_of(x):
-        if num_rows and dim:
-            _backward_kernel[(num_programs,)](
+        for makes_dx, makes_dweight in passes if num_rows and dim else []:
+            if not (makes_dx or makes_dweight):
+                continue
+            _backward_kernel[(num_sums if makes_dweight else num_tiles,)](
                 dout,
                 dtotal,
                 x,
@@ -211,17 +217,15 @@ def _backward_cuda(
                 dout_stride,
                 dtotal_stride,
                 x_stride,
-                tiles_per_program,
+                per_sum if makes_dweight else 1,
                 weight_offset,
                 HAS_DTOTAL=has_dtotal,
-                NEED_DX=need_dx,
-                NEED_DWEIGHT=need_dweight,
+                NEED_DX=makes_dx,
+                NEED_DWEIGHT=makes_dweight,
                 **tile,
             )
         if need_dweight and dim:
-            _sum_columns_kernel[(triton.cdiv(dim, 32),)](
-                partial, dweight, num_programs, dim, ROWS=64, COLS=32, num_warps=4
-            )
+            _sum_columns_kernel[(triton.cdiv(dim, 32),)](partial, dweight, num_sums, dim, ROWS=64, COLS=32, num_warps=4)
     return dx, dweight
 
 
@@ -253,9 +257,7 @@ def _gradients(ctx: Any, dout: Tensor | None, dtotal: Tensor | None, _: None) ->
     if dout is not None and torch.is_grad_enabled():
 
         def reference(x: Tensor, weight: Tensor) -> Tensor:
-            return rms_norm_reference(
-                x, weight, eps=ctx.eps, casting=ctx.casting, weight_offset=ctx.weight_offset
-            )
+            return rms_norm_reference(x, weight, eps=ctx.eps, casting=ctx.casting, weight_offset=ctx.weight_offset)
 
         dx, dweight = differentiable_gradients(reference, (x, weight), dout)
         if dtotal is not None and dx is not None:

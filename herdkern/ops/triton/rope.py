@@ -27,7 +27,7 @@ def _turn_heads(
     HEADS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """Turn all heads of one token, the first of which lies at x_ptr; c, s: (1, PAIRS), what lies beyond `half` unused."""
+    """Turn all heads of one token, from the one at x_ptr on; c, s: (1, PAIRS), beyond `half` unused."""
     dtype = out_ptr.dtype.element_ty
     for start in range(0, num_heads, HEADS):
         head = start + tl.arange(0, HEADS)[:, None]
@@ -96,7 +96,7 @@ def _rope_kernel(
     _turn_heads(k_from, k_to, c, s, num_k_heads, k_head_stride, out_k_head_stride, half, INTERLEAVED, HEADS, PAIRS)
 
 
-def _launch(
+def _run(
     x: tuple[Tensor, Tensor],
     out: tuple[Tensor, Tensor],
     table: tuple[Tensor, Tensor],
@@ -146,7 +146,7 @@ def _rope_qk_cuda(
 ) -> tuple[Tensor, Tensor]:
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     out = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    _launch((q, k), (out[0], out[1]), (cos, sin), positions, cu_seqlens, interleaved, inverse)
+    _run((q, k), (out[0], out[1]), (cos, sin), positions, cu_seqlens, interleaved, inverse)
     return out[0], out[1]
 
 
@@ -164,7 +164,7 @@ def _rope_qk_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, cos, sin, positions, cu_seqlens, ctx.interleaved, ctx.inverse = inputs
+    _, _, cos, sin, positions, cu_seqlens, ctx.interleaved, ctx.inverse = inputs
     ctx.save_for_backward(cos, sin, positions, cu_seqlens)
     ctx.set_materialize_grads(False)
 
@@ -175,7 +175,7 @@ def _gradients(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor |
     some = dq if dq is not None else dk
     if some is not None:
         empty = some.new_empty((some.shape[0], 0, some.shape[2]))
-        turned = _rope_qk(
+        turned = rope_qk(
             empty if dq is None else dq,
             empty if dk is None else dk,
             *ctx.saved_tensors,
@@ -186,7 +186,7 @@ def _gradients(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor |
     return dq, dk, *(None,) * 6
 
 
-_rope_qk = native_op(
+rope_qk = native_op(
     "triton_rope_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, Tensor? cu_seqlens,"
     " bool interleaved, bool inverse) -> (Tensor, Tensor)",
     _rope_qk_cuda,
@@ -197,20 +197,17 @@ _rope_qk = native_op(
 )
 
 
-def rope_qk(
-    q: Tensor,
-    k: Tensor,
+def launch(
+    function: str,
+    operands: list[tuple[Tensor, Tensor]],
     cos: Tensor,
     sin: Tensor,
     positions: Tensor | None,
     cu_seqlens: Tensor | None,
     interleaved: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return herdkern.ops.rope_qk of checked arguments; a position beyond the table gives NaN."""
-    turned: tuple[Tensor, Tensor] = _rope_qk(q, k, cos, sin, positions, cu_seqlens, interleaved, False)
-    return turned
-
-
-def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
-    """Return herdkern.ops.rope of checked arguments; a position beyond the table gives NaN."""
-    return rope_qk(x, x.detach()[:, :0], cos, sin, positions, None, interleaved)[0]
+    inverse: bool,
+) -> None:
+    """Turn x into out for each of one or two (x, out); heads are contiguous, and out may be x. NaN beyond the table."""
+    first, *rest = operands
+    second = rest[0] if rest else (first[0][:, :0], first[1][:, :0])
+    _run((first[0], second[0]), (first[1], second[1]), (cos, sin), positions, cu_seqlens, interleaved, inverse)

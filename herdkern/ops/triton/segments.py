@@ -1,4 +1,4 @@
-"""Which segment an index lies in: the kernels' search in a table of borders (documents of a pack, tensors of a list)."""
+"""Which segment an index lies in: the search of kernels in a table of borders (of documents, of tensors)."""
 
 import triton
 import triton.language as tl

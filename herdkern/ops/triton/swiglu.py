@@ -77,9 +77,7 @@ def _forward_cuda(gate: Tensor, up: Tensor | None) -> Tensor:
     shape = gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2)
     out = torch.empty(shape, dtype=gate.dtype, device=gate.device)
     gate, gate_stride, up, up_stride = _halves(gate, up)
-    num_rows, dim, blocks_per_row = _extent(
-        out.numel() // max(out.shape[-1], 1), out.shape[-1], gate_stride, up_stride
-    )
+    num_rows, dim, blocks_per_row = _extent(out.numel() // max(out.shape[-1], 1), out.shape[-1], gate_stride, up_stride)
     if out.numel():
         with torch.cuda.device_of(gate):
             _forward_kernel[(num_rows * blocks_per_row,)](
