@@ -9,6 +9,7 @@ memory move 16 bytes. --cases FILE takes CASES from another Python file.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,18 +86,19 @@ def cases() -> list[Case]:
         numbers = (-100, 2, *options)
         targets = torch.zeros(8, dtype=torch.int64)
         hidden, weight = leaf(8, 16, dtype=dtype), leaf(vocab_size, 16, dtype=dtype)
-        linear_cross_entropy.linear_cross_entropy(hidden, weight, targets, numbers, False, False)  # evaluation
-        made = linear_cross_entropy.linear_cross_entropy(hidden, weight, targets, numbers, True, True)
-        backward(made)  # with a gradient of the log-probabilities
+        linear_cross_entropy.forward(hidden, weight, targets, *numbers, False, False)  # evaluation
+        made = linear_cross_entropy.forward(hidden, weight, targets, *numbers, True, True)
+        backward(made[:2])  # with a gradient of the log-probabilities
 
     def step(dtype: torch.dtype, master: bool = False, seed: int | None = None) -> None:
         params = [torch.empty(4096, 4096, dtype=dtype), torch.empty(4096, dtype=dtype)]
         moments = [torch.empty(p.shape) for p in params]
-        masters = moments if master else params
-        one = torch.ones(())
-        rest = {"step": 1, "lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
-        adamw.sum_squares(params)
-        adamw.adamw_step(params, params, moments, moments, masters, one, **rest, maximize=False, seed=seed)
+        rows = [(p, p, m, m, m if master else None, torch.zeros(())) for p, m in zip(params, moments, strict=True)]
+        numbers = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
+        settings = [types.SimpleNamespace(**numbers)] * len(rows)
+        adamw.adamw_step(rows, settings, range(len(rows)), 0.0, seed)
+        with contextlib.suppress(ValueError):  # of the root of what was never computed
+            adamw.grad_norm(params)
 
     return [
         Case("rms_norm bf16 4096", lambda: norm(4096)),

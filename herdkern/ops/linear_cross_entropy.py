@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from herdkern.ops.backend import Backend, choose, dtype_name, native_module, num_threads, why_not_native
+from herdkern.ops.backend import Backend, choose, dtype_name, native_module, num_threads, why_not_native, why_not_triton
 from herdkern.ops.native_op import differentiable_gradients, is_plain_eager, native_op, rows
 
 Reduction = Literal["none", "sum", "mean"]
@@ -84,12 +84,18 @@ def linear_cross_entropy(
     backend can run the call.
     """
     options = Options(ignore_index, reduction, label_smoothing, z_loss, softcap)
-    if hidden.is_cpu and torch.is_autocast_enabled("cpu"):
+    device = "cuda" if hidden.is_cuda else "cpu"
+    if hidden.device.type == device and torch.is_autocast_enabled(device):
         hidden, weight = _autocast(hidden, weight)
     check(hidden, weight, targets, options)
-    why_not = {"native": why_not_native(hidden, torch.float32, torch.bfloat16), "reference": None}
-    with torch.autocast("cpu", enabled=False):
-        if choose("linear_cross_entropy", backend, why_not) == "reference":
+    why_not = {
+        "native": why_not_native(hidden, torch.float32, torch.bfloat16),
+        "triton": why_not_triton(hidden, backend, torch.float32, torch.bfloat16, torch.float16),
+        "reference": None,
+    }
+    with torch.autocast(device, enabled=False):
+        chosen = choose("linear_cross_entropy", backend, why_not)
+        if chosen == "reference":
             if hidden.is_cpu and not torch.compiler.is_compiling():
                 bad = ((targets != ignore_index) & ((targets < 0) | (targets >= weight.shape[0]))).nonzero()
                 check_range(targets, weight.shape[0], ignore_index, int(bad[0]) if len(bad) else -1)
@@ -99,8 +105,17 @@ def linear_cross_entropy(
         # the gradient of a row is not known before dloss is, so "none" makes it in the backward pass
         early = torch.is_grad_enabled() and reduction != "none"
         needs = early and hidden.requires_grad, early and weight.requires_grad
-        loss, logps, *_ = _forward(hidden, weight, targets, *options.as_numbers(), *needs)
+        loss, logps, *_ = _forward_of(chosen)(hidden, weight, targets, *options.as_numbers(), *needs)
         return (loss, logps) if return_logps else loss
+
+
+def _forward_of(chosen: str) -> Any:
+    """The registered op of a backend."""
+    if chosen == "triton":
+        from herdkern.ops.triton import linear_cross_entropy as triton_linear_cross_entropy
+
+        return triton_linear_cross_entropy.forward
+    return _forward
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +139,7 @@ class Options:
 
 
 def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.get_autocast_dtype("cpu")
+    dtype = torch.get_autocast_dtype(hidden.device.type)
     keeps = dtype == torch.bfloat16 and weight.dtype == torch.float32  # rounded where it is used
     return hidden.to(dtype), weight if keeps else weight.to(dtype)
 

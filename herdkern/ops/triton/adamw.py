@@ -1,10 +1,12 @@
 """AdamW in Triton: one launch updates every tensor of a kind, found through a table of addresses.
 
-A program updates one block of one tensor, which it finds by a search in the table of first blocks. The scale that clips
-gradients stays on the GPU: nothing waits for it. Sums of squares are added in a fixed order.
+A program updates one block of one tensor, which it finds by a search in the table of first blocks. Sums of squares are
+added in a fixed order.
 """
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -18,12 +20,17 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 
 @triton.jit
-def _round_stochastically(p, seed, index):
-    """Float32 to bfloat16, up with the probability of the bits cut off; the noise is Philox of (seed, index)."""
+def _round_at_random(p, seed, step, stream, number):
+    """Float32 to bfloat16, up with the probability of what is cut off; the bits of round_at_random in ops/adamw.py."""
+    part = (number % 128 // 16).to(tl.int32)  # of the eight 16-bit parts of a Philox call
+    index = number // 128 * 16 + number % 16
+    zero = (index * 0).to(tl.uint32)
     low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
-    noise, _, _, _ = tl.philox(seed, low, high, low * 0, low * 0)
+    w0, w1, w2, w3 = tl.philox(seed, low, high, zero + step.to(tl.uint32), zero + stream.to(tl.uint32))
+    word = tl.where(part < 4, tl.where(part < 2, w0, w1), tl.where(part < 6, w2, w3))
+    noise = tl.where(part % 2 == 1, word >> 16, word) & 0xFFFF
     bits = p.to(tl.uint32, bitcast=True)
-    noise = tl.where((bits & 0x7F800000) == 0x7F800000, 0, noise & 0xFFFF)  # infinity and NaN stay what they are
+    noise = tl.where((bits & 0x7F800000) == 0x7F800000, zero, noise)  # infinity and NaN stay what they are
     return ((bits + noise) & 0xFFFF0000).to(tl.float32, bitcast=True).to(tl.bfloat16)
 
 
@@ -36,7 +43,6 @@ def _update_block(
     master_ptr,
     index,
     mask,
-    noise_index,
     scale,
     decay,
     beta1,
@@ -45,6 +51,8 @@ def _update_block(
     step_size,
     root_bias2,
     seed,
+    step,
+    stream,
     HAS_MASTER: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
@@ -61,7 +69,7 @@ def _update_block(
     if HAS_MASTER:
         tl.store(master_ptr + index, p, mask=mask)
     if STOCHASTIC:
-        tl.store(p_ptr + index, _round_stochastically(p, seed, noise_index), mask=mask)
+        tl.store(p_ptr + index, _round_at_random(p, seed, step, stream, index), mask=mask)
     else:
         tl.store(p_ptr + index, p.to(p_ptr.dtype.element_ty), mask=mask)
 
@@ -69,8 +77,8 @@ def _update_block(
 @triton.jit
 def _adamw_kernel(
     table_ptr,
-    scale_ptr,
     num_tensors,
+    scale,
     decay,
     beta1,
     beta2,
@@ -78,19 +86,19 @@ def _adamw_kernel(
     step_size,
     root_bias2,
     seed,
+    step,
     P: tl.constexpr,
     GRAD: tl.constexpr,
     MOMENT: tl.constexpr,
     HAS_MASTER: tl.constexpr,
     STOCHASTIC: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # table: (7, num_tensors + 1): the addresses of p, grad, exp_avg, exp_avg_sq and master, sizes, first blocks
+    # table: (8, num_tensors + 1): addresses of p, grad, exp_avg, exp_avg_sq, master; sizes, streams, first blocks
     width = num_tensors + 1
     program = tl.program_id(0).to(tl.int64)
-    tensor = find_segment(table_ptr + 6 * width, num_tensors, program)
+    tensor = find_segment(table_ptr + 7 * width, num_tensors, program)
     p_ptr = tl.load(table_ptr + tensor).to(tl.pointer_type(P))
     grad_ptr = tl.load(table_ptr + width + tensor).to(tl.pointer_type(GRAD))
     exp_avg_ptr = tl.load(table_ptr + 2 * width + tensor).to(tl.pointer_type(MOMENT))
@@ -101,21 +109,18 @@ def _adamw_kernel(
         exp_avg_ptr, exp_avg_sq_ptr = tl.multiple_of(exp_avg_ptr, 16), tl.multiple_of(exp_avg_sq_ptr, 16)
         master_ptr = tl.multiple_of(master_ptr, 16)
     size = tl.load(table_ptr + 5 * width + tensor)
-    begin = (program - tl.load(table_ptr + 6 * width + tensor)) * BLOCK
+    begin = (program - tl.load(table_ptr + 7 * width + tensor)) * BLOCK
     index = begin + tl.arange(0, BLOCK)
-    noise_index = program * BLOCK + tl.arange(0, BLOCK)
-    scale = tl.load(scale_ptr)
-    if MAXIMIZE:
-        scale = -scale
+    stream = tl.load(table_ptr + 6 * width + tensor)
     if begin + BLOCK <= size:  # without a mask loads are 16 bytes wide whatever the size is
         _update_block(
-            p_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, index, None, noise_index,
-            scale, decay, beta1, beta2, eps, step_size, root_bias2, seed, HAS_MASTER, STOCHASTIC,
+            p_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, index, None,
+            scale, decay, beta1, beta2, eps, step_size, root_bias2, seed, step, stream, HAS_MASTER, STOCHASTIC,
         )  # fmt: skip
     else:
         _update_block(
-            p_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, index, index < size, noise_index,
-            scale, decay, beta1, beta2, eps, step_size, root_bias2, seed, HAS_MASTER, STOCHASTIC,
+            p_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, index, index < size,
+            scale, decay, beta1, beta2, eps, step_size, root_bias2, seed, step, stream, HAS_MASTER, STOCHASTIC,
         )  # fmt: skip
 
 
@@ -140,91 +145,105 @@ def _sum_squares_kernel(
     tl.store(partial_ptr + program, tl.sum(grad * grad, axis=0))
 
 
-def _table(columns: Sequence[Sequence[Tensor]], block: int) -> tuple[Tensor, int, bool]:
-    """Addresses by column, sizes and first blocks as one tensor; the number of blocks; whether all are aligned."""
+def _table(
+    columns: Sequence[Sequence[Tensor]], numbers: Sequence[Sequence[int]], block: int
+) -> tuple[Tensor, int, bool]:
+    """Addresses and numbers by column, then first blocks; how many blocks there are; whether addresses are aligned."""
     addresses = [[tensor.data_ptr() for tensor in column] for column in columns]
-    sizes = [tensor.numel() for tensor in columns[0]]
     first = [0]
-    for size in sizes:
-        first.append(first[-1] + triton.cdiv(size, block))
-    rows = [[*row, 0] for row in (*addresses, sizes)] + [first]
+    for tensor in columns[0]:
+        first.append(first[-1] + triton.cdiv(tensor.numel(), block))
+    rows = [[*row, 0] for row in (*addresses, *numbers)] + [first]
     is_aligned = all(address % 16 == 0 for row in addresses for address in row)
     return torch.tensor(rows, dtype=torch.int64, device=columns[0][0].device), first[-1], is_aligned
 
 
-def _by_kind(columns: Sequence[Sequence[Tensor]]) -> list[list[list[Tensor]]]:
-    """The columns, cut into groups whose tensors have the same dtypes; empty tensors are left out."""
-    groups: dict[tuple[torch.dtype, ...], list[tuple[Tensor, ...]]] = {}
-    for row in zip(*columns, strict=True):
-        if row[0].numel():
-            groups.setdefault(tuple(tensor.dtype for tensor in row), []).append(row)
-    return [[list(column) for column in zip(*group, strict=True)] for group in groups.values()]
-
-
-def sum_squares(grads: Sequence[Tensor]) -> Tensor:
-    """Return the sum of the squares of all elements, a float32 scalar on their device; contiguous, at least one."""
-    sums = []
-    for (group,) in _by_kind([grads]):
-        table, num_blocks, is_aligned = _table([group], 2 * _BLOCK)
+def grad_norm(grads: Sequence[Tensor]) -> float:
+    """Return the 2-norm of all elements of `grads` together: blocks summed in float32, their sums in float64."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for grad in grads:
+        if grad.numel():
+            kinds.setdefault((grad.dtype, grad.device), []).append(grad.contiguous())
+    total = 0.0
+    for (dtype, _), group in kinds.items():
+        table, num_blocks, is_aligned = _table([group], [[g.numel() for g in group]], 2 * _BLOCK)
         partial = torch.empty(num_blocks, dtype=torch.float32, device=table.device)
         with torch.cuda.device_of(table):
             _sum_squares_kernel[(num_blocks,)](
                 table,
                 partial,
                 len(group),
-                GRAD=_DTYPES[group[0].dtype],
+                GRAD=_DTYPES[dtype],
                 IS_ALIGNED=is_aligned,
                 BLOCK=2 * _BLOCK,
                 num_warps=8,
             )
-        sums.append(partial.sum())
-    return torch.stack(sums).sum() if sums else torch.zeros((), device=grads[0].device)
+        total += float(partial.sum(dtype=torch.float64))
+    return math.sqrt(total)
 
 
 def adamw_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    masters: Sequence[Tensor],
-    grad_scale: Tensor,
-    *,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
+    rows: Sequence[tuple[Any, ...]],
+    settings: Sequence[Any],
+    streams: Sequence[int],
+    max_grad_norm: float,
     seed: int | None,
-) -> None:
-    """Update params, exp_avgs, exp_avg_sqs and masters in place, as torch.optim.AdamW does in its step number `step`.
+) -> float:
+    """Do what adamw_step of ops/adamw.py does and return the norm of all gradients; 0 if it is not asked for.
 
-    All contiguous on one GPU.  masters: the float32 values of params, or params themselves where there are none.
-    grad_scale: a float32 scalar that multiplies the gradients.  seed: of stochastic rounding to bfloat16; None: off.
+    rows: (param, grad, exp_avg, exp_avg_sq, master or None, step) of each tensor.  settings, streams: one for each.
     """
-    for group in _by_kind([params, grads, exp_avgs, exp_avg_sqs, masters]):
-        table, num_blocks, is_aligned = _table(group, _BLOCK)
-        p, grad, moment, _, master = (column[0] for column in group)
-        with torch.cuda.device_of(table):
-            _adamw_kernel[(num_blocks,)](
-                table,
-                grad_scale,
-                len(group[0]),
-                1.0 - lr * weight_decay,
-                beta1,
-                beta2,
-                eps,
-                lr / (1.0 - beta1**step),
-                (1.0 - beta2**step) ** 0.5,
-                0 if seed is None else seed,
-                P=_DTYPES[p.dtype],
-                GRAD=_DTYPES[grad.dtype],
-                MOMENT=_DTYPES[moment.dtype],
-                HAS_MASTER=master is not p,
-                STOCHASTIC=seed is not None and p.dtype == torch.bfloat16,
-                MAXIMIZE=maximize,
-                IS_ALIGNED=is_aligned,
-                BLOCK=_BLOCK,
-                num_warps=8,
-            )
+    norm, scale = 0.0, 1.0
+    if max_grad_norm > 0:
+        norm = grad_norm([row[1] for row in rows])
+        if not math.isfinite(norm):
+            return norm
+        scale = min(1.0, max_grad_norm / (norm + 1e-6))
+    kinds: dict[Any, list[tuple[Any, ...]]] = {}
+    for (p, grad, exp_avg, exp_avg_sq, master, step), chosen, stream in zip(rows, settings, streams, strict=True):
+        step += 1
+        tensors = (p, grad, exp_avg, exp_avg_sq, p if master is None else master)
+        kind = (chosen, int(step), master is not None, p.dtype, grad.dtype, p.device)
+        if p.numel():
+            kinds.setdefault(kind, []).append((*tensors, stream))
+    for (chosen, step, has_master, *_), group in kinds.items():
+        _update(group, chosen, step, has_master, scale, seed)
+    torch.autograd.graph.increment_version([x for row in rows for i, x in enumerate(row) if i != 1 and x is not None])
+    return norm
+
+
+def _update(
+    group: list[tuple[Any, ...]], chosen: Any, step: int, has_master: bool, scale: float, seed: int | None
+) -> None:
+    """Update tensors of one kind; what is not contiguous goes through a copy that is."""
+    *columns, streams = zip(*group, strict=True)
+    dense = [[x.contiguous() for x in column] for column in columns]
+    table, num_blocks, is_aligned = _table(dense, [[p.numel() for p in dense[0]], streams], _BLOCK)
+    is_random = seed is not None and not has_master and dense[0][0].dtype == torch.bfloat16
+    with torch.cuda.device_of(table):
+        _adamw_kernel[(num_blocks,)](
+            table,
+            len(group),
+            -scale if chosen.maximize else scale,
+            1.0 - chosen.lr * chosen.weight_decay,
+            chosen.beta1,
+            chosen.beta2,
+            chosen.eps,
+            chosen.lr / (1.0 - chosen.beta1**step),
+            math.sqrt(1.0 - chosen.beta2**step),
+            (seed or 0) % 2**63,
+            step,
+            P=_DTYPES[dense[0][0].dtype],
+            GRAD=_DTYPES[dense[1][0].dtype],
+            MOMENT=_DTYPES[dense[2][0].dtype],
+            HAS_MASTER=has_master,
+            STOCHASTIC=is_random,
+            IS_ALIGNED=is_aligned,
+            BLOCK=_BLOCK,
+            num_warps=8,
+        )
+    for i, column in enumerate(columns):
+        if i != 1 and (i != 4 or has_master):
+            for x, copy in zip(column, dense[i], strict=True):
+                if x.data_ptr() != copy.data_ptr():
+                    x.copy_(copy)

@@ -366,7 +366,8 @@ _gradients = native_op(
     _gradients_of_gradients_fake,
     devices=("CUDA", "CPU"),  # CPU: under the interpreter
 )
-_forward = native_op(
+# returns (loss, log-probabilities, gradients); a target that is no token id gives NaN
+forward = native_op(
     "triton_linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, int reduction,"
     " float label_smoothing, float z_loss, float softcap, bool need_dhidden, bool need_dweight)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
@@ -376,20 +377,3 @@ _forward = native_op(
     _backward,
     devices=("CUDA", "CPU"),
 )
-
-
-def linear_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    numbers: tuple[int, int, float, float, float],
-    need_dhidden: bool,
-    need_dweight: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return loss and log-probabilities of herdkern.ops.linear_cross_entropy; a target that is no token id gives NaN.
-
-    numbers: ignore_index, reduction (0 none, 1 sum, 2 mean), label_smoothing, z_loss, softcap.  need_dhidden,
-    need_dweight: make these gradients now, for a scalar loss.
-    """
-    loss, logps, *_ = _forward(hidden, weight, targets, *numbers, need_dhidden, need_dweight)
-    return loss, logps
