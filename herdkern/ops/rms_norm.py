@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args, overload
 import torch
 from torch import Tensor
 
-from herdkern.ops.backend import Backend, choose, dtype_name, native_module, num_threads, why_not_native
+from herdkern.ops.backend import Backend, choose, dtype_name, native_module, num_threads, why_not_native, why_not_triton
 from herdkern.ops.native_op import differentiable_gradients, native_op, rows
 
 Casting = Literal["llama", "gemma", "none"]
@@ -88,14 +88,28 @@ def rms_norm(
     can run the call.
     """
     _check(x, weight, residual, casting)
-    why_not = {"native": why_not_native(x, *ELEMENTS), "reference": None}
-    if choose("rms_norm", backend, why_not) == "reference":
+    why_not = {
+        "native": why_not_native(x, *ELEMENTS),
+        "triton": why_not_triton(x, backend, *ELEMENTS) or _too_long(x),
+        "reference": None,
+    }
+    chosen = choose("rms_norm", backend, why_not)
+    if chosen == "reference":
         return rms_norm_reference(x, weight, residual=residual, eps=eps, casting=casting, weight_offset=weight_offset)
+    if chosen == "triton":
+        from herdkern.ops.triton import rms_norm as triton_rms_norm
+
+        return triton_rms_norm.rms_norm(x, weight, residual, eps, casting, weight_offset)
     if residual is None:
         out: Tensor = _forward(x, weight, eps, casting, weight_offset)[0]
         return out
     out, new_residual, _rstd = _add_forward(x, residual, weight, eps, casting, weight_offset)
     return out, new_residual
+
+
+def _too_long(x: Tensor) -> str | None:
+    """A Triton program holds whole rows in registers."""
+    return f"dim must be at most 16384, got {x.shape[-1]}" if x.shape[-1] > 16384 else None
 
 
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None, casting: str) -> None:

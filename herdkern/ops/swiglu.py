@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from herdkern.ops.backend import Backend, choose, dtype_name, native_module, num_threads, why_not_native
+from herdkern.ops.backend import Backend, choose, dtype_name, native_module, num_threads, why_not_native, why_not_triton
 from herdkern.ops.native_op import differentiable_gradients, native_op, rows
 
 ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/cpu/element.h
@@ -28,9 +28,18 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: Backend = "auto")
     Raises: ValueError if up does not fit gate; NotImplementedError if no backend can run the call.
     """
     _check(gate, up)
-    why_not = {"native": why_not_native(gate, *ELEMENTS), "reference": None}
-    if choose("swiglu", backend, why_not) == "reference":
+    why_not = {
+        "native": why_not_native(gate, *ELEMENTS),
+        "triton": why_not_triton(gate, backend, *ELEMENTS),
+        "reference": None,
+    }
+    chosen = choose("swiglu", backend, why_not)
+    if chosen == "reference":
         return swiglu_reference(gate, up)
+    if chosen == "triton":
+        from herdkern.ops.triton import swiglu as triton_swiglu
+
+        return triton_swiglu.swiglu(gate, up)
     out: Tensor = _packed_forward(gate) if up is None else _forward(gate, up)
     return out
 

@@ -1,5 +1,6 @@
 """Runs the Triton kernels of a test on the GPU, or where there is none by Triton's interpreter on CPU tensors.
 
+tests/conftest.py asks for the interpreter (TRITON_INTERPRET=1).
 The interpreter cuts float32 to bfloat16 off instead of rounding it (triton 3.6.0); here it rounds as the hardware does.
 No kernel of ours has a tl.dot, which the interpreter gets wrong for bfloat16.
 """
@@ -29,7 +30,6 @@ def triton_runs(monkeypatch):
             rounded = torch.from_numpy(np.array(data, dtype=np.float32)).bfloat16()
             return rounded.view(torch.int16).numpy().view(np.uint16)
 
-        monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when a kernel is first imported, and by our backend.py
         monkeypatch.setattr(interpreter, "_convert_float", rounding)
     yield
     torch.set_default_device("cpu")

@@ -14,7 +14,6 @@ from torch import Tensor
 from herdkern.ops.native_op import differentiable_gradients, native_op, rows
 from herdkern.ops.rms_norm import rms_norm_reference
 
-MAX_DIM = 16384  # of the rows that fit into one program's registers
 _MAX_PARTIAL_SUMS = 512  # fills a GPU of 132 processors four times over; their sums stay in its L2 cache
 
 
@@ -88,6 +87,7 @@ def _backward_kernel(
     HAS_DTOTAL: tl.constexpr,
     NEED_DX: tl.constexpr,
     NEED_DWEIGHT: tl.constexpr,
+    ROUND_XHAT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -103,6 +103,8 @@ def _backward_kernel(
         dout = tl.load(dout_ptr + row[:, None] * dout_stride + col[None, :], mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row, mask=row < num_rows, other=0.0)[:, None]
         xhat = x * rstd
+        if ROUND_XHAT:  # casting "none": what the weight was multiplied by
+            xhat = xhat.to(x_ptr.dtype.element_ty).to(tl.float32)
         if NEED_DWEIGHT:
             dweight += dout * xhat
         if NEED_DX:
@@ -182,6 +184,7 @@ def _backward_cuda(
     weight: Tensor,
     rstd: Tensor,
     weight_offset: float,
+    round_xhat: bool,
     need_dx: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -222,6 +225,7 @@ def _backward_cuda(
                 HAS_DTOTAL=has_dtotal,
                 NEED_DX=makes_dx,
                 NEED_DWEIGHT=makes_dweight,
+                ROUND_XHAT=round_xhat,
                 **tile,
             )
         if need_dweight and dim:
@@ -236,6 +240,7 @@ def _backward_fake(
     weight: Tensor,
     rstd: Tensor,
     weight_offset: float,
+    round_xhat: bool,
     need_dx: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -264,7 +269,9 @@ def _gradients(ctx: Any, dout: Tensor | None, dtotal: Tensor | None, _: None) ->
             dx = dx + dtotal
     elif dout is not None:
         need_dweight = ctx.needs_input_grad[2]
-        dx, dweight = _backward(dout, dtotal, x, weight, rstd, ctx.weight_offset, need_dx, need_dweight)
+        dx, dweight = _backward(
+            dout, dtotal, x, weight, rstd, ctx.weight_offset, ctx.casting == "none", need_dx, need_dweight
+        )
         dweight = dweight if need_dweight else None
     dx = dx if need_dx else None
     return dx if ctx.needs_input_grad[0] else None, dx if ctx.needs_input_grad[1] else None, dweight, None, None, None
@@ -272,7 +279,7 @@ def _gradients(ctx: Any, dout: Tensor | None, dtotal: Tensor | None, _: None) ->
 
 _backward = native_op(
     "triton_rms_norm_backward(Tensor dout, Tensor? dtotal, Tensor x, Tensor weight, Tensor rstd, float weight_offset,"
-    " bool need_dx, bool need_dweight) -> (Tensor, Tensor)",
+    " bool round_xhat, bool need_dx, bool need_dweight) -> (Tensor, Tensor)",
     _backward_cuda,
     _backward_fake,
     devices=("CUDA", "CPU"),  # CPU: under the interpreter
