@@ -1,6 +1,7 @@
 # make demo    raw web pages to a trained model and its report in runs/demo
 # make test    the tests                      OP=rms_norm: those of one op or module   FULL=1: the long versions too
 # make check   format, lint, types, size limits
+# make check-gpu-build   compiles the Triton kernels for four GPUs, without one: registers, shared memory, spills
 # make build   the native code in place
 # make bench   every benchmark, short form
 #
@@ -10,7 +11,7 @@ RUN := runs/demo
 PYTEST := -m pytest -q -n 2 $(if $(OP),-k $(OP)) $(if $(FULL),-m "full or not full")
 export PYTHON
 
-.PHONY: demo test check build bench
+.PHONY: demo test check check-gpu-build build bench
 demo:
 	@sh tools/python run -m herdkern run demo --out $(RUN) $(ARGS)
 
@@ -26,6 +27,9 @@ check:
 	@sh tools/python test tools/check_sizes.py
 	@sh tools/python test tools/check_cpp_format.py
 	@sh tools/python test -m mypy
+
+check-gpu-build:
+	@sh tools/python gpu tools/check_gpu_build.py --json benchmarks/results/gpu_build.json $(ARGS)
 
 bench:
 	@for bench in benchmarks/bench_*.py; do sh tools/python test $$bench --quick $(ARGS) || exit 1; done

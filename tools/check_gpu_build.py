@@ -181,7 +181,6 @@ def compiled(launch: Launch, capability: int) -> dict[str, Any]:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    began = time.time()
     row: dict[str, Any] = {"case": launch.case, "kernel": launch.kernel.__name__, "target": f"sm_{capability}"}
     target = GPUTarget("cuda", capability, 32)
     try:
@@ -194,7 +193,6 @@ def compiled(launch: Launch, capability: int) -> dict[str, Any]:
         "hot": launch.hot,
         "dynamic_shared_bytes": built.metadata.shared,
         "warps": built.metadata.num_warps,
-        "seconds": round(time.time() - began, 2),
     }
 
 

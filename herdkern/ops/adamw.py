@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from herdkern.ops.backend import Backend, choose, dtype_name, native_module, num_threads, why_not_native
+from herdkern.ops.backend import Backend, choose, dtype_name, native_module, num_threads, why_not_native, why_not_triton
 
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Float of csrc/cpu/adamw.h
 _MASK = 0xFFFFFFFF
@@ -106,7 +106,12 @@ def grad_norm(grads: Sequence[Tensor], *, backend: Backend = "auto") -> float:
     Raises: ValueError for sparse or complex tensors; NotImplementedError if no backend can run the call.
     """
     _check_grads("grad_norm", grads)
-    if _chosen("grad_norm", grads, backend) == "reference":
+    chosen = _chosen("grad_norm", grads, backend)
+    if chosen == "triton":
+        from herdkern.ops.triton import adamw as triton_adamw
+
+        return triton_adamw.grad_norm(grads)
+    if chosen == "reference":
         return math.sqrt(sum(float(g.double().square().sum()) for g in grads))
     dense = [_in_memory_order(g)[0].contiguous() for g in grads]
     return float(native_module().grad_norm([(g.data_ptr(), g.numel(), _FLOATS[g.dtype]) for g in dense], num_threads()))
@@ -150,7 +155,13 @@ def adamw_step(
     rows = list(zip(params, grads, exp_avgs, exp_avg_sqs, masters, steps, strict=True))
     for i, row in enumerate(rows):
         _check_row(i, *row)
-    if _chosen("adamw_step", [*params, *grads], backend) == "native":
+    chosen = _chosen("adamw_step", [*params, *grads], backend)
+    if chosen == "triton":
+        from herdkern.ops.triton import adamw as triton_adamw
+
+        norm = triton_adamw.adamw_step(rows, settings, streams, max_grad_norm, seed)
+        return norm if max_grad_norm > 0 else None
+    if chosen == "native":
         norm = _step_native(rows, settings, streams, max_grad_norm, seed)
         return norm if max_grad_norm > 0 else None
     scale, found = 1.0, None
@@ -165,8 +176,10 @@ def adamw_step(
 
 
 def _chosen(function: str, tensors: Sequence[Tensor], backend: Backend) -> str:
-    reasons = (why_not_native(x, *_FLOATS) for x in tensors)
-    return choose(function, backend, {"native": next((r for r in reasons if r is not None), None), "reference": None})
+    native = (why_not_native(x, *_FLOATS) for x in tensors)
+    triton = (why_not_triton(x, backend, *_FLOATS) for x in tensors)
+    why_not = {name: next(filter(None, reasons), None) for name, reasons in (("native", native), ("triton", triton))}
+    return choose(function, backend, {**why_not, "reference": None})
 
 
 def _check_grads(function: str, grads: Sequence[Tensor]) -> None:

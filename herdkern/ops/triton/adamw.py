@@ -25,8 +25,9 @@ def _round_at_random(p, seed, step, stream, number):
     part = (number % 128 // 16).to(tl.int32)  # of the eight 16-bit parts of a Philox call
     index = number // 128 * 16 + number % 16
     zero = (index * 0).to(tl.uint32)
+    now, stream = (index * 0 + step).to(tl.uint32), (index * 0 + stream).to(tl.uint32)
     low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, low, high, zero + step.to(tl.uint32), zero + stream.to(tl.uint32))
+    w0, w1, w2, w3 = tl.philox(seed, low, high, now, stream)
     word = tl.where(part < 4, tl.where(part < 2, w0, w1), tl.where(part < 6, w2, w3))
     noise = tl.where(part % 2 == 1, word >> 16, word) & 0xFFFF
     bits = p.to(tl.uint32, bitcast=True)
