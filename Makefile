@@ -29,7 +29,7 @@ check:
 	@sh tools/python test -m mypy
 
 check-gpu-build:
-	@sh tools/python gpu tools/check_gpu_build.py --json benchmarks/results/gpu_build.json $(ARGS)
+	@sh tools/python gpu tools/check_gpu_build.py --json benchmarks/results/gpu_build.json --page docs/gpu.md $(ARGS)
 
 bench:
 	@for bench in benchmarks/bench_*.py; do sh tools/python test $$bench --quick $(ARGS) || exit 1; done

@@ -241,6 +241,25 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         print(f"{name:88} {row['target']:>7} {' '.join(numbers)} {wide:>9}{'  SPILLS' if spills(row) else ''}")
 
 
+def page_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one line for each kernel, its numbers on each target."""
+    lines: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if "error" not in row:
+            at = lines.setdefault(f"{row['case']} | `{row['kernel'].strip('_')}`", {"all": [], "first": row})
+            same_case = [r for r in at["all"] if r["target"] == row["target"]]
+            if not same_case:  # a case may compile one kernel in several forms: the first is shown
+                at["all"].append(row)
+    text = "| case | kernel | registers | shared, bytes | spills | 16-byte accesses |\n|---|---|---|---|---|---|\n"
+    for name, line in lines.items():
+        shown = [r["registers"] for r in line["all"]]
+        shared = line["first"]["dynamic_shared_bytes"]
+        spilled = max(r["spill_instructions"] for r in line["all"])
+        wide = f"{line['first']['accesses_of_16_bytes']} of {line['first']['accesses']}"
+        text += f"| {name} | {', '.join(map(str, shown))} | {shared} | {spilled} | {wide} |\n"
+    return text
+
+
 def load_cases(path: str) -> list[Case]:
     """The cases of another file."""
     spec = importlib.util.spec_from_file_location("gpu_build_cases", path)
@@ -265,6 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--case", default="", metavar="PART", help="only cases whose name contains PART")
     parser.add_argument("--cases", metavar="FILE", help="a Python file with CASES = [(name, call, hot), ...]")
     parser.add_argument("--json", metavar="FILE", help="also write the rows to FILE")
+    parser.add_argument("--page", metavar="FILE", help="also put a table into this page, between its markers")
     options = parser.parse_args(arguments)
     if importlib.util.find_spec("triton") is None:
         print("check_gpu_build: triton must be installed, got no such package; pip install 'herdkern[triton]'")
@@ -288,6 +308,11 @@ def main(arguments: list[str] | None = None) -> int:
         report = {"bench": "gpu_build", "note": "compiled ahead of time, not run", "triton": triton.__version__}
         text = json.dumps(report | {"torch": torch.__version__, "rows": rows}, indent=1)
         Path(options.json).write_text(text + "\n", encoding="utf-8")
+    if options.page:
+        page = Path(options.page)
+        found = f"<!-- gpu build -->\n{page_table(rows)}<!-- /gpu build -->"
+        text = re.sub(r"<!-- gpu build -->.*<!-- /gpu build -->", found, page.read_text(encoding="utf-8"), flags=re.S)
+        page.write_text(text, encoding="utf-8")
     return 1 if failed else 0
 
 
