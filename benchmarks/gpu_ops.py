@@ -162,9 +162,7 @@ def main() -> int:
         print("gpu_ops: torch must see a CUDA device, got none")
         return 2
     found, rows, failed = limits(), [], 0
-    print(
-        f"{torch.cuda.get_device_name()}: copy {found['copy_gb_per_s']:.0f} GB/s, bf16 {found['bf16_tflop_per_s']:.0f} TFLOP/s"
-    )
+    print(torch.cuda.get_device_name(), {name: round(value) for name, value in found.items()})
     for name, functions, inputs, num_bytes, flops in cases():
         try:
             steps = {peer: step(function, inputs) for peer, function in functions.items()}
