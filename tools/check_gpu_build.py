@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +53,7 @@ def cases() -> list[Case]:
     import torch
 
     from herdkern.ops import rope_table
+    from herdkern.ops.adamw import AdamwSettings
     from herdkern.ops.triton import adamw, linear_cross_entropy, rms_norm, rope, swiglu
 
     bf16, fp32 = torch.bfloat16, torch.float32
@@ -94,9 +94,7 @@ def cases() -> list[Case]:
         params = [torch.empty(4096, 4096, dtype=dtype), torch.empty(4096, dtype=dtype)]
         moments = [torch.empty(p.shape) for p in params]
         rows = [(p, p, m, m, m if master else None, torch.zeros(())) for p, m in zip(params, moments, strict=True)]
-        numbers = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "maximize": False}
-        settings = [types.SimpleNamespace(**numbers)] * len(rows)
-        adamw.adamw_step(rows, settings, range(len(rows)), 0.0, seed)
+        adamw.adamw_step(rows, [AdamwSettings()] * len(rows), range(len(rows)), 0.0, seed)
         with contextlib.suppress(ValueError):  # of the root of what was never computed
             adamw.grad_norm(params)
 
