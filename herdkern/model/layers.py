@@ -151,8 +151,7 @@ class Attention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (total_tokens, num_heads, head_dim)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (total_tokens, num_kv_heads, head_dim)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        q = ops.rope(q, *rope, positions)
-        k = ops.rope(k, *rope, positions)
+        q, k = ops.rope_qk(q, k, *rope, positions)
         if cache is None:
             out = self.attend(q, k, v, cu_seqlens)
         else:

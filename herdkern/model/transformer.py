@@ -94,8 +94,13 @@ class Transformer(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor, *, reduction: Literal["mean", "sum", "none"] = "mean") -> Tensor:
         """Cross entropy in nats of targets: (total_tokens,) int64 (-100: not counted), never holding all logits."""
-        weight = self.lm_head.weight.to(hidden.dtype)
-        return ops.linear_cross_entropy(hidden, weight, targets, reduction=reduction)
+        weight = self.lm_head.weight
+        if (
+            weight.dtype != torch.float32
+        ):  # the kernel rounds fp32 weights as it uses them and sums their gradient in fp32
+            weight = weight.to(hidden.dtype)
+        loss: Tensor = ops.linear_cross_entropy(hidden, weight, targets, reduction=reduction)
+        return loss
 
 
 def _rope_table(config: ModelConfig) -> tuple[Tensor, Tensor]:
