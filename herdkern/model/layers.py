@@ -121,9 +121,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) from x: (..., dim)."""
-        return ops.rms_norm(x, self.weight.to(x.dtype), eps=self.eps)
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The normed (..., dim) and x, or x + branch where there is one: the add and the norm are one kernel."""
+        weight = self.weight.to(x.dtype)
+        if branch is None:
+            return ops.rms_norm(x, weight, eps=self.eps), x
+        return ops.rms_norm(branch, weight, residual=x, eps=self.eps)
 
 
 class Attention(nn.Module):
@@ -175,7 +178,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """One layer: x + attention(norm(x)), then x + feed_forward(norm(x)).
+
+    The sum with the last branch is left to the norm that follows, of the next layer or of the model.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -187,11 +193,13 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
+        branch: Tensor | None,
         cu_seqlens: Tensor,
         positions: Tensor,
         rope: tuple[Tensor, Tensor],
         cache: KVCache | None = None,
-    ) -> Tensor:
-        """(total_tokens, dim) from x: (total_tokens, dim)."""
-        x = x + self.self_attn(self.input_layernorm(x), cu_seqlens, positions, rope, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    ) -> tuple[Tensor, Tensor]:
+        """x and a branch to be added, (total_tokens, dim) each, from x and the branch of the layer before (or None)."""
+        normed, x = self.input_layernorm(x, branch)
+        normed, x = self.post_attention_layernorm(x, self.self_attn(normed, cu_seqlens, positions, rope, cache))
+        return x, self.mlp(normed)

@@ -84,9 +84,11 @@ class Transformer(nn.Module):
             raise ValueError(f"Transformer: positions must be {tuple(tokens.shape)}, got {tuple(positions.shape)}")
         x = self.embed_tokens(tokens).to(self.compute_dtype)  # (total_tokens, dim)
         rope = (self.rope_cos, self.rope_sin)
+        branch: Tensor | None = None
         for block in self.layers:
-            x = block(x, cu_seqlens, positions, rope, cache)
-        return self.norm(x)
+            x, branch = block(x, branch, cu_seqlens, positions, rope, cache)
+        hidden: Tensor = self.norm(x, branch)[0]
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., vocab_size) fp32 from hidden: (..., dim)."""
@@ -94,10 +96,8 @@ class Transformer(nn.Module):
 
     def loss(self, hidden: Tensor, targets: Tensor, *, reduction: Literal["mean", "sum", "none"] = "mean") -> Tensor:
         """Cross entropy in nats of targets: (total_tokens,) int64 (-100: not counted), never holding all logits."""
-        weight = self.lm_head.weight
-        if (
-            weight.dtype != torch.float32
-        ):  # the kernel rounds fp32 weights as it uses them and sums their gradient in fp32
+        weight: Tensor = self.lm_head.weight
+        if weight.dtype != torch.float32:  # an fp32 head needs no 16-bit copy: the kernel rounds what it reads
             weight = weight.to(hidden.dtype)
         loss: Tensor = ops.linear_cross_entropy(hidden, weight, targets, reduction=reduction)
         return loss

@@ -27,7 +27,8 @@ def first_bad_tensor(
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if not found and isinstance(output, Tensor) and not _is_finite(output):
+            outputs = output if isinstance(output, tuple) else (output,)
+            if not found and any(isinstance(out, Tensor) and not _is_finite(out) for out in outputs):
                 found.append(f"output of {name or 'the model'}")
 
         return hook

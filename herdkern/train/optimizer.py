@@ -1,38 +1,36 @@
 """AdamW over named parameters, and its state as named tensors. Source: Loshchilov & Hutter 2019 (arXiv:1711.05101)."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from herdkern.optim import AdamW
 from herdkern.train.config import OptimizerConfig
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def build_adamw(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """torch's fused AdamW over the parameters of `model`; norms (1-D) do not decay."""
+def build_adamw(model: nn.Module, config: OptimizerConfig) -> AdamW:
+    """AdamW over the parameters of `model`, which clips as `config` says; norms (1-D) do not decay.
+
+    Its `grad_norm` is always measured; a step whose norm is not finite changes nothing.
+    """
     params = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    clip = config.max_grad_norm or math.inf
+    return AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, max_grad_norm=clip)
 
 
-def clip_grad_norm(model: nn.Module, max_norm: float) -> float:
-    """The global norm of all gradients before clipping; scales them to `max_norm` if they are above it (0: never).
-
-    Nothing is changed when the norm is not finite.
-    """
-    params = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-    value = float(norm)
-    if 0 < max_norm < value < float("inf"):
-        torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
-    return value
+def total_norm(model: nn.Module) -> float:
+    """The global norm of all gradients."""
+    return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from herdkern.train.config import TrainConfig
 from herdkern.train.guard import NonFiniteError, first_bad_tensor
 from herdkern.train.metrics import MFU_CONVENTION, MetricsLog, measured_peak_flops
 from herdkern.train.objective import Objective, next_token_loss
-from herdkern.train.optimizer import build_adamw, clip_grad_norm, load_optimizer_tensors, optimizer_tensors
+from herdkern.train.optimizer import build_adamw, load_optimizer_tensors, optimizer_tensors, total_norm
 from herdkern.train.schedule import learning_rate
 
 _FILL: Any = torch.utils.deterministic  # a module class of torch that declares its setting at run time
@@ -193,12 +193,8 @@ class Trainer:
         batches = [self.source.batch(first + i, size) for i in range(0, config.batch_size, size)]
         loss, extra = self._accumulate(batches)
         lr = learning_rate(update, config.schedule, steps=config.steps)
-        grad_norm = clip_grad_norm(self.model, config.optimizer.max_grad_norm)
+        grad_norm = self._update(lr) if math.isfinite(loss) else total_norm(self.model)
         skipped = self._guard(loss, grad_norm, batches)
-        if not skipped:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step = update
         self.tokens += sum(batch.tokens.numel() for batch in batches)
@@ -222,6 +218,13 @@ class Trainer:
             self._measure_peak()
         self.metrics.append(record)
         return record
+
+    def _update(self, lr: float) -> float:
+        """One step of the optimizer, clip included; the norm before the clip. Nothing changes if it is not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        return float("nan") if self.optimizer.grad_norm is None else self.optimizer.grad_norm
 
     def _measure_peak(self) -> None:
         """The best matrix product rate seen so far: once is not enough on a machine that others use too."""

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from herdkern.train.config import OptimizerConfig
-from herdkern.train.optimizer import build_adamw, clip_grad_norm, load_optimizer_tensors, optimizer_tensors
+from herdkern.train.optimizer import build_adamw, load_optimizer_tensors, optimizer_tensors, total_norm
 
 
 class Two(nn.Module):
@@ -24,7 +24,7 @@ def set_grads(model, seed):
 def test_updates_equal_the_formula():
     """1,000 steps; norms do not decay. The bound is what fp32 rounding of 1,000 updates allows."""
     model = Two()
-    config = OptimizerConfig(weight_decay=0.1)
+    config = OptimizerConfig(weight_decay=0.1, max_grad_norm=0.0)
     optimizer = build_adamw(model, config)
     want = {n: p.detach().double() for n, p in model.named_parameters()}
     first = {n: torch.zeros_like(p) for n, p in want.items()}
@@ -47,22 +47,30 @@ def test_updates_equal_the_formula():
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e6])
 def test_clipping(max_norm):
+    """The step is that of gradients scaled to the norm; the first moment shows it."""
     model = Two()
     set_grads(model, 0)
+    optimizer = build_adamw(model, OptimizerConfig(max_grad_norm=max_norm))
     before = torch.cat([p.grad.double().flatten() for p in model.parameters()])
-    norm = clip_grad_norm(model, max_norm)
-    after = torch.cat([p.grad.double().flatten() for p in model.parameters()])
-    assert norm == pytest.approx(float(before.norm()), rel=1e-6)
-    assert float(after.norm()) == pytest.approx(max_norm if max_norm == 0.5 else norm, rel=1e-5)
+    optimizer.step()
+    first = torch.cat([optimizer.state[p]["exp_avg"].double().flatten() for p in model.parameters()]) / 0.1
+    assert optimizer.grad_norm == pytest.approx(float(before.norm()), rel=1e-6)
+    assert total_norm(model) == pytest.approx(float(before.norm()), rel=1e-6)
+    assert float(first.norm()) == pytest.approx(max_norm if max_norm == 0.5 else optimizer.grad_norm, rel=1e-5)
 
 
-def test_a_norm_that_is_not_finite_clips_nothing():
+def test_a_norm_that_is_not_finite_changes_nothing():
     model = Two()
+    optimizer = build_adamw(model, OptimizerConfig())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
     set_grads(model, 0)
     model.scale.grad[2] = float("inf")
-    kept = model.matrix.grad.clone()
-    assert clip_grad_norm(model, 1.0) == float("inf")
-    assert torch.equal(model.matrix.grad, kept)
+    kept = {name: param.detach().clone() for name, param in model.named_parameters()}
+    optimizer.step()
+    assert optimizer.grad_norm == float("inf")
+    assert all(torch.equal(param, kept[name]) for name, param in model.named_parameters())
+    assert all(float(state["step"]) == 0 for state in optimizer.state.values())
 
 
 def test_state_comes_back():
