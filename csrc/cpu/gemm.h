@@ -47,6 +47,25 @@ struct Bf16Pair {
 };
 #endif
 
+// Lines of memory that a later product reads, asked for while this one computes: rows `stride` bytes apart, the first
+// `lines` lines of 64 bytes of each. Where a matrix is too large for the caches and each of its elements meets few
+// others, waiting for it costs as much as the product (vocab_size 128k, chunks of 96 tokens).
+struct Ahead {
+  const char* row = nullptr;
+  int64_t stride = 0, lines = 0, rows_left = 0, line = 0;
+  int64_t per_tile = 0;  // lines to ask for before each register tile
+
+  HK_INLINE void step() {
+    for (int64_t i = 0; i < per_tile && rows_left > 0; ++i) {
+      __builtin_prefetch(row + 64 * line, 0, 2);
+      if (++line < lines) continue;
+      line = 0;
+      row += stride;
+      --rows_left;
+    }
+  }
+};
+
 // One register tile. Element (i, k) of A is a[i * a_row + k * a_depth] with one of the two strides 1: kUnitDepth says
 // which. depth counts words. c: rows c_row apart, kPanel columns.
 template <typename Kind, int kRows, bool kUnitDepth>
@@ -55,6 +74,9 @@ HK_INLINE void multiply_tile(const typename Kind::Word* a, int64_t a_stride, con
   Vec acc[kRows][kPanelVecs];
   for (int i = 0; i < kRows; ++i)
     for (int j = 0; j < kPanelVecs; ++j) acc[i][j] = Vec(0.0f);
+  if (accumulate)  // C may have to come from memory, and is not needed before the end
+    for (int i = 0; i < kRows; ++i)
+      for (int j = 0; j < kPanelVecs; ++j) __builtin_prefetch(c + i * c_row + Vec::kLanes * j, 1);
   const int64_t row_step = kUnitDepth ? a_stride : 1, depth_step = kUnitDepth ? 1 : a_stride;
   for (int64_t k = 0; k < depth; ++k, a += depth_step, panel += kPanel) {
     Vec b[kPanelVecs];
@@ -73,12 +95,14 @@ HK_INLINE void multiply_tile(const typename Kind::Word* a, int64_t a_stride, con
 
 template <typename Kind, bool kUnitDepth>
 void multiply_rows(const typename Kind::Word* a, int64_t a_stride, int64_t rows, const typename Kind::Word* panel,
-                   int64_t depth, float* c, int64_t c_row, bool accumulate) {
+                   int64_t depth, float* c, int64_t c_row, bool accumulate, Ahead* ahead = nullptr) {
   const int64_t row_step = kUnitDepth ? a_stride : 1;
   int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows)
+  for (; i + kTileRows <= rows; i += kTileRows) {
+    if (ahead != nullptr) ahead->step();
     multiply_tile<Kind, kTileRows, kUnitDepth>(a + i * row_step, a_stride, panel, depth, c + i * c_row, c_row,
                                                accumulate);
+  }
   if constexpr (kTileRows > 4)
     for (; i + 4 <= rows; i += 4)
       multiply_tile<Kind, 4, kUnitDepth>(a + i * row_step, a_stride, panel, depth, c + i * c_row, c_row, accumulate);
@@ -215,9 +239,9 @@ inline void transpose_words(const uint32_t* source, int64_t source_row, int64_t 
 // All rows of A times one panel of B; see multiply_tile. Kind::Session must live in the calling thread.
 template <typename Kind, bool kUnitDepth>
 void multiply_panel(const typename Kind::Word* a, int64_t a_stride, int64_t rows, const typename Kind::Word* panel,
-                    int64_t depth, float* c, int64_t c_row, bool accumulate) {
+                    int64_t depth, float* c, int64_t c_row, bool accumulate, [[maybe_unused]] Ahead* ahead = nullptr) {
   if constexpr (!Kind::kTiles) {
-    multiply_rows<Kind, kUnitDepth>(a, a_stride, rows, panel, depth, c, c_row, accumulate);
+    multiply_rows<Kind, kUnitDepth>(a, a_stride, rows, panel, depth, c, c_row, accumulate, ahead);
   } else {
     static_assert(kUnitDepth, "the tile unit loads rows of A; transpose_words makes them");
     Kind::multiply(a, a_stride, rows, panel, depth, c, c_row, accumulate);
@@ -246,9 +270,10 @@ void pack_transposed(const T* source, int64_t source_row, int64_t columns, int64
 // multiply_panel for the first `columns` of the panel's columns alone; the others of C are not touched.
 template <typename Kind, bool kUnitDepth>
 void multiply_columns(const typename Kind::Word* a, int64_t a_stride, int64_t rows, const typename Kind::Word* panel,
-                      int64_t depth, float* c, int64_t c_row, int64_t columns, bool accumulate) {
+                      int64_t depth, float* c, int64_t c_row, int64_t columns, bool accumulate,
+                      Ahead* ahead = nullptr) {
   if (columns >= kPanel) {
-    multiply_panel<Kind, kUnitDepth>(a, a_stride, rows, panel, depth, c, c_row, accumulate);
+    multiply_panel<Kind, kUnitDepth>(a, a_stride, rows, panel, depth, c, c_row, accumulate, ahead);
     return;
   }
   Workspace<float> product(rows * kPanel);

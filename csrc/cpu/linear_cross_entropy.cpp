@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/gemm.h"
+#include "cpu/huge_pages.h"
 #include "cpu/linear_cross_entropy_plan.h"
 #include "cpu/threads.h"
 #include "cpu/workspace.h"
@@ -24,6 +25,9 @@ HK_INLINE Vec grouped_sum(int64_t count, int64_t group, const Part& part) {
   }
   return total;
 }
+
+// exp(z - top) for z <= top or little more, relative error 2^-24 |z - top|: half the time of exp.
+HK_INLINE Vec exp_difference(Vec z, Vec top) { return exp2((z - top) * Vec(1.44269504088896341f)); }
 
 // Rounds `count` floats; out may be the same memory.
 HK_INLINE void round_to(const float* source, bf16* out, int64_t count) {
@@ -58,7 +62,11 @@ class Chunks {
         tokens_(5 * room_),
         dhidden_sum_(args_.dhidden != nullptr && args_.dhidden_is_bf16 ? plan_.chunk * args_.dim : 0),
         more_sums_(args_.dweight != nullptr && kRoundsWeight ? (plan_.held_rows - plan_.rows_in_place) * args_.dim : 0),
-        corrections_(kPairs ? plan_.num_blocks : 0) {}
+        corrections_(kPairs ? plan_.num_blocks : 0) {
+    if (!wants_gradient_) return;
+    prefer_huge_pages(logits_.data(), round_up(args_.vocab_size, 2) * plan_.chunk * int64_t{sizeof(float)});
+    if (args_.dweight != nullptr) prefer_huge_pages(args_.dweight, args_.vocab_size * args_.dim * int64_t{sizeof(W)});
+  }
 
   void run() {
     for (int64_t first = 0; first < args_.num_tokens; first += plan_.chunk) {
@@ -172,14 +180,33 @@ class Chunks {
     }
     for (int64_t k = 0; k < depth; k += kDepthBlock) {
       const int64_t run = std::min(kDepthBlock, depth - k);
+      Ahead ahead = weights_after(block, k);
       for (int64_t t = 0; t < pitch_; t += kPanel)
         multiply_panel<Kind, true>(rows + k, row_words, num_rows, panels_.data() + t * depth + k * kPanel, run,
-                                   logits + t, pitch_, k > 0);
+                                   logits + t, pitch_, k > 0, &ahead);
     }
     if (args_.softcap <= 0.0f) return;
     const Vec cap(args_.softcap), inverse(1.0f / args_.softcap);
     for (int64_t i = 0; i < num_rows * pitch_; i += Vec::kLanes)
       (cap * tanh(Vec::load(logits + i) * inverse)).store(logits + i);
+  }
+
+  // What multiply_logits reads of weight after words k ... of this block; of its next block, where they are the last.
+  Ahead weights_after(int64_t block, int64_t k) const {
+    const int64_t num_tiles = kVocabBlock / kTileRows * (pitch_ / kPanel), depth = words(args_.dim);
+    int64_t next = k + kDepthBlock;
+    if (next >= depth || kConverts) {
+      block += num_threads_;
+      next = 0;
+      if (k > 0 && kConverts) return {};
+    }
+    if (block >= plan_.num_blocks) return {};
+    const int64_t elements = kConverts ? args_.dim : std::min(kDepthBlock, depth - next) * Kind::kDepthPerWord;
+    const auto* row = reinterpret_cast<const char*>(weight_row(block * kVocabBlock) + next * Kind::kDepthPerWord);
+    Ahead ahead{row, args_.weight_stride * int64_t{sizeof(W)}, (elements * int64_t{sizeof(W)} + 63) / 64,
+                block_rows(block)};
+    ahead.per_tile = (ahead.lines * ahead.rows_left + num_tiles - 1) / num_tiles;
+    return ahead;
   }
 
   // A row of weight as the words of a product.
@@ -209,7 +236,7 @@ class Chunks {
       for (int64_t i = 1; i < num_rows; ++i) highest = max(Vec::load(logits + i * pitch_ + t), highest);
       highest.store(maxima + t);
       grouped_sum(num_rows, 8, [&](int64_t i) {
-        return exp(Vec::load(logits + i * pitch_ + t) - highest);
+        return exp_difference(Vec::load(logits + i * pitch_ + t), highest);
       }).store(maxima + plan_.chunk + t);
       if (args_.label_smoothing > 0.0f)
         grouped_sum(num_rows, 8, [&](int64_t i) {
@@ -268,7 +295,7 @@ class Chunks {
   }
 
   HK_INLINE Vec dlogits(const float* logits, int64_t t) const {
-    const Vec z = Vec::load(logits + t), p = exp(z - Vec::load(top() + t));
+    const Vec z = Vec::load(logits + t), p = exp_difference(z, Vec::load(top() + t));
     Vec result = fma(p, Vec::load(factor() + t), Vec::load(constant() + t));
     if (args_.softcap > 0.0f) {
       const Vec ratio = z * Vec(1.0f / args_.softcap);
@@ -411,12 +438,19 @@ class Chunks {
       const int64_t d = panel * kPanel, columns = args_.dim - d;
       pack_straight<Kind, W, T>(weight_row(v) + d, args_.weight_stride, std::min<int64_t>(kPanel, columns), depth,
                                 weights);
+      Ahead ahead;  // the same columns of the next rows
+      if (const int64_t next = v + kVocabDepth; next < args_.vocab_size) {
+        const int64_t num_rows = std::min(kVocabDepth, args_.vocab_size - next);
+        ahead = {reinterpret_cast<const char*>(weight_row(next) + d), args_.weight_stride * int64_t{sizeof(W)},
+                 kPanel * int64_t{sizeof(W)} / 64, num_rows};
+        ahead.per_tile = num_rows * ahead.lines * kTileRows / std::max<int64_t>(count_, 1) + 1;
+      }
       if constexpr (Kind::kTiles)
         multiply_columns<Kind, true>(rows, words(kVocabDepth), count_, weights, words(depth), dhidden() + d, args_.dim,
                                      columns, v > 0);
       else
         multiply_columns<Kind, false>(a, stride, count_, weights, words(depth), dhidden() + d, args_.dim, columns,
-                                      v > 0);
+                                      v > 0, &ahead);
     }
   }
 
