@@ -479,6 +479,16 @@ def test_model_without_memory():
         assert len(herdkern.patch(model).changes) == 10
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_norms_in_bfloat16_have_the_models_own_bits(name):
+    norm = make(name, torch.bfloat16).model.norm
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(64, 48).bfloat16()
+    expected = norm(x)
+    with herdkern.patch(norm):
+        assert (norm(x) != expected).float().mean() < 0.002  # a sum in another order, at the edge of a rounding
+
+
 def test_torch_norms_and_parts_of_models():
     layer = torch.nn.Sequential(torch.nn.RMSNorm(48), torch.nn.RMSNorm(48, eps=1e-4), torch.nn.Linear(48, 48))
     for dtype in (torch.float32, torch.bfloat16):
