@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from herdkern.ops import backend, rope_table
-from herdkern.ops.backend import available_isas, choose, forced_isa, why_not_native
+from herdkern.ops.backend import available_isas, choose, forced_isa, why_not_native, why_not_triton
 
 # herdkern.ops.rms_norm is the function; its module has the same name
 loss_op, rms_norm_op, rope_op, swiglu_op = (
@@ -143,3 +143,26 @@ def test_a_forked_child_gets_the_same_bits_and_does_not_hang(with_threads, monke
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     pytest.fail("the child hung")
+
+
+def test_reasons_against_triton(monkeypatch):
+    x = torch.zeros(2)
+    monkeypatch.setattr(backend, "_HAS_TRITON", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert why_not_triton(x, "triton", torch.float32) is None
+    assert "needs a CUDA tensor" in why_not_triton(x, "auto", torch.float32)  # never interpreted unasked
+    assert why_not_triton(x, "triton", torch.bfloat16) == "dtype must be bfloat16, got float32"
+    monkeypatch.setattr(backend, "_HAS_TRITON", False)
+    assert why_not_triton(x, "triton", torch.float32) == "triton is not installed; pip install 'herdkern[triton]'"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "needs a CUDA tensor" in why_not_triton(x, "triton", torch.float32)
+
+
+def test_kernels_of_another_device_are_no_fallback(recwarn):
+    assert choose("op", "auto", {"native": "no native kernels for device cuda", "triton": None}) == "triton"
+    assert not recwarn
+
+
+def test_ops_load_no_triton():
+    code = "import herdkern.ops, herdkern.nn, sys; sys.exit(bool({'triton', 'herdkern.ops.triton'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
