@@ -240,21 +240,19 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def page_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: one line for each kernel, its numbers on each target."""
-    lines: dict[str, dict[str, Any]] = {}
+    """Markdown: one line for each kernel of a case, in the form that takes most registers on each target."""
+    forms: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
         if "error" not in row:
-            at = lines.setdefault(f"{row['case']} | `{row['kernel'].strip('_')}`", {"all": [], "first": row})
-            same_case = [r for r in at["all"] if r["target"] == row["target"]]
-            if not same_case:  # a case may compile one kernel in several forms: the first is shown
-                at["all"].append(row)
+            by_target = forms.setdefault(f"{row['case']} | `{row['kernel'].strip('_')}`", {})
+            by_target.setdefault(row["target"], []).append(row)
     text = "| case | kernel | registers | shared, bytes | spills | 16-byte accesses |\n|---|---|---|---|---|---|\n"
-    for name, line in lines.items():
-        shown = [r["registers"] for r in line["all"]]
-        shared = line["first"]["dynamic_shared_bytes"]
-        spilled = max(r["spill_instructions"] for r in line["all"])
-        wide = f"{line['first']['accesses_of_16_bytes']} of {line['first']['accesses']}"
-        text += f"| {name} | {', '.join(map(str, shown))} | {shared} | {spilled} | {wide} |\n"
+    for name, by_target in forms.items():
+        worst = [max(found, key=lambda row: row["registers"]) for found in by_target.values()]
+        registers = ", ".join(str(row["registers"]) for row in worst)
+        spilled = max(row["spill_instructions"] for found in by_target.values() for row in found)
+        wide = f"{worst[0]['accesses_of_16_bytes']} of {worst[0]['accesses']}"
+        text += f"| {name} | {registers} | {worst[0]['dynamic_shared_bytes']} | {spilled} | {wide} |\n"
     return text
 
 
