@@ -242,6 +242,14 @@ HK_INLINE void for_each_pair(int64_t count, const Full& full, const Tail& tail) 
   if (i < count) tail(i, static_cast<int>(count - i));
 }
 
+// Asks for the cache lines of one Pair at p, which is read soon, in the second cache (tried the first: half as fast,
+// rows push each other out). The processor looks ahead on its own, but not far enough while results stream out.
+template <typename T>
+HK_INLINE void prefetch_pair(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+  if constexpr (sizeof(T) == 4) __builtin_prefetch(p + 16, 0, 2);
+}
+
 // Should results of so many bytes go past the caches? Above this size nobody finds them there anyway, and a store into
 // a cache first reads the line from memory.
 constexpr int64_t kStreamBytes = int64_t{16} << 20;

@@ -145,9 +145,15 @@ void forward_rows(const RmsNormForward& args, const float* scale, int64_t row_be
     const float mean = sum / static_cast<float>(dim);
     args.rstd[row] = 1.0f / std::sqrt(mean + args.eps);
     const Pair<T> rstd(rstd_of_output<T, kCasting>(mean, args.rstd[row], args.eps));
+    const int64_t next = row + 1 < row_end ? row + 1 : row;
+    const T *next_x = row_of<T>(args.x, next, args.x_stride),
+            *next_residual =
+                row_of<T>(adds ? args.residual : args.x, next, adds ? args.residual_stride : args.x_stride);
     for_each_pair(
         dim,
         [&](int64_t c) {
+          prefetch_pair(next_x + c);
+          if (adds) prefetch_pair(next_residual + c);
           const Pair<T> y = normed<T, kCasting>(Pair<T>::load(h + c), rstd) * Pair<T>::load_lanes(scale + c);
           kStream ? y.stream(out + c) : y.store(out + c);
         },
@@ -191,7 +197,7 @@ void forward(const RmsNormForward& args) {
 template <typename T>
 class BackwardRows {
  public:
-  static constexpr int kGroup = 4;
+  static constexpr int kGroup = 2;
   BackwardRows(const RmsNormBackward& args, const float* scale, bool streams)
       : args_(args), scale_(scale), dim_(args.shape.dim), streams_(streams) {}
 
@@ -206,46 +212,49 @@ class BackwardRows {
   template <int kRows>
   void group(int64_t row, float* dweight_sum) const {
     if (args_.dx == nullptr) return results<kRows, false, false>(row, nullptr, dweight_sum);
-    float mean[kRows];
-    for (int r = 0; r < kRows; ++r) mean[r] = mean_of(row + r);
+    float pull[kRows];
+    for (int r = 0; r < kRows; ++r) pull[r] = pull_of(row + r);
     if (args_.dresidual != nullptr) {
-      results<kRows, true, true>(row, mean, dweight_sum);
+      results<kRows, true, true>(row, pull, dweight_sum);
     } else {
-      results<kRows, true, false>(row, mean, dweight_sum);
+      results<kRows, true, false>(row, pull, dweight_sum);
     }
   }
 
-  // mean(dout * scale * xhat) of one row
-  float mean_of(int64_t row) const {
+  // rstd^2 * mean(dout * scale * xhat) of one row: dh = rstd * dout * scale - that * h
+  float pull_of(int64_t row) const {
     const T *dout = row_of<T>(args_.dout, row, args_.dout_stride), *x = row_of<T>(args_.x, row, args_.x_stride);
-    const Pair<T> rstd(args_.rstd[row]);
     Pair<T> total(0.0f);
     for_each_pair(
         dim_,
         [&](int64_t c) {
-          total = fma(Pair<T>::load(dout + c) * Pair<T>::load_lanes(scale_ + c), Pair<T>::load(x + c) * rstd, total);
+          total = fma(Pair<T>::load(dout + c) * Pair<T>::load_lanes(scale_ + c), Pair<T>::load(x + c), total);
         },
         [&](int64_t c, int n) {
           total = fma(Pair<T>::load_partial(dout + c, n) * Pair<T>::load_lanes(scale_ + c),
-                      Pair<T>::load_partial(x + c, n) * rstd, total);
+                      Pair<T>::load_partial(x + c, n), total);
         });
-    return sum(total.a + total.b) / static_cast<float>(dim_);
+    const float rstd = args_.rstd[row];
+    return sum(total.a + total.b) * rstd / static_cast<float>(dim_) * rstd * rstd;
   }
 
   template <int kRows, bool kWantsDx, bool kAdds>
-  void results(int64_t first_row, const float* mean, float* dweight_sum) const {
+  void results(int64_t first_row, const float* pull, float* dweight_sum) const {
     const int64_t whole = dim_ / 32 * 32;
+    const int64_t ahead = first_row + 2 * kRows <= args_.shape.num_rows ? kRows : 0;
     for (int64_t c = 0; c < whole; c += 32) {
       Pair<T> dweight(0.0f);
       if (dweight_sum != nullptr) dweight = Pair<T>::load_lanes(dweight_sum + c);
       for (int r = 0; r < kRows; ++r) {
         const int64_t row = first_row + r;
-        const Pair<T> g = Pair<T>::load(row_of<T>(args_.dout, row, args_.dout_stride) + c);
-        const Pair<T> h = Pair<T>::load(row_of<T>(args_.x, row, args_.x_stride) + c);
-        const Pair<T> rstd(args_.rstd[row]);
-        dweight = fma(g, h * rstd, dweight);
+        const T* dout = row_of<T>(args_.dout, row, args_.dout_stride) + c;
+        const T* x = row_of<T>(args_.x, row, args_.x_stride) + c;
+        prefetch_pair(dout + ahead * args_.dout_stride);
+        prefetch_pair(x + ahead * args_.x_stride);
+        const Pair<T> g = Pair<T>::load(dout) * Pair<T>(args_.rstd[row]), h = Pair<T>::load(x);
+        dweight = fma(g, h, dweight);
         if constexpr (kWantsDx) {
-          Pair<T> d = dh(g, h, rstd, mean[r], c);
+          Pair<T> d = fma(g, Pair<T>::load_lanes(scale_ + c), h * Pair<T>(-pull[r]));
           if constexpr (kAdds) d += Pair<T>::load(row_of<T>(args_.dresidual, row, args_.dresidual_stride) + c);
           T* dx = static_cast<T*>(args_.dx) + row * dim_ + c;
           streams_ ? d.stream(dx) : d.store(dx);
@@ -257,22 +266,17 @@ class BackwardRows {
     if (n == 0) return;
     for (int r = 0; r < kRows; ++r) {
       const int64_t row = first_row + r;
-      const Pair<T> g = Pair<T>::load_partial(row_of<T>(args_.dout, row, args_.dout_stride) + whole, n);
+      const Pair<T> dout = Pair<T>::load_partial(row_of<T>(args_.dout, row, args_.dout_stride) + whole, n);
+      const Pair<T> g = dout * Pair<T>(args_.rstd[row]);
       const Pair<T> h = Pair<T>::load_partial(row_of<T>(args_.x, row, args_.x_stride) + whole, n);
-      const Pair<T> rstd(args_.rstd[row]);
-      if (dweight_sum != nullptr)
-        fma(g, h * rstd, Pair<T>::load_lanes(dweight_sum + whole)).store_lanes(dweight_sum + whole);
+      if (dweight_sum != nullptr) fma(g, h, Pair<T>::load_lanes(dweight_sum + whole)).store_lanes(dweight_sum + whole);
       if constexpr (kWantsDx) {
-        Pair<T> d = dh(g, h, rstd, mean[r], whole);
+        Pair<T> d = fma(g, Pair<T>::load_lanes(scale_ + whole), h * Pair<T>(-pull[r]));
         if constexpr (kAdds)
           d += Pair<T>::load_partial(row_of<T>(args_.dresidual, row, args_.dresidual_stride) + whole, n);
         d.store_partial(static_cast<T*>(args_.dx) + row * dim_ + whole, n);
       }
     }
-  }
-
-  HK_INLINE Pair<T> dh(const Pair<T>& g, const Pair<T>& h, const Pair<T>& rstd, float mean, int64_t c) const {
-    return rstd * fma(h * rstd, Pair<T>(-mean), g * Pair<T>::load_lanes(scale_ + c));
   }
 
   const RmsNormBackward& args_;
