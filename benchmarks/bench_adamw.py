@@ -26,7 +26,7 @@ class Update:
         self.optimizer, self.clip = make(self.params, lr=LR, betas=BETAS, weight_decay=0.1), clip
         for p in self.params:
             p.grad = torch.randn(p.shape, generator=draw).to(dtype)
-        self.optimizer.step()  # the state exists before memory is measured
+        self()  # the state exists before memory is measured
 
     def __call__(self) -> None:
         if self.clip:  # writes the gradients: from the second call on by a factor of 1

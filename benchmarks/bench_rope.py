@@ -107,6 +107,7 @@ def case(num_tokens: int, num_heads: int, num_kv_heads: int, head_dim: int, dtyp
         setup=setup,
         check=same_results,
         bytes=4 * num_tokens * (num_heads + num_kv_heads) * head_dim * dtype.itemsize,
+        slow_peers=(COMPILED,),
         memory_apart=True,
     )
 
