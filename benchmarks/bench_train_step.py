@@ -3,7 +3,7 @@
 "torch" runs scaled_dot_product_attention document by document, F.rms_norm and a cross entropy of all logits;
 "torch.compile" is that compiled around the attention loop; "transformers" is its Llama with SDPA under autocast, the
 sequences as rows with a dense block-diagonal mask (one row of all tokens with position_ids, from which it makes that
-mask itself, has four times the scores and was slower). The peers use torch's fused AdamW and clip. All have the same
+mask itself, would have four times the scores). The peers use torch's fused AdamW and clip. All have the same
 fp32 weights and compute dtype; the check compares losses and gradients before any timing. `mini` sees 8k tokens in
 sequences of 2048, documents of a web crawl's lengths (log-normal, median 400 tokens); `micro` is the quick form.
 
