@@ -313,10 +313,13 @@ def _turn_in_place(
     if not is_plain_eager((*operands.values(), cos, sin, positions, cu_seqlens)):
         k = more[0] if more else x.new_empty(x.shape[0], 0, x.shape[2])
         return _write_back(function, operands, forward_qk(x, k, *rest, False)[: len(operands)])
-    # Autograd first: where it refuses, nothing has been written.
+    recorded = [x.requires_grad and torch.is_grad_enabled() for x in operands.values()]
+    if any(recorded):  # values first: where they are refused, no graph has changed
+        _check_places(function, x, cos, positions, cu_seqlens)
+    # Autograd next: where it refuses, nothing has been written.
     results = [
-        _InPlace.apply(x, *rest, forward_qk) if x.requires_grad and torch.is_grad_enabled() else x
-        for x in operands.values()
+        _InPlace.apply(x, *rest, forward_qk) if is_recorded else x
+        for x, is_recorded in zip(operands.values(), recorded, strict=True)
     ]
     with torch.no_grad():
         targets = [x.detach() if x.stride(2) == 1 else x.contiguous() for x in results]
@@ -340,8 +343,11 @@ def _check_in_place(function: str, operands: dict[str, Tensor]) -> None:
         if any(size > 1 and stride == 0 for size, stride in zip(x.shape, x.stride(), strict=True)):
             got = f"strides {x.stride()}"
             raise ValueError(f"{function}: {name} must not repeat elements with inplace=True, got {got}; clone it")
-    if len(operands) == 2 and operands["q"].numel() and operands["q"] is operands["k"]:
-        raise ValueError(f"{function}: k must not be q with inplace=True, got one tensor for both; use inplace=False")
+    both = tuple(x for x in operands.values() if x.numel())
+    if len(both) == 2 and (both[0] is both[1] or (is_plain_eager(both) and both[0].data_ptr() == both[1].data_ptr())):
+        raise ValueError(
+            f"{function}: k must not lie where q lies with inplace=True, got one address; use inplace=False"
+        )
 
 
 def _write_back(function: str, operands: dict[str, Tensor], turned: tuple[Tensor, ...]) -> Any:

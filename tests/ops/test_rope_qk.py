@@ -155,6 +155,18 @@ def test_in_place_is_seen_by_autograd():
     assert frozen._version > before
 
 
+def test_in_place_leaves_the_graph_where_a_position_is_refused():
+    hidden, table = torch.randn(5, 2, 4, requires_grad=True), rope_table(4, 4)
+    x = hidden * 2
+    with pytest.raises(ValueError, match="positions must lie in"):
+        rope(x, *table, torch.arange(5), inplace=True)
+    q, k = hidden * 2, hidden * 2
+    with pytest.raises(ValueError, match="positions must lie in"):
+        rope_qk(q, k, *table, inplace=True)
+    (x + q + k).sum().backward()
+    assert torch.equal(hidden.grad, torch.full_like(hidden, 6.0))
+
+
 def test_in_place_second_derivative():
     hidden, table = torch.randn(3, 2, 4, requires_grad=True), rope_table(3, 4)
 
@@ -175,7 +187,8 @@ def test_in_place_refuses(backend):
         ((leaf, k), "q must not be a leaf that requires a gradient with inplace=True, got a leaf; use inplace=False"),
         ((q, leaf[:, :2]), "k must not be a leaf that requires a gradient with inplace=True, got a view of one"),
         ((q[:1].expand(3, -1, -1), k), "q must not repeat elements with inplace=True, got strides (0, 4, 1); clone it"),
-        ((q, q), "k must not be q with inplace=True, got one tensor for both; use inplace=False"),
+        ((q, q), "k must not lie where q lies with inplace=True, got one address; use inplace=False"),
+        ((q, q[:, :1]), "k must not lie where q lies with inplace=True, got one address; use inplace=False"),
     ]
     for arguments, message in cases:
         before = [x.clone() for x in arguments]
