@@ -144,11 +144,22 @@ def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.to(dtype), weight if keeps else weight.to(dtype)
 
 
-def check(hidden: Tensor, weight: Tensor, targets: Tensor, options: Options, op: str = "linear_cross_entropy") -> None:
-    """Raise ValueError, in the name of `op`, if the arguments do not fit each other; targets' values are not read."""
+def check(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    options: Options,
+    op: str = "linear_cross_entropy",
+    *,
+    may_be_empty: bool = False,
+) -> None:
+    """Raise ValueError, in the name of `op`, if the arguments do not fit each other; targets' values are not read.
+
+    may_be_empty: weight may have no rows.
+    """
     if hidden.dim() != 2 or hidden.shape[1] == 0:
         raise ValueError(f"{op}: hidden must be (n, dim), got {tuple(hidden.shape)}")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or (weight.shape[0] == 0 and not may_be_empty):
         raise ValueError(f"{op}: weight must have shape (vocab_size, {hidden.shape[1]}), got {tuple(weight.shape)}")
     if weight.dtype != hidden.dtype and (hidden.dtype, weight.dtype) != (torch.bfloat16, torch.float32):
         allowed = " or float32" if hidden.dtype == torch.bfloat16 else ""
@@ -385,7 +396,7 @@ def _second_order(
         parts = [(out * d).sum() for out, d in ((loss, dloss), (logps, dlogps)) if d is not None]
         return torch.stack(parts).sum()
 
-    return differentiable_gradients(reference, (hidden, weight), torch.ones(()))
+    return differentiable_gradients(reference, (hidden, weight), hidden.new_ones((), dtype=torch.float32))
 
 
 _OPTIONS = "float label_smoothing, float z_loss, float softcap, bool need_dhidden, bool need_dweight"

@@ -36,16 +36,18 @@ def vocab_parallel_linear_cross_entropy(
     """Return linear_cross_entropy(hidden, weight, targets, ...) where this rank holds some rows of weight.
 
     hidden, targets: as there, the same on every rank of `group` (None: all ranks).  weight_shard: (rows, dim), rows
-    vocab_start ... vocab_start + rows - 1 of weight; shards may differ in size, and together they are all rows once.
+    vocab_start ... vocab_start + rows - 1 of weight; shards may differ in size or be empty, and together they are all
+    rows once.
     Every rank returns the same loss (and logps); the gradient of weight_shard is its rows of the gradient of weight.
     The gradient of hidden is summed over the ranks in float32; with reduce_dhidden=False it is this rank's part of it,
     for a caller that reduces or scatters it itself.
     The gradients are made in the backward pass, from logits that are computed again. Not differentiable twice.
-    Raises: ValueError on every rank if the arguments do not fit each other or a target lies in no shard or in two.
+    Raises: ValueError on every rank if a target lies in no shard or in two; ValueError if the arguments do not fit each
+    other, on the rank where they do not: the others then wait for it as long as the group lets them.
     """
     op = "vocab_parallel_linear_cross_entropy"
     options = Options(ignore_index, reduction, label_smoothing, z_loss, softcap)
-    check(hidden, weight_shard, targets, options, op)
+    check(hidden, weight_shard, targets, options, op, may_be_empty=True)
     if vocab_start < 0:
         raise ValueError(f"{op}: vocab_start must be 0 or more, got {vocab_start}")
     why_not = {"native": why_not_native(hidden, torch.float32, torch.bfloat16), "reference": None}
@@ -68,7 +70,8 @@ class _VocabParallel(torch.autograd.Function):
         reduce_dhidden: bool,
         native: bool,
     ) -> tuple[Tensor, Tensor]:
-        stats = (_stats_native if native else _stats_reference)(hidden, weight, targets, options)
+        stats_of = _stats_of_no_rows if len(weight) == 0 else _stats_native if native else _stats_reference
+        stats = stats_of(hidden, weight, targets, options)
         stats, total_vocab_size = _joined(stats, targets, weight.shape[0], group)
         losses, logps = _losses(stats, targets, options, total_vocab_size)
         ctx.save_for_backward(hidden, weight, targets, stats)
@@ -87,7 +90,7 @@ class _VocabParallel(torch.autograd.Function):
         if options.reduction == "mean":
             dlosses = dlosses / counts.sum()
         dlogps = torch.zeros_like(dlosses) if dlogps is None else dlogps
-        gradients = _gradients_native if native else _gradients_reference
+        gradients = _gradients_native if native and len(weight) else _gradients_reference
         needs = ctx.needs_input_grad[:2]
         dhidden, dweight = gradients(hidden, weight, targets, stats, options, dlosses, dlogps, total_vocab_size, needs)
         if dhidden is not None:
@@ -131,6 +134,12 @@ def _losses(stats: Tensor, targets: Tensor, options: Options, total_vocab_size: 
         losses = losses + options.z_loss * (top + log_total).square()
     counts = targets != _NOWHERE
     return torch.where(counts, losses, 0), torch.where(counts, -nll, 0)
+
+
+def _stats_of_no_rows(hidden: Tensor, weight: Tensor, targets: Tensor, options: Options) -> Tensor:
+    stats = hidden.new_zeros((4, *targets.shape), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    stats[0] = -torch.inf
+    return stats
 
 
 def _stats_native(hidden: Tensor, weight: Tensor, targets: Tensor, options: Options) -> Tensor:

@@ -88,7 +88,7 @@ def work(rank, store, queue, first_shards):
 def test_two_processes_equal_the_whole_op(tmp_path):
     context = mp.get_context("spawn")
     queue = context.Queue()
-    first_shards = [1, 101, 71, 202]
+    first_shards = [1, 101, 71, 202, 203]  # the last leaves the other rank without rows
     processes = [
         context.Process(target=work, args=(rank, tmp_path / "store", queue, first_shards), daemon=True)
         for rank in range(2)
