@@ -13,6 +13,7 @@ from herdkern.ops.adamw import AdamwSettings, adamw_step
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _NARROW = (torch.bfloat16, torch.float16)
+_OF_ALL_GROUPS = ("max_grad_norm", "master_weights", "stochastic_rounding", "seed")
 
 
 class AdamW(Optimizer):
@@ -23,7 +24,8 @@ class AdamW(Optimizer):
         0: no clip and no norm; inf: the norm alone. If it is not finite, `step` changes nothing at all, counters
         included: look at `grad_norm`.
     master_weights: 16-bit parameters are roundings of float32 values in state[p]["master"], which a change of the
-        parameter from outside (loading weights) overrides. False: they are rounded to nearest at every step.
+        parameter from outside (loading weights) overrides. torch does not count writes through `p.data`: after them
+        delete state[p]["master"]. False: they are rounded to nearest at every step.
     stochastic_rounding: bfloat16 parameters have no master and are rounded up or down at random, right in the mean, by
         (seed, step, place of the parameter, number of the element): a resumed run has the bits of an undisturbed one.
     foreach, fused, capturable: accepted and without effect, there is one implementation.
@@ -32,7 +34,7 @@ class AdamW(Optimizer):
     grad_norm: norm of the gradients of the last step, before the clip; None if it was not computed.
     state[p] has step (float32, CPU), exp_avg, exp_avg_sq (float32 for 16-bit parameters too) and master. `state_dict`
     loads into torch.optim.AdamW (which rounds the moments of 16-bit parameters and ignores master) and back.
-    Raises: ValueError for numbers out of range, sparse gradients and complex parameters.
+    Raises: ValueError for numbers out of range, sparse gradients, complex parameters, and parameters that share memory.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class AdamW(Optimizer):
         self.stochastic_rounding = stochastic_rounding
         self.seed = seed
         self.grad_norm: float | None = None
-        self._versions: dict[Tensor, int] = {}
+        self._versions: dict[Tensor, tuple[int, int]] = {}
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -81,6 +83,11 @@ class AdamW(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with settings of their own; as in torch."""
+        for name in _OF_ALL_GROUPS:
+            if name in param_group:
+                raise ValueError(
+                    f"AdamW: {name} must be one for all groups, got one in a group; pass it to AdamW itself"
+                )
         super().add_param_group(param_group)
         self._check_group(self.param_groups[-1])
 
@@ -121,7 +128,7 @@ class AdamW(Optimizer):
         )
         for p, state in zip(params, states, strict=True):
             if "master" in state:
-                self._versions[p] = p._version
+                self._versions[p] = _version(p)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -130,7 +137,13 @@ class AdamW(Optimizer):
         Raises: ValueError if the groups do not fit, or ask for what there is not (amsgrad).
         """
         seen: list[dict[str, Any]] = []
-        handle = self.register_load_state_dict_pre_hook(lambda _, given: seen.append(given))
+
+        def look(_: Any, given: dict[str, Any]) -> None:
+            for group in given["param_groups"]:  # before anything is changed
+                self._check_group({**self.defaults, **group, "params": []})
+            seen.append(given)
+
+        handle = self.register_load_state_dict_pre_hook(look)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -143,8 +156,7 @@ class AdamW(Optimizer):
                     self.state[p][key] = saved[key].detach().to(p.device, _wide(p), copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("max_grad_norm", "master_weights", "stochastic_rounding", "seed", "grad_norm")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in (*_OF_ALL_GROUPS, "grad_norm")}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -155,7 +167,8 @@ class AdamW(Optimizer):
             self._check_group(group)
             for p in group["params"]:
                 if "step" in self.state.get(p, {}):
-                    self.state[p]["step"] = torch.tensor(float(self.state[p]["step"]), dtype=torch.float32)
+                    count = float(self.state[p]["step"])
+                    self.state[p]["step"] = torch.tensor(count, dtype=torch.float32, device="cpu")
 
     def _params(self) -> Iterable[Tensor]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
@@ -183,10 +196,15 @@ class AdamW(Optimizer):
             state.pop("master", None)
         elif "master" not in state:
             state["master"] = p.detach().to(torch.float32)
-        elif self._versions.get(p) != p._version:
+        elif self._versions.get(p) != _version(p):
             master, value = state["master"], p.detach()
             state["master"] = torch.where(master.to(p.dtype) == value, master, value.float())
         return state
+
+
+def _version(p: Tensor) -> tuple[int, int]:
+    """What changes when `p` is written or, by p.data = other, given other memory."""
+    return p._version, 0 if type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__ else p.data_ptr()
 
 
 def _wide(p: Tensor) -> torch.dtype:

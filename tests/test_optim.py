@@ -141,6 +141,16 @@ def test_a_parameter_written_from_outside_becomes_its_master():
     assert (master[0] == 7.0).all()
 
 
+def test_other_memory_for_a_parameter_becomes_its_master():
+    params = make_params(BF16)
+    optimizer = AdamW(params, lr=0.0)
+    run(optimizer, params, range(2))
+    params[0].data = torch.full_like(params[0], 5.0)
+    run(optimizer, params, [2])
+    assert (params[0] == 5.0).all()
+    assert (optimizer.state[params[0]]["master"] == 5.0).all()
+
+
 def test_stale_masters_after_a_run_with_torch():
     params = make_params(BF16)
     mine = AdamW(params, lr=1e-2)
@@ -194,6 +204,34 @@ def test_tensor_as_learning_rate():
     run(AdamW(mine, lr=torch.tensor(0.01)), mine, range(3))
     run(torch.optim.AdamW(theirs, lr=0.01), theirs, range(3))
     assert_close(mine, theirs)
+
+
+def test_state_loads_where_another_device_is_the_default():
+    params = make_params()
+    optimizer = AdamW(params)
+    run(optimizer, params, range(2))
+    with torch.device("meta"):
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert all(optimizer.state[p]["step"].is_cpu for p in params)
+    run(optimizer, params, range(2, 4))
+    assert float(optimizer.state[params[0]]["step"]) == 4
+
+
+def test_a_refused_state_changes_nothing():
+    mine, theirs = make_params(), make_params()
+    optimizer, other = AdamW(mine, lr=1e-3), torch.optim.AdamW(theirs, lr=7.0, amsgrad=True)
+    run(optimizer, mine, range(2))
+    run(other, theirs, range(5))
+    with pytest.raises(ValueError, match="amsgrad must be False"):
+        optimizer.load_state_dict(other.state_dict())
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+    assert all(float(optimizer.state[p]["step"]) == 2 for p in mine)
+
+
+def test_a_group_has_no_clip_of_its_own():
+    for name in ("max_grad_norm", "master_weights", "stochastic_rounding", "seed"):
+        with pytest.raises(ValueError, match=f"AdamW: {name} must be one for all groups, got one in a group; pass it"):
+            AdamW([{"params": make_params(), name: 1}])
 
 
 def test_closure_and_no_gradients():

@@ -153,6 +153,7 @@ def adamw_step(
             raise ValueError(f"adamw_step: {name} must have {len(params)} entries as params, got {len(values)}")
     _check_grads("adamw_step", grads)
     rows = list(zip(params, grads, exp_avgs, exp_avg_sqs, masters, steps, strict=True))
+    _check_apart(params)
     for i, row in enumerate(rows):
         _check_row(i, *row)
     chosen = _chosen("adamw_step", [*params, *grads], backend)
@@ -176,10 +177,19 @@ def adamw_step(
 
 
 def _chosen(function: str, tensors: Sequence[Tensor], backend: Backend) -> str:
-    native = (why_not_native(x, *_FLOATS) for x in tensors)
+    native = (_not_plain(x) or why_not_native(x, *_FLOATS) for x in tensors)
     triton = (why_not_triton(x, backend, *_FLOATS) for x in tensors)
     why_not = {name: next(filter(None, reasons), None) for name, reasons in (("native", native), ("triton", triton))}
     return choose(function, backend, {**why_not, "reference": None})
+
+
+def _not_plain(x: Tensor) -> str | None:
+    """The reason why `x` has no memory that a kernel could be told of."""
+    if x.is_meta:
+        return "device must be cpu, got meta"
+    if type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"tensors must be plain, got {type(x).__name__}"
+    return None
 
 
 def _check_grads(function: str, grads: Sequence[Tensor]) -> None:
@@ -191,6 +201,18 @@ def _check_grads(function: str, grads: Sequence[Tensor]) -> None:
         if not g.is_floating_point():
             remedy = "; give torch.view_as_real of the parameter" if g.is_complex() else ""
             raise ValueError(f"{function}: grads must be real, got {dtype_name(g.dtype)} at index {i}{remedy}")
+
+
+def _check_apart(params: Sequence[Tensor]) -> None:
+    """Two tensors of one memory would be updated at the same time, by several threads."""
+    places: dict[int, int] = {}
+    for i, p in enumerate(params):
+        if _not_plain(p) or p.numel() == 0:
+            continue
+        first = places.setdefault(p.data_ptr(), i)
+        if first != i:
+            got = f"one address at indices {first} and {i}"
+            raise ValueError(f"adamw_step: params must not share memory, got {got}; give the one tensor alone")
 
 
 def _check_row(i: int, p: Tensor, g: Tensor, m: Tensor, v: Tensor, master: Tensor | None, step: Tensor) -> None:

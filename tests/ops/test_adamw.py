@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from herdkern.ops import AdamwSettings, adamw_reference, adamw_step, grad_norm
 from herdkern.ops.adamw import _philox, round_at_random
@@ -322,6 +323,41 @@ def test_errors(case):
     arguments, message = errors()[case]
     with pytest.raises(ValueError, match=re.escape(f"adamw_step: {message}")):
         adamw_step([torch.zeros(3, 2)], *([x] for x in arguments.values()))
+
+
+def test_tensors_of_one_memory_are_refused():
+    """Threads would update them at the same time."""
+    p = torch.zeros(6)
+    params, grads, settings = [p, torch.zeros(6), p.view(2, 3)], [torch.ones(6)] * 2, [AdamwSettings()] * 3
+    moments = [[torch.zeros_like(x) for x in params] for _ in range(2)]
+    steps = [torch.zeros(()) for _ in params]
+    with pytest.raises(
+        ValueError, match="adamw_step: params must not share memory, got one address at indices 0 and 2"
+    ):
+        adamw_step(params, [*grads, torch.ones(2, 3)], *moments, steps, settings)
+    assert not p.any()
+    empty = [[torch.zeros(0), torch.zeros(0)] for _ in range(4)]
+    adamw_step(*empty, steps[:2], settings[:2])
+
+
+@pytest.mark.parametrize("backend", ["auto", "native"])
+def test_tensors_without_memory_never_reach_the_kernel(backend):
+    p, step = torch.zeros(3, device="meta"), torch.zeros(())
+    if backend == "native":
+        with pytest.raises(NotImplementedError, match="device must be cpu, got meta"):
+            adamw_step([p], [p], [p], [p], [step], [AdamwSettings()], backend=backend)
+        return
+    with pytest.warns(UserWarning, match="using 'reference' because native: device must be cpu, got meta"):
+        adamw_step([p], [p], [p], [p], [step], [AdamwSettings()])
+    assert float(step) == 1
+
+
+def test_subclasses_that_only_look_like_memory_never_reach_the_kernel():
+    """As the DTensors of fully_shard, whose address is null."""
+    with FakeTensorMode():
+        p = torch.zeros(3)
+        with pytest.raises(NotImplementedError, match="tensors must be plain, got FakeTensor"):
+            grad_norm([p], backend="native")
 
 
 def test_lists_must_have_one_length():
