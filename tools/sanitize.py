@@ -3,13 +3,15 @@
 address  AddressSanitizer and UndefinedBehaviorSanitizer: memory errors, overflow, wrong shifts, bad alignment
 thread   ThreadSanitizer, with the kernels' threads from std::thread (OpenMP's own waiting is invisible to it)
 
-The build lies in build/sanitize-KIND and leaves the one in place alone. Any report fails the run. Needs g++ with its
-sanitizer libraries and Linux.
+The build lies in build/sanitize-KIND and leaves the one in place alone. Any report fails the run. Before the tests, a
+small program with a planted error must be reported, or silence would prove nothing. Needs g++ with its sanitizer
+libraries and Linux.
 """
 
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +25,29 @@ LIBRARIES = {"address": ["libasan.so", "libubsan.so"], "thread": ["libtsan.so"]}
 OPTIONS = {
     "address": {"ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=77", "UBSAN_OPTIONS": "print_stacktrace=1"},
     "thread": {"TSAN_OPTIONS": "exitcode=77:report_signal_unsafe=0:ignore_noninstrumented_modules=1"},
+}
+# What each kind must report: a write one past the end, and two threads of the kernels' own pool that add to one number.
+CONTROLS = {
+    "address": """
+int main(int count, char**) {
+  int* row = new int[4]();
+  row[3 + count] = 1;
+  return row[0];
+}
+""",
+    "thread": """
+#include "cpu/threads.h"
+bool herdkern::cpu::in_forked_child() { return false; }
+int main() {
+  int sum = 0;
+  std::atomic<int> waiting{2};
+  herdkern::cpu::baseline::parallel_ranges(1000, 2, [&](int64_t begin, int64_t end) {
+    for (--waiting; waiting > 0;) std::this_thread::yield();  // or one thread does both halves
+    for (int64_t i = begin; i < end; ++i) ++sum;
+  });
+  return sum < 0;
+}
+""",
 }
 
 
@@ -52,12 +77,26 @@ def build(kind: str) -> Path:
     return folder
 
 
+def check_control(kind: str) -> None:
+    """Exits unless the sanitizer reports the planted error of `kind`."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "control")
+        flags = [*FLAGS[kind].split(), "-std=c++17", "-O1", "-pthread", "-DHK_ISA=baseline", f"-I{ROOT / 'csrc'}"]
+        command = ["g++", *flags, "-x", "c++", "-", "-o", str(program)]
+        subprocess.run(command, input=CONTROLS[kind], text=True, check=True)
+        ran = subprocess.run(["setarch", "-R", program], capture_output=True, text=True, env=os.environ | OPTIONS[kind])
+    if not any(report in ran.stderr for report in ("runtime error", "AddressSanitizer", "data race")):
+        sys.exit(f"sanitize: the planted error must be reported, got none; is g++ complete? {ran.stderr[:500]}")
+    print(f"sanitize: the planted error of kind {kind} is reported")
+
+
 def main() -> int:
     """Runs the command line and returns its exit status."""
     if len(sys.argv) < 2 or sys.argv[1] not in FLAGS:
         print(__doc__)
         return 2
     kind, arguments = sys.argv[1], sys.argv[2:] or ["tests/ops"]
+    check_control(kind)
     folder = build(kind)
     environment = (
         os.environ
