@@ -185,13 +185,14 @@ def errors(batch: Packed, got: list[Tensor], **options) -> dict[str, tuple[float
 
 
 def redrawn(batch: Packed, seed: int) -> Packed:
-    """A batch of the same form with other values."""
+    """A batch of the same form with other values, sinks as spread as those of `packed`."""
     generator = torch.Generator().manual_seed(1000 + seed)
 
-    def draw(x):
-        return None if x is None else torch.randn(x.shape, generator=generator).to(x.dtype)
+    def draw(x, scale=1):
+        return None if x is None else (scale * torch.randn(x.shape, generator=generator)).to(x.dtype)
 
-    return replace(batch, **{name: draw(getattr(batch, name)) for name in ("q", "k", "v", "dout", "sinks")})
+    drawn = {name: draw(getattr(batch, name)) for name in ("q", "k", "v", "dout")}
+    return replace(batch, **drawn, sinks=draw(batch.sinks, scale=2))
 
 
 def assert_bound(batch: Packed, got: list[Tensor], **options) -> None:
