@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from herdkern.integrations import patch_rules
@@ -166,14 +167,19 @@ def unpatch(model: nn.Module) -> None:
 
     Raises: ValueError if no module is patched; RuntimeError as `Patch.undo`.
     """
-    found = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module.__dict__.get("forward"), PatchedForward)
-    ]
+    found = [(path, module) for path, module in model.named_modules() if _is_patched(module)]
     if not found:
         raise ValueError(f"unpatch: model must be patched, got {type(model).__name__} without a patched module")
     _take_back("unpatch", found)
+
+
+def _is_patched(module: nn.Module) -> bool:
+    """Whether a patched forward is on, or under one of other code that keeps it, as accelerate's hooks do."""
+    own = module.__dict__.get("forward")
+    if own is None or isinstance(own, PatchedForward):
+        return own is not None
+    kept = (*module.__dict__.values(), getattr(own, "__wrapped__", None), getattr(own, "func", None))
+    return any(isinstance(value, PatchedForward) for value in kept)
 
 
 def _take_back(function: str, modules: list[tuple[str, nn.Module]]) -> None:
@@ -232,7 +238,8 @@ def _tried(probe: Callable[[Any], Any], module: nn.Module) -> Any:
         by = "herdkern.patch" if isinstance(module.__dict__["forward"], PatchedForward) else "other code"
         raise Unfit(f"its forward is replaced already, by {by}")
     try:
-        return probe(module)
+        with torch.random.fork_rng(devices=()):  # a forward that draws numbers takes none of the caller's
+            return probe(module)
     except Unfit:
         raise
     except Exception as error:  # the forward of a class that nobody here knows, on arguments that it may not take

@@ -7,7 +7,7 @@ version and family to family, formulas tell. Nothing of the module runs that hoo
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -108,9 +108,12 @@ def _attention_forward(cls: type) -> Callable[..., Any]:
 
 def _loss_forward(cls: type) -> Callable[..., Any]:
     original: Any = cls.forward  # type: ignore[attr-defined]
-    names = list(inspect.signature(original).parameters)[1:]
+    parameters = list(inspect.signature(original).parameters.values())[1:]
+    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
     def forward(model: Any, *args: Any, skip_logits: bool | None = None, **kwargs: Any) -> Any:
+        if len(args) > len(names) or any(name in kwargs for name in names[: len(args)]):
+            return original(model, *args, **kwargs)  # raises TypeError
         kwargs.update(zip(names, args))
         has_labels = kwargs.get("labels") is not None
         if skip_logits and not has_labels:
@@ -196,14 +199,21 @@ def why_head_unfit(model: Any) -> str | None:
     return None
 
 
+def refuse_dropout(modules: Iterable[nn.Module]) -> None:
+    """Raises Unfit if one of them drops: in evaluation, as models are loaded, it cannot be told from nothing."""
+    for module in modules:
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            raise Unfit(f"it has a {type(module).__name__}, which our forward would leave out")
+
+
 def _bare(module: nn.Module, **replaced: Any) -> Any:
-    """A stand-in for `module` with its attributes, some replaced; the module itself is not touched."""
+    """A stand-in for `module` in training with its attributes, some replaced; the module itself is not touched."""
     clone = object.__new__(type(module))
     clone.__dict__.update(module.__dict__)
     for store in ("_parameters", "_modules"):
         kept = {name: value for name, value in module.__dict__[store].items() if name not in replaced}
         clone.__dict__[store] = kept
-    clone.__dict__.update(replaced)
+    clone.__dict__.update(replaced, training=True)  # what a forward does in training alone must be seen
     return clone
 
 
@@ -250,6 +260,7 @@ def _norm_fits(module: Any, options: dict[str, Any], num_rows: int, dtype: torch
 
 def mlp_kind(module: Any) -> str:
     """The key of FORWARDS that is `module`.  Raises: Unfit."""
+    refuse_dropout(module.modules())
     names = {name for name, _ in module.named_children()}
     packed = {"gate_up_proj", "down_proj"} <= names
     if not packed and not {"gate_proj", "up_proj", "down_proj"} <= names:
@@ -293,6 +304,7 @@ def check_loss(model: Any) -> None:
     reason = why_head_unfit(model)
     if reason is not None:
         raise Unfit(reason)
+    refuse_dropout(child for name, child in model.named_children() if name != model.base_model_prefix)
     vocab_size, dim = 7, 6
     hidden, labels = 5 * _numbers(2, 4, dim, seed=0), torch.tensor([[1, 5, -100, 2], [0, 6, 3, 3]], device="cpu")
     head = nn.Linear(dim, vocab_size, bias=False, device="meta")

@@ -517,3 +517,67 @@ def test_a_norm_of_another_formula_is_left():
     model = torch.nn.Sequential(OddRMSNorm(8), torch.nn.RMSNorm(8), torch.nn.RMSNorm(8, elementwise_affine=False))
     reasons = [entry.reason for entry in herdkern.patch(model).left]
     assert reasons == ["its formula is none of ours", "weight must be one vector"]
+
+
+class GatedMLP(torch.nn.Module):
+    def __init__(self, own=None, functional=0.0):
+        super().__init__()
+        self.gate_proj, self.up_proj = torch.nn.Linear(8, 16), torch.nn.Linear(8, 16)
+        self.down_proj, self.act_fn = torch.nn.Linear(16, 8), torch.nn.SiLU()
+        self.own, self.functional = own, functional
+
+    def forward(self, x):
+        out = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        out = torch.nn.functional.dropout(out, self.functional, self.training)
+        return out if self.own is None else self.own(out)
+
+
+def test_what_happens_in_training_alone_is_seen_in_evaluation():
+    """from_pretrained gives a model in evaluation mode, where dropout is nothing; it must be there in training."""
+    model = torch.nn.Sequential(GatedMLP(torch.nn.Dropout(0.5)), GatedMLP(functional=0.5), GatedMLP()).eval()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    patch = herdkern.patch(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [change.path for change in patch.changes] == ["2"]
+    assert [entry.path for entry in patch.left] == ["0", "1"]
+    assert "it has a Dropout, which our forward would leave out" in str(patch)
+
+
+def test_dropout_before_the_head_is_left():
+    model = make(attention_dropout=0.1).eval()
+    assert herdkern.patch(model).left == ()  # inside the base model it stays where it is
+    herdkern.unpatch(model)
+    model.last_dropout = torch.nn.Dropout(0.1)
+    assert [entry.path for entry in herdkern.patch(model).left] == [""]
+
+
+def test_arguments_given_twice_or_too_many_are_refused():
+    model = make()
+    ids, labels = batch()
+    herdkern.patch(model)
+    with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
+        model(ids, input_ids=ids, labels=labels)
+    with pytest.raises(TypeError, match="positional argument"):
+        model(ids, *[None] * 20)
+
+
+@pytest.mark.parametrize("way", ["kept", "wrapped", "partial"])
+def test_unpatch_does_not_pass_over_a_covered_forward(way):
+    import functools
+
+    model = make()
+    herdkern.patch(model)
+    mlp = model.model.layers[0].mlp
+    patched = mlp.forward
+    if way == "kept":  # accelerate's hooks
+        mlp._old_forward = patched
+    mlp.forward = functools.partial(patched) if way == "partial" else lambda x: patched(x)
+    if way == "wrapped":
+        functools.update_wrapper(mlp.forward, patched)
+    with pytest.raises(RuntimeError, match=r"unpatch: forward of model\.layers\.0\.mlp must be the patched one"):
+        herdkern.unpatch(model)
+    assert sum(type(m.__dict__.get("forward")).__name__ == "PatchedForward" for m in model.modules()) == 9
+    mlp.forward = patched
+    herdkern.unpatch(model)
+    assert "forward" not in mlp.__dict__
