@@ -11,6 +11,7 @@ from herdkern.optim import AdamW
 from herdkern.train.config import OptimizerConfig
 
 STATE_KEYS = ("exp_avg", "exp_avg_sq", "step")
+_MASTER = "master"  # the float32 value of a 16-bit parameter
 
 
 def build_adamw(model: nn.Module, config: OptimizerConfig) -> AdamW:
@@ -34,30 +35,38 @@ def total_norm(model: nn.Module) -> float:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The state as "exp_avg.<name>", "exp_avg_sq.<name>", "step.<name>" of each parameter; none before an update."""
+    """The state as "exp_avg.<name>", "exp_avg_sq.<name>", "step.<name>" of each parameter; none before an update.
+
+    16-bit parameters have "master.<name>" too: without it a resumed run would go on from rounded values.
+    """
     return {
         f"{key}.{name}": optimizer.state[param][key]
         for name, param in model.named_parameters()
         if param in optimizer.state
-        for key in STATE_KEYS
+        for key in (*STATE_KEYS, _MASTER)
+        if key != _MASTER or key in optimizer.state[param]
     }
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave.
+    """Put back what `optimizer_tensors` gave; a master that a checkpoint does not have is made from its parameter.
 
     Raises: ValueError naming a tensor that is missing, unknown or of another shape.
     """
-    known = {f"{key}.{name}" for name, _ in model.named_parameters() for key in STATE_KEYS}
+    known = {f"{key}.{name}" for name, _ in model.named_parameters() for key in (*STATE_KEYS, _MASTER)}
     if set(tensors) - known:
         raise ValueError(f"load_optimizer_tensors: tensors must be of this model, got {min(set(tensors) - known)!r}")
     for name, param in model.named_parameters():
-        if not any(f"{key}.{name}" in tensors for key in STATE_KEYS):
+        if not any(f"{key}.{name}" in tensors for key in (*STATE_KEYS, _MASTER)):
             continue
-        for key in STATE_KEYS:
+        wide = torch.promote_types(param.dtype, torch.float32)
+        for key in (*STATE_KEYS, _MASTER):
             tensor = tensors.get(f"{key}.{name}")
+            if tensor is None and key == _MASTER:
+                optimizer.state[param].pop(key, None)
+                continue
             shape = param.shape if key != "step" else torch.Size([])
             if tensor is None or tensor.shape != shape:
                 got = "none" if tensor is None else str(tuple(tensor.shape))
                 raise ValueError(f"load_optimizer_tensors: {key}.{name} must be {tuple(shape)}, got {got}")
-            optimizer.state[param][key] = tensor.to(param.device).clone() if key != "step" else tensor.clone()
+            optimizer.state[param][key] = tensor.to(param.device, wide, copy=True) if key != "step" else tensor.clone()

@@ -7,6 +7,8 @@ from torch import nn
 from herdkern.train.config import OptimizerConfig
 from herdkern.train.optimizer import build_adamw, load_optimizer_tensors, optimizer_tensors, total_norm
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 class Two(nn.Module):
     def __init__(self):
@@ -109,3 +111,46 @@ def test_wrong_state_is_named(damage, message):
     damage(tensors)
     with pytest.raises(ValueError, match=message):
         load_optimizer_tensors(optimizer, model, tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_parameters_go_on_from_their_masters(dtype):
+    """A resumed run has the bits of an undisturbed one: lr is too small for a step to move a 16-bit value."""
+
+    torch.manual_seed(0)
+    model = Two().to(dtype)
+    optimizer = build_adamw(model, OptimizerConfig())
+
+    def run(some, of, steps):
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
+            for param in some.parameters():
+                param.grad = torch.randn(param.shape, generator=generator).to(dtype)
+            for group in of.param_groups:
+                group["lr"] = 1e-4
+            of.step()
+
+    run(model, optimizer, range(4))
+    other = Two().to(dtype)
+    other.load_state_dict(model.state_dict())
+    resumed = build_adamw(other, OptimizerConfig())
+    load_optimizer_tensors(resumed, other, optimizer_tensors(optimizer, model))
+    run(model, optimizer, range(4, 40))
+    run(other, resumed, range(4, 40))
+    assert all(map(torch.equal, model.state_dict().values(), other.state_dict().values()))
+    got, want = optimizer_tensors(resumed, other), optimizer_tensors(optimizer, model)
+    assert any(key.startswith("master.") for key in want)
+    assert set(got) == set(want)
+    assert all(torch.equal(got[key], want[key]) for key in want)
+
+
+def test_16_bit_moments_of_an_older_checkpoint_are_widened():
+    model = Two().bfloat16()
+    optimizer = build_adamw(model, OptimizerConfig())
+    old = {f"{key}.{name}": torch.ones_like(p) for name, p in model.named_parameters() for key in MOMENTS}
+    old |= {f"step.{name}": torch.tensor(3.0) for name, _ in model.named_parameters()}
+    load_optimizer_tensors(optimizer, model, old)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert all(state["exp_avg"].dtype == torch.float32 for state in optimizer.state.values())
