@@ -121,3 +121,21 @@ def test_another_malloc_is_seen(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(memory.ctypes, "CDLL", Library)
     assert "another malloc" in memory.why_not.__wrapped__()
+
+
+@needs_glibc
+def test_no_addresses_are_reserved_where_they_count_as_memory():
+    """Under strict overcommit a process that holds half of the machine's memory as addresses could not fork."""
+    got = in_a_process("""
+def reserved():
+    return next(int(line.split()[1]) >> 10 for line in open("/proc/self/status") if line.startswith("VmData"))  # MiB
+
+memory._is_overcommit_strict = lambda: True
+before = reserved()
+memory.reuse()
+grown = reserved() - before
+rounds = [faults(20) for _ in range(20)]  # each freed place is a little too small for the next, until glibc joins some
+print(json.dumps({"grown": grown, "again": rounds[-1]}))
+""")
+    assert got["grown"] < 300
+    assert got["again"] <= 8
