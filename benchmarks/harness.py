@@ -14,7 +14,8 @@ peak or of torch's measured GEMM rate, as the case says; of two, the tighter. Th
 is replaced after each case. A peer that raises is named under "failed" and left out; the others are timed.
 
 Times are of the wall clock at all cores; a benchmark that says so adds the CPU time of one thread, which a busy machine
-disturbs least. `--threads 1` takes CPU time alone. `--isa avx2` restricts ours and torch alike, as a processor without
+disturbs least, for all but the slow peers (torch.compile would compile again). `--threads 1` takes CPU time alone, of
+all. `--isa avx2` restricts ours and torch alike, as a processor without
 AVX-512 would (HERDKERN_ISA=avx2 restricts ours alone).
 """
 
@@ -326,6 +327,7 @@ def at_one_thread(case: Case, functions: Functions, result: dict[str, Any], seco
     return {
         "cpu_ms_1_thread": {name: round(1e3 * t, 5) for name, t in medians.items()},
         "ratio_1_thread": round(min(peers) / medians[OURS], 3) if peers else None,
+        "not_at_1_thread": [name for name in functions if name not in medians],
         f"scaling_{threads}_threads": round(1e3 * medians[OURS] / result[OURS], 3),
     }
 
@@ -409,6 +411,10 @@ def print_case(case: Case, result: dict[str, Any]) -> None:
     more = [f"{key} {value:g}" for key, value in result.items() if isinstance(value, int | float) and key not in shown]
     if more:
         print(f"  {', '.join(more)}", flush=True)
+    if result.get("not_at_1_thread"):
+        print(
+            f"  not timed at one thread, no part of ratio_1_thread: {', '.join(result['not_at_1_thread'])}", flush=True
+        )
 
 
 def memory_apart(case: Case, options: argparse.Namespace) -> dict[str, int]:

@@ -68,3 +68,12 @@ def test_a_spilling_kernel_fails_the_check(tmp_path):
     assert status == 1
     assert "SPILLS" in text
     assert rows[0]["stack_bytes"] > 0
+
+
+def test_a_kernel_of_a_hot_and_another_case_is_hot(tmp_path):
+    (tmp_path / "planted.py").write_text(
+        PLANTED.replace('CASES = [("planted"', 'CASES = [("not hot", call, False), ("planted"')
+    )
+    status, text, rows = check(tmp_path, "--cases", tmp_path / "planted.py")
+    assert status == 1, text
+    assert [row["hot"] for row in rows] == [True]

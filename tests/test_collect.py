@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))  # the scripts find each other there
 import attention_picture
 import collect
+import harness
 
 MACHINE = {
     "cpu": "some",
@@ -88,3 +89,19 @@ def test_what_callgrind_counts_runs_alone():
     for dtype in ("fp32", "bf16"):
         done = subprocess.run([sys.executable, script, "--work", dtype, "1", "1"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+def test_a_peer_that_is_not_timed_at_one_thread_is_named(capsys):
+    import torch
+
+    threads, kind = torch.get_num_threads(), harness.clock.kind
+    slow = harness.Case(name="a", setup=dict, slow_peers=("slow",))
+    functions = {name: lambda: sum(range(1000)) for name in ("herdkern", "quick", "slow")}
+    times = dict.fromkeys(functions, 0.01)
+    result = {"case": "a", **times, "spread": times, "rounds": 3, "peak_mib": {}, "limit_share": None}
+    found = harness.at_one_thread(slow, functions, result, 0.05)
+    assert set(found["cpu_ms_1_thread"]) == {"herdkern", "quick"}
+    assert found["not_at_1_thread"] == ["slow"]
+    harness.print_case(slow, result | found)
+    assert "no part of ratio_1_thread: slow" in capsys.readouterr().out
+    assert (torch.get_num_threads(), harness.clock.kind) == (threads, kind)

@@ -164,13 +164,16 @@ def source_and_options(launch: Launch, target: Any) -> tuple[Any, dict[str, Any]
 
 
 def different(launches: list[Launch]) -> list[Launch]:
-    """The launches that compile to different kernels, the first of each."""
+    """The launches that compile to different kernels, the first of each; hot if one of a hot case is the same."""
     from triton.backends.compiler import GPUTarget
 
     found: dict[str, Launch] = {}
     for launch in launches:
         source, _ = source_and_options(launch, GPUTarget("cuda", TARGETS[0], 32))
-        found.setdefault(f"{source.hash()} {launch.kwargs.get('num_warps')}", launch)
+        key = f"{source.hash()} {launch.kwargs.get('num_warps')}"
+        if launch.hot and key in found:
+            found[key] = dataclasses.replace(found[key], hot=True)
+        found.setdefault(key, launch)
     return list(found.values())
 
 
