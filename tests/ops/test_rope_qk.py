@@ -139,6 +139,21 @@ def test_in_place_with_gradients(interleaved, is_view):
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("interleaved", STYLES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_results_have_the_bits_of_small_ones(isa, dtype, interleaved):
+    """Results of 16 MiB and more take another way to memory."""
+    num_tokens = (16 << 20) // (20 * 64 * dtype.itemsize) + 3
+    q, k = qk(num_tokens, 64, 16, 4, dtype)
+    table = rope_table(num_tokens, 64)
+    with forced_isa(isa):
+        large = rope_qk(q, k, *table, interleaved=interleaved)
+        for part in torch.arange(num_tokens).tensor_split(5):
+            small = rope_qk(q[part], k[part], *table, part, interleaved=interleaved)
+            assert all(torch.equal(a[part], b) for a, b in zip(large, small))
+
+
 def test_in_place_is_seen_by_autograd():
     hidden, table = torch.randn(3, 1, 4, requires_grad=True), rope_table(3, 4)
     x = hidden * 2
