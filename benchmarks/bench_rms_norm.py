@@ -29,6 +29,7 @@ def case(num_rows: int, dim: int, dtype: torch.dtype) -> Case:
         bytes=5 * num_rows * dim * dtype.itemsize,  # reads x, writes out; then reads dout and x, writes dx
         slow_peers=(COMPILED,),
         memory_apart=True,
+        is_large=dim > 4096,
     )
 
 

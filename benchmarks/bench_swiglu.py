@@ -33,6 +33,7 @@ def case(num_rows: int, dim: int, dtype: torch.dtype, packed: bool = False) -> C
         bytes=8 * num_rows * dim * dtype.itemsize,  # reads 2, writes 1; then reads 3, writes 2
         slow_peers=(COMPILED,),
         memory_apart=True,
+        is_large=dim > 4096,
     )
 
 
