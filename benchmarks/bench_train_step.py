@@ -100,6 +100,7 @@ def setup(config: ModelConfig, dtype: torch.dtype, batch_size: int, seq_len: int
         import torch._inductor.config as inductor
 
         inductor.cpp.enable_kernel_profile = True  # names in the profile
+        torch._dynamo.reset()  # shapes of an earlier case count against its limit of recompilations
         return model(), torch.compile(peers.plain_loss)
 
     def transformers() -> tuple[Any, Objective]:
@@ -158,7 +159,7 @@ def case(config: ModelConfig, dtype: torch.dtype, batch_size: int, seq_len: int)
         flops_dtype=kind,
         slow_peers=() if large else (COMPILED,),
         is_large=large,
-        memory_apart=large,
+        memory_apart=True,
         extra=parts if large else None,
     )
 
