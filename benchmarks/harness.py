@@ -79,7 +79,7 @@ class Bench:
         """Runs the script's command line and returns its exit status."""
         options = parse(self, arguments)
         if options.memory_of:
-            return print_memory(self.cases, options.memory_of)
+            return print_memory(self.cases, options.memory_of, options.threads)
         chosen = [case for case in self.cases if options.case in case.name and not (options.quick and case.is_large)]
         cases = [case for case in chosen if case.reused == options.reused]
         limits = Limits(options.threads)
@@ -420,7 +420,8 @@ def print_case(case: Case, result: dict[str, Any]) -> None:
 def memory_apart(case: Case, options: argparse.Namespace) -> dict[str, int]:
     """Bytes that one call adds at its peak, each implementation in a process of its own; none of the failed."""
     command = [sys.executable, sys.argv[0], "--memory-of", case.name, "--threads", str(options.threads)]
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}  # what a warm-up freed is gone, not kept for later
+    # What a warm-up freed is gone, not kept for later; one thread: see print_memory.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
         found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
@@ -432,9 +433,12 @@ def memory_apart(case: Case, options: argparse.Namespace) -> dict[str, int]:
     return found
 
 
-def print_memory(cases: Sequence[Case], case_name: str) -> int:
-    """The process that memory_apart starts: imports once, computes nothing, and forks for each implementation."""
+def print_memory(cases: Sequence[Case], case_name: str, threads: int) -> int:
+    """The process that memory_apart starts: imports once, fills the inputs on one thread (a fork does not inherit
+    OpenMP's others and would wait for them) and forks for each implementation.
+    """
     case = next(case for case in cases if case.name == case_name)
+    set_threads(1)
     functions = case.setup()
     grown: dict[str, int] = {}
     for name, function in functions.items():
@@ -443,6 +447,7 @@ def print_memory(cases: Sequence[Case], case_name: str) -> int:
         if child == 0:
             status = 1
             try:
+                set_threads(threads)
                 getattr(function, "warm_up", lambda: None)()
                 if case.reused:
                     keep_from_now_on()
