@@ -9,6 +9,15 @@ unicode_version: str
 
 def __getattr__(name: str) -> Any: ...
 
+# csrc/text/bind_splitter.cpp
+def split_patterns() -> dict[str, str | tuple[str, ...]]: ...
+
+class Splitter:
+    name: str  # empty for a pattern that has none
+    patterns: tuple[str, ...]
+    def __init__(self, pattern: str | Sequence[str]) -> None: ...  # a name, a pattern, or a sequence of patterns
+    def word_ends(self, text: str | bytes) -> np.ndarray: ...  # (num_words,) int64
+
 # csrc/text/bind_bpe.cpp. special: True for every special token, False for none, or their ids.
 def split_ends(text: str | bytes) -> np.ndarray: ...
 def train_merges(

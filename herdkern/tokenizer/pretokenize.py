@@ -1,18 +1,43 @@
 """Cutting text into the words that BPE works on.
 
-The one split pattern is Llama 3's (cl100k's original form), scanned by csrc/text/unicode_split.h with Unicode 16.0
-classes, the version that tiktoken 0.14 and tokenizers 0.23 carry.
+A split pattern is a regular expression, or a tuple of them of which each cuts the words of the one before (Hugging
+Face's Sequence of Split with behaviour "isolated"). csrc/text/splitter.h finds what the `regex` package finds, with
+the classes of Unicode 16.0, the version that tiktoken 0.14 and tokenizers 0.23 carry.
 """
 
+import functools
 import os
+from collections.abc import Sequence
 from itertools import pairwise
 
 from herdkern import _text
 
-LLAMA3_SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SPLIT_PATTERNS: dict[str, str | tuple[str, ...]] = _text.split_patterns()  # by name
+SPLIT_PATTERNS["cl100k"] = SPLIT_PATTERNS["llama3"]
+LLAMA3_SPLIT_PATTERN = str(SPLIT_PATTERNS["llama3"])
+
+
+def resolve_pattern(pattern: str | Sequence[str], where: str = "resolve_pattern") -> tuple[str | None, tuple[str, ...]]:
+    """The name of a split pattern (None if it has none) and its regular expressions.
+
+    pattern: a name of SPLIT_PATTERNS, a regular expression, or a sequence of them.
+    Raises: ValueError naming `where` for a pattern that the splitter refuses, with the construct and its place.
+    """
+    splitter = make_splitter(pattern, where)
+    return splitter.name or None, splitter.patterns
+
+
+def make_splitter(pattern: str | Sequence[str], where: str = "make_splitter") -> _text.Splitter:
+    """The native splitter of a pattern, made once; arguments and errors as in resolve_pattern."""
+    try:
+        return _make_splitter(pattern if isinstance(pattern, str) else tuple(pattern))
+    except ValueError as error:
+        raise ValueError(f"{where}: split_pattern {error}") from None
+
+
+@functools.lru_cache(maxsize=64)
+def _make_splitter(pattern: str | tuple[str, ...]) -> _text.Splitter:
+    return _text.Splitter(pattern)
 
 
 def check_split_pattern(where: str, split_pattern: str) -> None:
@@ -21,13 +46,14 @@ def check_split_pattern(where: str, split_pattern: str) -> None:
         raise ValueError(f"{where}: split_pattern must be LLAMA3_SPLIT_PATTERN, got {split_pattern!r}")
 
 
-def split_words(text: str | bytes) -> list[bytes]:
+def split_words(text: str | bytes, pattern: str | Sequence[str] = "llama3") -> list[bytes]:
     """The words of one document as UTF-8; joined they are the document.
 
     text: a byte that is no part of well-formed UTF-8 counts as one symbol character.
-    Raises: ValueError if a str holds a lone surrogate; TypeError for another type.
+    pattern: a name of SPLIT_PATTERNS, a regular expression, or a sequence of them. What it does not match is a word.
+    Raises: ValueError if a str holds a lone surrogate or the pattern is refused; TypeError for another type of text.
     """
-    ends = _text.split_ends(text).tolist()
+    ends = make_splitter(pattern, "split_words").word_ends(text).tolist()
     data = text if isinstance(text, bytes) else text.encode()
     return [data[begin:end] for begin, end in pairwise([0, *ends])]
 
