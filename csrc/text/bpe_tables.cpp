@@ -1,117 +1,80 @@
-// Tables of an encoder: see bpe_tables.h.
+// Token table of an encoder: see bpe_tables.h.
 #include "text/bpe_tables.h"
 
 #include <algorithm>
-#include <functional>
 
 namespace herdkern::text {
 
 namespace {
 
+constexpr size_t kSlotsPerPrefix = 4;
+
 const uint8_t* bytes_of(std::string_view text) { return reinterpret_cast<const uint8_t*>(text.data()); }
 
-size_t table_size(size_t num_entries) {
-  size_t size = 16;
-  while (size < 2 * num_entries) size *= 2;
-  return size;
+size_t count_short(const TokenList& tokens) {
+  return size_t(
+      std::count_if(tokens.begin(), tokens.end(), [](const auto& token) { return token.first.size() <= kShortKey; }));
 }
 
 }  // namespace
 
-TokenTable::TokenTable(const TokenList& tokens) : entries_(table_size(tokens.size())) {
+// Lines are filled to about two of three: fewer would cost cache, more would spill.
+TokenTable::TokenTable(const TokenList& tokens) : lines_(count_short(tokens) / 2 + 1) {
+  uint32_t num_ids = 0;
+  for (const auto& [token, id] : tokens) num_ids = std::max(num_ids, id + 1);
+  lengths_.resize(num_ids);
   for (const auto& [token, id] : tokens) {
     const uint8_t* bytes = bytes_of(token);
-    Entry entry;
-    entry.id = id;
-    entry.len = uint32_t(token.size());
-    uint64_t hash;
-    if (token.size() <= kInline) {
-      entry.key = load_key(bytes, token.size(), bytes + token.size());
-      hash = hash_key(entry.key, token.size());
-    } else {
-      hash = hash_bytes(bytes, token.size());
-      entry.key = {hash, long_tokens_.size()};
-      long_tokens_ += token;
-    }
-    size_t slot = hash & (entries_.size() - 1);
-    while (entries_[slot].id != kNoToken) slot = (slot + 1) & (entries_.size() - 1);
-    entries_[slot] = entry;
+    lengths_[id] = uint32_t(token.size());
     max_length_ = std::max(max_length_, token.size());
-  }
-}
-
-uint32_t TokenTable::find(const uint8_t* bytes, size_t len, const uint8_t* readable_end) const {
-  if (len == 0 || len > max_length_) return kNoToken;
-  const bool is_inline = len <= kInline;
-  const WordKey key = is_inline ? load_key(bytes, len, readable_end) : WordKey{hash_bytes(bytes, len), 0};
-  const uint64_t hash = is_inline ? hash_key(key, len) : key.low;
-  for (size_t slot = hash & (entries_.size() - 1);; slot = (slot + 1) & (entries_.size() - 1)) {
-    const Entry& entry = entries_[slot];
-    if (entry.id == kNoToken) return kNoToken;
-    if (entry.len != len) continue;
-    if (is_inline ? entry.key == key
-                  : entry.key.low == hash && std::memcmp(&long_tokens_[entry.key.high], bytes, len) == 0) {
-      return entry.id;
-    }
-  }
-}
-
-PairTable::PairTable(const TokenList& tokens, const TokenTable& table) {
-  std::vector<uint64_t> packed;
-  for (const auto& [token, id] : tokens) {
-    const uint8_t* begin = bytes_of(token);
-    const uint8_t* end = begin + token.size();
-    for (size_t cut = 1; cut < token.size(); ++cut) {
-      const uint32_t left = table.find(begin, cut, end);
-      if (left == kNoToken) continue;
-      const uint32_t right = table.find(begin + cut, token.size() - cut, end);
-      if (right != kNoToken) packed.push_back(uint64_t(left) << 42 | uint64_t(right) << 21 | id);
-    }
-  }
-  slots_.assign(table_size(packed.size()), kFree);
-  mask_ = slots_.size() - 1;
-  for (uint64_t slot : packed) {
-    size_t i = home(slot >> 21);
-    while (slots_[i] != kFree) i = (i + 1) & mask_;
-    slots_[i] = slot;
-  }
-}
-
-SpecialTokens::SpecialTokens(const TokenList& tokens) {
-  for (const auto& [token, id] : tokens) {
-    if (ids_.empty()) prefix_ = token;
-    ids_.emplace(token, id);
-    lengths_.push_back(token.size());
-    starts_[uint8_t(token[0])] = true;
-    const size_t common =
-        std::mismatch(prefix_.begin(), prefix_.begin() + std::min(prefix_.size(), token.size()), token.begin()).first -
-        prefix_.begin();
-    prefix_.resize(common);
-  }
-  std::sort(lengths_.begin(), lengths_.end(), std::greater<size_t>());
-  lengths_.erase(std::unique(lengths_.begin(), lengths_.end()), lengths_.end());
-}
-
-SpecialTokens::Match SpecialTokens::find(std::string_view text, size_t from,
-                                         const std::vector<uint32_t>* wanted) const {
-  if (ids_.empty()) return {text.npos, text.npos, kNoToken};
-  for (size_t at = from; at < text.size(); ++at) {
-    if (!prefix_.empty()) {
-      at = text.find(prefix_, at);
-      if (at == text.npos) break;
-    } else if (!starts_[uint8_t(text[at])]) {
+    if (token.size() > kShortKey) {
+      long_.push_back({long_bytes_.size(), uint32_t(token.size()), id});
+      long_bytes_.insert(long_bytes_.end(), bytes, bytes + token.size());
       continue;
     }
-    for (size_t length : lengths_) {
-      if (length > text.size() - at) continue;
-      const auto found = ids_.find(std::string(text.substr(at, length)));
-      if (found == ids_.end()) continue;
-      if (wanted == nullptr || std::binary_search(wanted->begin(), wanted->end(), found->second)) {
-        return {at, at + length, found->second};
-      }
-    }
+    const ShortKey key = short_key_before(bytes, token.size(), bytes + token.size());
+    size_t i = line_of(hash_short(key));
+    for (; lines_[i].keys[2].high != 0; i = i + 1 == lines_.size() ? 0 : i + 1) lines_[i].spills = 1;
+    Line& line = lines_[i];
+    const size_t place = line.keys[0].high == 0 ? 0 : line.keys[1].high == 0 ? 1 : 2;
+    line.keys[place] = key;
+    line.ids[place] = id;
   }
-  return {text.npos, text.npos, kNoToken};
+  long_bytes_.resize(long_bytes_.size() + 32);  // readable behind the last token
+  std::sort(long_.begin(), long_.end(), [this](const LongToken& a, const LongToken& b) {
+    const int order = std::memcmp(&long_bytes_[a.begin], &long_bytes_[b.begin], 16);
+    return order != 0 ? order < 0 : a.len != b.len ? a.len > b.len : a.id < b.id;
+  });
+  size_t num_slots = 16;
+  while (num_slots < kSlotsPerPrefix * long_.size()) num_slots *= 2;
+  long_slots_.resize(num_slots);
+  for (size_t begin = 0, end; begin < long_.size(); begin = end) {
+    const uint8_t* bytes = &long_bytes_[long_[begin].begin];
+    for (end = begin + 1; end < long_.size() && std::memcmp(bytes, &long_bytes_[long_[end].begin], 16) == 0;) ++end;
+    size_t slot = hash_long(bytes, 16) & (num_slots - 1);
+    while (long_slots_[slot].second != 0) slot = (slot + 1) & (num_slots - 1);
+    long_slots_[slot] = {uint32_t(begin), uint32_t(end)};
+  }
+}
+
+std::pair<size_t, size_t> TokenTable::long_with_prefix(const uint8_t* text) const {
+  const size_t mask = long_slots_.size() - 1;
+  for (size_t slot = hash_long(text, 16) & mask; long_slots_[slot].second != 0; slot = (slot + 1) & mask) {
+    if (std::memcmp(&long_bytes_[long_[long_slots_[slot].first].begin], text, 16) == 0) return long_slots_[slot];
+  }
+  return {0, 0};
+}
+
+uint32_t TokenTable::find_long(const uint8_t* bytes, size_t len) const {
+  if (len > max_length_) return kNoToken;
+  const auto [begin, end] = long_with_prefix(bytes);
+  const auto longer = [](const LongToken& token, size_t wanted) { return token.len > wanted; };
+  const auto last = long_.begin() + ptrdiff_t(end);
+  for (auto at = std::lower_bound(long_.begin() + ptrdiff_t(begin), last, len, longer); at != last; ++at) {
+    if (at->len != len) break;
+    if (std::memcmp(&long_bytes_[at->begin], bytes, len) == 0) return at->id;
+  }
+  return kNoToken;
 }
 
 }  // namespace herdkern::text

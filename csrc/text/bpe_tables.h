@@ -1,134 +1,178 @@
-// What an encoder looks up: tokens by their bytes, pairs of tokens, special tokens in text, and words seen lately.
+// What an encoder looks up: tokens by their bytes. Keys of short byte strings are the strings themselves, so one
+// comparison of 16 bytes decides; a lookup reads one cache line.
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
-#include <string>
 #include <string_view>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
-#include "text/word_key.h"
+#include "text/huge_array.h"
 
 namespace herdkern::text {
 
 constexpr uint32_t kNoToken = 0xFFFFFFFF;
-constexpr uint32_t kMaxTokens = 1 << 21;  // ids must be smaller: a pair and its rank share one 64-bit slot
+constexpr uint32_t kMaxTokens = 1 << 21;  // ids must be smaller: an id and a place in a short word share 32 bits
 
-using TokenList = std::vector<std::pair<std::string, uint32_t>>;  // (bytes, id)
+using TokenList = std::vector<std::pair<std::string_view, uint32_t>>;  // (bytes, id)
+
+// 1 to 15 bytes padded with zeros, their number in the last byte; all zero: no string.
+struct ShortKey {
+  uint64_t low, high;
+  bool operator==(const ShortKey& other) const { return ((low ^ other.low) | (high ^ other.high)) == 0; }
+};
+
+constexpr size_t kShortKey = 15;
+
+struct KeyMask {
+  uint64_t low, high;
+};
+constexpr KeyMask kKeyMasks[16] = {
+    {0, 0},
+    {~0ull >> 56, 0},
+    {~0ull >> 48, 0},
+    {~0ull >> 40, 0},
+    {~0ull >> 32, 0},
+    {~0ull >> 24, 0},
+    {~0ull >> 16, 0},
+    {~0ull >> 8, 0},
+    {~0ull, 0},
+    {~0ull, 0xFF},
+    {~0ull, 0xFFFF},
+    {~0ull, 0xFFFFFF},
+    {~0ull, ~0ull >> 32},
+    {~0ull, ~0ull >> 24},
+    {~0ull, ~0ull >> 16},
+    {~0ull, ~0ull >> 8},
+};
+
+inline uint64_t load_little_endian(const uint8_t* p) {
+  uint64_t value;
+  std::memcpy(&value, p, 8);
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+  value = __builtin_bswap64(value);
+#endif
+  return value;
+}
+
+// 16 bytes at `bytes` must be readable; len <= 15.
+inline ShortKey short_key(const uint8_t* bytes, size_t len) {
+  return {load_little_endian(bytes) & kKeyMasks[len].low,
+          (load_little_endian(bytes + 8) & kKeyMasks[len].high) | uint64_t(len) << 56};
+}
+
+// Reads nothing from `end` on.
+inline ShortKey short_key_before(const uint8_t* bytes, size_t len, const uint8_t* end) {
+  if (end - bytes >= 16) return short_key(bytes, len);
+  uint8_t padded[16] = {};
+  std::memcpy(padded, bytes, len);
+  return short_key(padded, len);
+}
+
+// The bytes of a key, then zeros: 16 in all.
+inline void store_short_key(ShortKey key, uint8_t* bytes) {
+  key.high &= ~0ull >> 8;
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+  key = {__builtin_bswap64(key.low), __builtin_bswap64(key.high)};
+#endif
+  std::memcpy(bytes, &key, 16);
+}
+
+inline uint64_t multiply_fold(uint64_t a, uint64_t b) {
+  const __uint128_t product = __uint128_t(a) * b;
+  return uint64_t(product) ^ uint64_t(product >> 64);
+}
+
+inline uint64_t hash_short(ShortKey key) {
+  return multiply_fold(key.low ^ 0x9E3779B97F4A7C15ull, key.high ^ 0xD1B54A32D192ED03ull);
+}
+
+// len >= 16; equal bytes hash equal, the caller compares bytes.
+inline uint64_t hash_long(const uint8_t* bytes, size_t len) {
+  uint64_t hash = 0xA24BAED4963EE407ull ^ len;
+  for (size_t at = 0; at + 16 < len; at += 16) {
+    hash = multiply_fold(hash ^ load_little_endian(bytes + at),
+                         load_little_endian(bytes + at + 8) ^ 0xE7037ED1A0B428DBull);
+  }
+  return multiply_fold(hash ^ load_little_endian(bytes + len - 16),
+                       load_little_endian(bytes + len - 8) ^ 0x8EBC6AF09C88C6E3ull);
+}
 
 // Bytes of a token -> id.
 class TokenTable {
  public:
+  // Each byte string once; the caller checks.
   explicit TokenTable(const TokenList& tokens);
-  uint32_t find(const uint8_t* bytes, size_t len, const uint8_t* readable_end) const;
+
+  uint32_t find_short(ShortKey key, uint64_t hash) const {
+    for (size_t i = line_of(hash);; i = i + 1 == lines_.size() ? 0 : i + 1) {
+      const Line& line = lines_[i];
+      const unsigned hits =
+          unsigned(line.keys[0] == key) | unsigned(line.keys[1] == key) << 1 | unsigned(line.keys[2] == key) << 2;
+      if (hits != 0) return line.ids[hits >> 1];  // 1, 2, 4 -> 0, 1, 2
+      if (!line.spills) return kNoToken;
+    }
+  }
+  // 16 bytes at `bytes` must be readable.
+  uint32_t find(const uint8_t* bytes, size_t len) const {
+    if (len > kShortKey) return find_long(bytes, len);
+    const ShortKey key = short_key(bytes, len);
+    return find_short(key, hash_short(key));
+  }
+  uint32_t find_long(const uint8_t* bytes, size_t len) const;
+  // Calls take(length, id) for the tokens of 16 bytes or more that `text` starts with, the longest first, until take
+  // returns true; says whether it did.
+  template <typename Take>
+  bool any_long_prefix(const uint8_t* text, size_t len, Take&& take) const {
+    if (len <= kShortKey) return false;
+    const auto [begin, end] = long_with_prefix(text);
+    for (size_t i = begin; i < end; ++i) {
+      const LongToken& token = long_[i];
+      if (token.len <= len && std::memcmp(&long_bytes_[token.begin], text, token.len) == 0 && take(token.len, token.id))
+        return true;
+    }
+    return false;
+  }
+  // Calls visit(bytes, length, id) for every token; 16 bytes behind each may be read.
+  template <typename Visit>
+  void for_each(Visit&& visit) const {
+    for (size_t i = 0; i < lines_.size(); ++i) {
+      for (size_t place = 0; place < 3 && lines_[i].keys[place].high != 0; ++place) {
+        uint8_t bytes[48] = {};
+        store_short_key(lines_[i].keys[place], bytes);
+        visit(static_cast<const uint8_t*>(bytes), size_t(lines_[i].keys[place].high >> 56), lines_[i].ids[place]);
+      }
+    }
+    for (const LongToken& token : long_) visit(&long_bytes_[token.begin], size_t(token.len), token.id);
+  }
+  void prefetch(uint64_t hash) const { __builtin_prefetch(&lines_[line_of(hash)]); }
   size_t max_length() const { return max_length_; }
+  // Bytes of a token, 0 for an id without one.
+  uint32_t length_of(uint32_t id) const { return lengths_[id]; }
+  uint32_t num_ids() const { return uint32_t(lengths_.size()); }
 
  private:
-  static constexpr size_t kInline = 16;
-  struct Entry {
-    WordKey key{0, 0};  // len <= 16: the bytes; else low = hash, high = offset into long_tokens_
-    uint32_t id = kNoToken;
-    uint32_t len = 0;
+  struct alignas(64) Line {
+    ShortKey keys[3];
+    uint32_t ids[3];
+    uint32_t spills;  // a key that belongs here lies in a line behind
   };
-  std::vector<Entry> entries_;
-  std::string long_tokens_;
+  static_assert(sizeof(Line) == 64);
+  struct LongToken {
+    size_t begin;  // in long_bytes_
+    uint32_t len, id;
+  };
+
+  size_t line_of(uint64_t hash) const { return size_t((__uint128_t(hash) * lines_.size()) >> 64); }
+  std::pair<size_t, size_t> long_with_prefix(const uint8_t* text) const;
+
+  HugeArray<Line> lines_;
+  std::vector<LongToken> long_;  // by their first 16 bytes, the longest first
+  std::vector<uint8_t> long_bytes_;
+  std::vector<std::pair<uint32_t, uint32_t>> long_slots_;  // hash of the first 16 bytes -> [begin, end) in long_
+  std::vector<uint32_t> lengths_;                          // by id
   size_t max_length_ = 0;
-};
-
-// (left id, right id) -> id of the token that their bytes make together.
-class PairTable {
- public:
-  PairTable(const TokenList& tokens, const TokenTable& table);
-  uint32_t find(uint32_t left, uint32_t right) const {
-    const uint64_t key = uint64_t(left) << 21 | right;
-    for (size_t i = home(key);; i = (i + 1) & mask_) {
-      if (slots_[i] >> 21 == key) return uint32_t(slots_[i]) & (kMaxTokens - 1);
-      if (slots_[i] == kFree) return kNoToken;
-    }
-  }
-
- private:
-  static constexpr uint64_t kFree = ~uint64_t(0);
-  size_t home(uint64_t key) const { return mix(key, 0x9E3779B97F4A7C15ull) & mask_; }
-  std::vector<uint64_t> slots_;  // left << 42 | right << 21 | id
-  size_t mask_ = 0;
-};
-
-// Finds special tokens in text, the leftmost and of those the longest.
-class SpecialTokens {
- public:
-  struct Match {
-    size_t begin, end;
-    uint32_t id;
-  };
-  explicit SpecialTokens(const TokenList& tokens);
-  // The first match at or after `from` among the ids in `wanted` (null: all); begin is npos without one.
-  Match find(std::string_view text, size_t from, const std::vector<uint32_t>* wanted) const;
-
- private:
-  std::unordered_map<std::string, uint32_t> ids_;
-  std::vector<size_t> lengths_;  // falling
-  std::string prefix_;           // common to all
-  bool starts_[256] = {};        // first bytes
-};
-
-// Words seen lately with their ids. Two-way buckets of one cache line an entry; the older entry of a bucket is
-// replaced.
-class WordCache {
- public:
-  static constexpr size_t kMaxBytes = 32, kMaxIds = 7;
-  struct Entry {
-    uint64_t key[4];  // the word, padded with zeros
-    uint32_t ids[kMaxIds];
-    uint8_t len, num_ids;  // len 0: free
-  };
-  static_assert(sizeof(Entry) == 64);
-
-  // calloc: pages of the cache that no word reaches cost nothing.
-  WordCache() : entries_(static_cast<Entry*>(std::calloc(2 * kBuckets, sizeof(Entry))), &std::free) {
-    if (entries_ == nullptr) throw std::bad_alloc();
-  }
-
-  static void make_key(const uint8_t* word, size_t len, const uint8_t* end, uint64_t key[4]) {
-    const WordKey first = load_key(word, std::min<size_t>(len, 16), end);
-    const WordKey second = len > 16 ? load_key(word + 16, len - 16, end) : WordKey{0, 0};
-    key[0] = first.low, key[1] = first.high, key[2] = second.low, key[3] = second.high;
-  }
-  static size_t bucket_of(const uint64_t key[4], size_t len) {
-    uint64_t hash = mix(key[0] ^ 0x9E3779B97F4A7C15ull, key[1] ^ 0xD1B54A32D192ED03ull ^ len);
-    if (len > 16) hash ^= mix(key[2] ^ 0xE7037ED1A0B428DBull, key[3] ^ 0x8EBC6AF09C88C6E3ull);
-    return (hash ^ hash >> 29) & (kBuckets - 1);
-  }
-  void prefetch(size_t bucket) const {
-    __builtin_prefetch(&entries_[2 * bucket]);
-    __builtin_prefetch(&entries_[2 * bucket + 1]);
-  }
-  const Entry* find(const uint64_t key[4], size_t len, size_t bucket) const {
-    const Entry* entry = &entries_[2 * bucket];
-    for (int way = 0; way < 2; ++way, ++entry) {
-      if (entry->len != len || entry->key[0] != key[0] || entry->key[1] != key[1]) continue;
-      if (len <= 16 || (entry->key[2] == key[2] && entry->key[3] == key[3])) return entry;
-    }
-    return nullptr;
-  }
-  void insert(const uint64_t key[4], size_t len, size_t bucket, const uint32_t* ids, size_t num_ids) {
-    if (num_ids > kMaxIds) return;
-    Entry* entry = &entries_[2 * bucket];
-    entry[1] = entry[0];
-    std::copy(key, key + 4, entry->key);
-    std::copy(ids, ids + num_ids, entry->ids);
-    entry->len = uint8_t(len);
-    entry->num_ids = uint8_t(num_ids);
-  }
-
- private:
-  static constexpr size_t kBuckets = 1 << 16;  // 8 MiB
-  std::unique_ptr<Entry[], decltype(&std::free)> entries_;
 };
 
 }  // namespace herdkern::text

@@ -158,6 +158,8 @@ def test_batches_agree(trained, small_texts):
         assert trained.count_tokens_batch(texts, num_threads=num_threads).tolist() == [len(ids) for ids in alone]
     assert trained.count_tokens(texts[0]) == len(alone[0])
     assert trained.decode_batch(alone) == texts
+    assert trained.decode_batch(*trained.encode_to_numpy(texts)) == texts
+    assert trained.decode_batch(ids, [0, 5, 5, 9]) == [trained.decode(ids[:5]), "", trained.decode(ids[5:9])]
     assert trained.decode(ids) == "".join(texts)
 
 
@@ -222,6 +224,31 @@ def test_special_tokens_of_several_beginnings_and_bytes(trained):
     assert trained.eos_id == trained.special_tokens["<|end_of_text|>"]
 
 
+def test_special_tokens_that_begin_alike():
+    """Every subset of tokens that are each other's beginnings, wherever the search for one leaves off."""
+    names = ["<a", "<ab", "<abc", "<b", "a>", "<abcc<a"]
+    tokenizer = Tokenizer(BYTES, {name: 300 + i for i, name in enumerate(names)})
+    rng = random.Random(11)
+    for _ in range(300):
+        text = "".join(rng.choices(["<", "a", "b", "c", ">", "<ab", " "], k=12))
+        allowed = {name for name in names if rng.random() < 0.5}
+        wanted, at = [], 0
+        while at < len(text):
+            name = max((n for n in allowed if text.startswith(n, at)), key=len, default=text[at])
+            wanted.append(tokenizer.special_tokens[name] if name in allowed else ord(name))
+            at += len(name)
+        assert tokenizer.encode(text, allowed_special=allowed, disallowed_special=()) == wanted
+
+
+def test_disallowed_tokens_are_refused_wherever_they_are():
+    for encode in (TINY.encode, lambda text: TINY.encode_batch(["a", text]), TINY.encode_with_offsets):
+        with pytest.raises(ValueError, match=r"must not hold a disallowed special token, got '<\|end\|>more'; pass"):
+            encode("é" * 100 + "<|end|>more")
+    ids, _ = TINY.encode_to_numpy(["[x]"], allowed_special={"[x]"})
+    assert ids.tolist() == [302]
+    assert TINY.encode_to_numpy(["[x]"])[0].tolist() == [*b"[x]"]
+
+
 def test_unknown_special_tokens_are_refused():
     with pytest.raises(ValueError, match=r"encode: allowed_special must be special tokens .*got \['<y>'\]"):
         TINY.encode("a", allowed_special={"<y>"})
@@ -235,9 +262,13 @@ def test_unknown_special_tokens_are_refused():
         ([97, 303], ValueError, r"ids\[1\] must be a token id in \[0, 303\), got 303$"),
         ([-1], ValueError, r"ids\[0\] must be a token id in \[0, 303\), got -1$"),
         ([270], ValueError, r"ids\[0\] must be a token id in \[0, 303\), got 270, which no token has"),
-        ([1.5], TypeError, "must be a flat list of integers, got float64"),
-        ([[1]], TypeError, r"got int64 of shape \(1, 1\)"),
+        ([1.5], TypeError, "must be a flat list of integers, got 1.5 at 0"),
+        ([[1]], TypeError, r"got \[1\] at 0"),
+        (np.ones((1, 1), int), TypeError, r"got int64 of shape \(1, 1\)"),
         (["a"], TypeError, "must be a flat list of integers"),
+        ([97, 1 << 70], TypeError, "must be a flat list of integers, got 1180591620717411303424 at 1"),
+        (np.array([97, 303], np.uint32), ValueError, r"ids\[1\] must be a token id in \[0, 303\), got 303$"),
+        (np.array([97.0]), TypeError, "must be a flat list of integers, got float64"),
     ],
 )
 def test_unknown_ids_are_refused(ids, error, message):
@@ -248,6 +279,22 @@ def test_unknown_ids_are_refused(ids, error, message):
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.uint32, np.int64, np.uint64])
 def test_ids_of_any_integer_type(dtype):
     assert TINY.decode(np.array([104, 105], dtype)) == "hi"
+
+
+@pytest.mark.parametrize("offsets", [[0, 3], [-1, 1], [1, 0]], ids=str)
+def test_bad_offsets_are_refused(offsets):
+    with pytest.raises(ValueError, match="decode_batch: offsets must rise from 0 to at most 2, got"):
+        TINY.decode_batch(np.array([104, 105], np.uint32), offsets)
+
+
+def test_long_tokens_come_back():
+    """Tokens around the 15 bytes that the kernels copy at once, also as the last of the text."""
+    tokens = [b"x" * n for n in range(2, 40)]
+    tokenizer = Tokenizer({**BYTES, **{token: 256 + i for i, token in enumerate(tokens)}}, {"<|a long special|>": 400})
+    for n in range(1, 60):
+        for text in ("x" * n, "y" + "x" * n, "x" * n + "y"):
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode([400, 120, 400]) == "<|a long special|>x<|a long special|>"
 
 
 def test_cut_characters():
@@ -280,6 +327,7 @@ def test_bad_texts_are_refused():
         (BYTES, {"<s>": 65}, "ids must differ, got 65 for b'A' and '<s>'"),
         ({**BYTES, b"ab": 1 << 21}, {}, r"must be in \[0, 2097152\), got 2097152"),
         ({**BYTES, b"ab": -1}, {}, "got -1"),
+        ({**BYTES, b"ab": 256, b"ac": 256}, {}, "ids must differ, got 256 for b'ab' and b'ac'"),
         ({**BYTES, b"ab": 256}, {"ab": 257}, "special token 'ab' must not be an ordinary token as well"),
     ],
 )
@@ -293,6 +341,7 @@ def test_pickle_equality_and_hash(trained):
     assert copy == trained
     assert hash(copy) == hash(trained)
     assert copy.encode("Hello world") == trained.encode("Hello world")
+    assert pickle.loads(pickle.dumps(Tokenizer(BYTES, {}, "llama3", cache_bytes=7))).cache_bytes == 7
     others = [
         Tokenizer(trained.mergeable_ranks, {}),
         Tokenizer({**trained.mergeable_ranks, b"qzqz": 5000}, trained.special_tokens),
@@ -307,6 +356,22 @@ def test_python_threads(trained, small_texts):
     wanted = trained.encode_batch(small_texts[:40], num_threads=1)
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(trained.encode, small_texts[:40])) == wanted
+
+
+def test_many_threads_and_forks_at_once(trained, small_texts):
+    """Children forked while other threads encode: they must neither hang nor differ."""
+    texts = small_texts[:20]
+    wanted = trained.encode_batch(texts, num_threads=1)
+    with ThreadPoolExecutor(3) as pool:
+        busy = [pool.submit(trained.encode_batch, small_texts[:40], num_threads=2) for _ in range(12)]
+        children = []
+        for _ in range(8):
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if trained.encode_batch(texts, num_threads=2) == wanted else 1)
+            children.append(child)
+        assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 8
+        assert all(task.result()[:20] == wanted for task in busy)
 
 
 def test_forked_child_encodes(trained):

@@ -1,0 +1,168 @@
+// Encoding of one word: see bpe_word.h for the rules.
+#include "text/bpe_word.h"
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+
+#include "text/bpe_long_words.h"
+
+namespace herdkern::text {
+
+namespace {
+
+constexpr size_t kShortWord = 64;
+constexpr size_t kHeapBytes = 1 << 17;    // so many bytes of long words go through the heap before LongWords is made
+constexpr size_t kKeptScratch = 1 << 16;  // bytes of a word whose scratch is kept
+constexpr size_t kPadding = 16;
+constexpr int32_t kNoMerge = 0x7FFFFFFF;
+
+template <typename T>
+void give_back(std::vector<T>& array) {
+  std::vector<T>().swap(array);
+}
+
+int32_t lowest_of(const int32_t* values, size_t n) {
+  int32_t lowest[4] = {kNoMerge, kNoMerge, kNoMerge, kNoMerge};
+  for (size_t i = 0; i < n; i += 4) {
+    for (size_t lane = 0; lane < 4; ++lane) lowest[lane] = std::min(lowest[lane], values[i + lane]);
+  }
+  return std::min(std::min(lowest[0], lowest[1]), std::min(lowest[2], lowest[3]));
+}
+
+// Place of the next set bit behind `at`, or `none`.
+size_t next_bit(uint64_t bits, size_t at, size_t none) {
+  const uint64_t rest = bits >> at >> 1;
+  return rest == 0 ? none : at + 1 + size_t(__builtin_ctzll(rest));
+}
+
+}  // namespace
+
+void WordEncoder::Scratch::shrink() {
+  if (bytes.capacity() <= kKeptScratch) return;
+  give_back(bytes);
+  for (auto* array : {&ids, &next, &previous, &ranks}) give_back(*array);
+  for (auto* array : {&heap, &dead}) give_back(*array);
+}
+
+WordEncoder::WordEncoder(const TokenList& tokens) : table_(tokens), byte_pairs_(256 * 256, kNoToken) {
+  std::fill(byte_ids_, byte_ids_ + 256, kNoToken);
+  for (const auto& [token, id] : tokens) {
+    if (token.size() == 1) byte_ids_[uint8_t(token[0])] = id;
+    if (token.size() == 2) byte_pairs_[uint8_t(token[0]) << 8 | uint8_t(token[1])] = id;
+  }
+  if (std::find(byte_ids_, byte_ids_ + 256, kNoToken) != byte_ids_ + 256) {
+    throw std::invalid_argument("Encoder: the single bytes must all be tokens");
+  }
+}
+
+WordEncoder::~WordEncoder() { delete long_words_.load(); }
+
+// No lock: a child forked while another thread held one would wait for ever. Two threads may both make it; one is kept.
+const LongWords& WordEncoder::long_words() const {
+  const LongWords* made = long_words_.load(std::memory_order_acquire);
+  if (made != nullptr) return *made;
+  auto fresh = std::make_unique<const LongWords>(*this);
+  if (long_words_.compare_exchange_strong(made, fresh.get(), std::memory_order_acq_rel)) made = fresh.release();
+  return *made;
+}
+
+void WordEncoder::merge(const uint8_t* word, size_t len, uint32_t limit, Scratch& scratch, IdBuffer& out) const {
+  if (len <= kShortWord) return merge_short(word, len, limit, out);
+  if (len >= kNoToken) throw std::length_error("encode: a word must be shorter than 2**32 bytes");
+  scratch.bytes.resize(len + kPadding);
+  std::memcpy(scratch.bytes.data(), word, len);
+  if (limit == kNoToken &&
+      (long_words_.load(std::memory_order_relaxed) != nullptr || (scratch.num_long_bytes += len) > kHeapBytes)) {
+    const LongWords& linear = long_words();
+    if (linear.is_regular() && linear.encode(scratch.bytes.data(), len, scratch, out)) return;
+  }
+  merge_with_heap(scratch.bytes.data(), len, limit, scratch, out);
+}
+
+// A part is known by the place of its first byte. pairs[i]: rank of the part at i with the one behind it << 6 | i, so
+// that the smallest value is the leftmost pair of the lowest rank.
+void WordEncoder::merge_short(const uint8_t* word, size_t len, uint32_t limit, IdBuffer& out) const {
+  uint8_t bytes[kShortWord + kPadding] = {};
+  std::memcpy(bytes, word, len);
+  int32_t pairs[kShortWord];
+  uint32_t ids[kShortWord];
+  const auto value_of = [limit](uint32_t rank, size_t at) { return rank < limit ? int32_t(rank << 6 | at) : kNoMerge; };
+  const size_t rounded = (len + 3) & ~size_t(3);
+  for (size_t i = 0; i < len; ++i) ids[i] = byte_ids_[bytes[i]];
+  for (size_t i = 0; i + 1 < len; ++i) pairs[i] = value_of(pair_id(bytes[i], bytes[i + 1]), i);
+  for (size_t i = len - 1; i < rounded; ++i) pairs[i] = kNoMerge;
+  uint64_t starts = ~uint64_t(0) >> (64 - len);
+  for (;;) {
+    const int32_t lowest = lowest_of(pairs, rounded);
+    if (lowest == kNoMerge) break;
+    const size_t at = size_t(lowest) & 63;
+    const size_t gone = next_bit(starts, at, len);
+    starts ^= uint64_t(1) << gone;
+    pairs[gone] = kNoMerge;
+    ids[at] = uint32_t(lowest) >> 6;
+    const size_t end = next_bit(starts, at, len);
+    if (end == len) {
+      pairs[at] = kNoMerge;
+    } else {
+      const size_t end_of_next = next_bit(starts, end, len);
+      pairs[at] = value_of(table_.find(bytes + at, end_of_next - at), at);
+    }
+    if (at > 0) {
+      const size_t before = 63 - size_t(__builtin_clzll(starts & ((uint64_t(1) << at) - 1)));
+      pairs[before] = value_of(table_.find(bytes + before, end - before), before);
+    }
+  }
+  uint32_t* place = out.room_for(len);
+  size_t n = 0;
+  for (uint64_t rest = starts; rest != 0; rest &= rest - 1) place[n++] = ids[__builtin_ctzll(rest)];
+  out.grow_by(n);
+}
+
+void WordEncoder::merge_with_heap(const uint8_t* bytes, size_t len, uint32_t limit, Scratch& scratch,
+                                  IdBuffer& out) const {
+  auto& [unused, ids, next, previous, ranks, heap, unused2, unused3] = scratch;
+  ids.resize(len), next.resize(len), previous.resize(len), ranks.resize(len);
+  heap.clear();
+  const auto later = std::greater<uint64_t>();
+  for (size_t i = 0; i < len; ++i) {
+    ids[i] = byte_ids_[bytes[i]];
+    next[i] = uint32_t(i + 1);
+    previous[i] = uint32_t(i - 1);
+    const uint32_t rank = i + 1 < len ? pair_id(bytes[i], bytes[i + 1]) : kNoToken;
+    ranks[i] = rank < limit ? rank : kNoToken;
+    if (ranks[i] != kNoToken) heap.push_back(uint64_t(ranks[i]) << 32 | i);
+  }
+  std::make_heap(heap.begin(), heap.end(), later);
+  const auto update = [&](uint32_t at) {
+    const uint32_t rank = next[at] < len ? table_.find(bytes + at, next[next[at]] - at) : kNoToken;
+    ranks[at] = rank < limit ? rank : kNoToken;
+    if (ranks[at] == kNoToken) return;
+    heap.push_back(uint64_t(ranks[at]) << 32 | at);
+    std::push_heap(heap.begin(), heap.end(), later);
+  };
+  while (!heap.empty()) {
+    std::pop_heap(heap.begin(), heap.end(), later);
+    const auto rank = uint32_t(heap.back() >> 32), at = uint32_t(heap.back());
+    heap.pop_back();
+    if (ranks[at] != rank) continue;
+    const uint32_t gone = next[at];
+    ids[at] = rank;
+    ranks[gone] = kNoToken;
+    next[at] = next[gone];
+    if (next[at] < len) previous[next[at]] = at;
+    update(at);
+    if (at > 0) update(previous[at]);
+  }
+  for (uint32_t at = 0; at < len; at = next[at]) out.push(ids[at]);
+}
+
+std::vector<uint32_t> WordEncoder::parts_of(std::string_view bytes, uint32_t id) const {
+  IdBuffer out;
+  Scratch scratch;
+  merge(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size(), id, scratch, out);
+  return {out.data(), out.data() + out.size()};
+}
+
+}  // namespace herdkern::text
