@@ -1,103 +1,187 @@
-"""Training a byte-level BPE vocabulary from documents: herdkern, Hugging Face tokenizers, rustbpe, sentencepiece.
+"""Training a byte-level BPE vocabulary, and counting the words for it: herdkern and the trainers of five packages.
 
-All start from a list of str and use every core they know to use. Before any time is taken our merges must equal those
-of Hugging Face (ties="huggingface") and of rustbpe (ties="raw"). sentencepiece is there for scale: it does another task
-(code points, words cut at spaces), so its vocabulary is not compared.
+    python benchmarks/bench_bpe_train.py [--quick] [--full] [--case PART] [--json FILE] [--rounds N] [--limit SECONDS]
+
+Each candidate runs on one thread in a process of its own that holds the documents as a list of str; times are its CPU
+seconds, memory is what the training adds to the list at its peak. Before a time is shown our merges must equal those of
+Hugging Face tokenizers (ties="huggingface") and of rustbpe and bpeasy (ties="tiktoken"). gigatoken cuts words in
+another way and sentencepiece does another task, so their vocabularies are not compared. The text is the corpus that
+HERDKERN_CORPUS names (corpus.py builds it); without it the cases of 10 MB take what Python's packages carry and the
+larger ones are left out. --full adds 128k tokens on 700 MB; a candidate ends at --limit (default 600 s).
 """
 
-import io
-import json
+import argparse
+import hashlib
+import os
+import shlex
 import sys
-from collections.abc import Callable
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from corpus import installed_texts
-from harness import Bench, Case, pytest_cases
+import bpe_picture
+from apart import Meter, answer, make_row, print_row, run_apart
+from bpe_peers import OTHER_TASK, SAME_MERGES, TRAINERS
+from corpus import corpus_folder, installed_texts, read_corpus
+from harness import OURS, Bench, Case, pytest_cases, write_json
+from machine import describe_machine
 
-from herdkern.tokenizer import LLAMA3_SPLIT_PATTERN, train_bpe
-from herdkern.tokenizer.export import to_byte_level
-
-
-def train_tokenizers(texts: list[str], vocab_size: int) -> dict[str, int]:
-    """Vocabulary of the Hugging Face trainer: byte-level text -> id."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3_SPLIT_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return json.loads(tokenizer.to_str())["model"]["vocab"]
+from herdkern.tokenizer import WordCounts, train_bpe
 
 
-def train_rustbpe(texts: list[str], vocab_size: int) -> dict[bytes, int]:
-    """mergeable_ranks of rustbpe."""
-    import rustbpe
+class Training(NamedTuple):
+    """One row: vocab_size tokens on megabytes of text; 0 tokens: words are counted, nothing is trained."""
 
-    tokenizer = rustbpe.Tokenizer()
-    tokenizer.train_from_iterator(iter(texts), vocab_size, pattern=LLAMA3_SPLIT_PATTERN)
-    return {bytes(token): rank for token, rank in tokenizer.get_mergeable_ranks()}
-
-
-def train_sentencepiece(texts: list[str], vocab_size: int) -> bytes:
-    """A sentencepiece BPE model with byte fallback."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(line for text in texts for line in text.splitlines()),
-        model_writer=model,
-        vocab_size=vocab_size,
-        model_type="bpe",
-        byte_fallback=True,
-        minloglevel=2,
-    )
-    return model.getvalue()
+    name: str
+    megabytes: int
+    vocab_size: int
+    candidates: tuple[str, ...]
+    threads: int = 1
 
 
-PEERS = {"tokenizers": train_tokenizers, "rustbpe": train_rustbpe, "sentencepiece": train_sentencepiece}
+QUICK = (OURS, "herdkern-tiktoken-ties", "rustbpe", "tokenizers")
+TRAININGS = [
+    Training("2MB-8k", 2, 8_192, QUICK),
+    Training("10MB-32k", 10, 32_768, tuple(TRAINERS)),
+    Training("100MB-32k", 100, 32_768, tuple(TRAINERS)),
+    Training("700MB-128k", 700, 131_072, (OURS, "herdkern-tiktoken-ties", "rustbpe", "tokenizers", "gigatoken")),
+    Training("count-2MB", 2, 0, (OURS, "tokenizers")),
+    Training("count-10MB", 10, 0, (OURS, "rustbpe", "tokenizers")),
+    Training("count-700MB", 700, 0, (OURS,)),
+    Training("count-700MB-2-threads", 700, 0, (OURS,), 2),
+]
+IN_QUICK = {"2MB-8k", "count-2MB"}
+IN_FULL = {"700MB-128k"}
+LARGEST_INSTALLED = 10  # megabytes that every installation has
 
 
-def case(name: str, num_bytes: int, vocab_size: int, peers: tuple[str, ...]) -> Case:
-    texts: list[str] = []
+def texts_of(megabytes: int) -> list[str]:
+    """Documents of the corpus; where there is none, of the installation."""
+    folder = corpus_folder()
+    return read_corpus(folder, megabytes * 1_000_000) if folder else installed_texts(megabytes * 1_000_000)
 
-    def setup() -> dict[str, Callable[[], object]]:
-        texts[:] = installed_texts(num_bytes)
-        fns: dict[str, Callable[[], object]] = {"herdkern": lambda: train_bpe(texts, vocab_size, special_tokens=())}
-        for peer in peers:
-            try:
-                __import__(peer)
-            except ImportError as e:
-                print(f"{name}: without {peer}: {e}", file=sys.stderr)
+
+def train(candidate: str, megabytes: int, vocab_size: int, threads: int) -> dict[str, Any]:
+    """Runs in the candidate's own process. A digest stands for the vocabulary."""
+    texts = texts_of(megabytes)
+    size = sum(len(text.encode()) for text in texts)
+    run = TRAINERS[candidate]
+    if vocab_size == 0:
+        with Meter() as meter:
+            if candidate == OURS:
+                digest = len(WordCounts().add(texts, num_threads=threads))
+            else:
+                run(texts, 257)  # the least that these can be asked for
+                digest = 0
+        return {"digest": digest, "bytes": size, **vars(meter)}
+    with Meter() as meter:
+        ranks = run(texts, vocab_size)
+    tokens = sorted(ranks, key=ranks.__getitem__)
+    digest = hashlib.sha256(b"".join(b"%d " % len(token) + token for token in tokens)).hexdigest()
+    return {"digest": digest, "num_tokens": len(tokens), "bytes": size, **vars(meter)}
+
+
+def run_training(training: Training, options: argparse.Namespace) -> dict[str, Any] | None:
+    """The row of one training; None, said aloud, if ours failed or has other merges than a peer."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    failed: dict[str, str] = {}
+    task = {"function": "train", "megabytes": training.megabytes, "vocab_size": training.vocab_size}
+    for turn in range(options.rounds):
+        for candidate in training.candidates:
+            if candidate in failed or (turn and found[candidate][0]["wall_s"] > options.limit / 20):
                 continue
-            fns[peer] = lambda peer=peer: PEERS[peer](texts, vocab_size)  # type: ignore[misc]
-        return fns
+            asked = task | {"candidate": candidate, "threads": training.threads}
+            one = run_apart(asked, seconds=options.limit, threads=training.threads, wrap=options.wrap)
+            if "failed" in one:
+                failed[candidate] = f"failed: {one['failed']}"
+            else:
+                found.setdefault(candidate, []).append(one)
+    if OURS not in found:
+        print(f"\n{training.name}: no times: {failed[OURS]}", flush=True)
+        return None
+    digests = {candidate: runs[0]["digest"] for candidate, runs in found.items()}
+    for peer, twin in SAME_MERGES.items() if training.vocab_size else ():
+        if twin in failed or (peer in digests and digests[peer] != digests.get(twin)):
+            what = failed.get(twin, f"WRONG RESULT: {peer} has other merges than {twin}")
+            print(f"\n{training.name}: no times: {what}", flush=True)
+            return None
+    clock = "wall_s" if training.threads > 1 else "cpu_s"
+    samples = {candidate: [one[clock] for one in runs] for candidate, runs in found.items()}
+    num_bytes = found[OURS][0]["bytes"]
+    aside = {name: what for name, what in OTHER_TASK.items() if name in found}
+    row = make_row(training.name, samples, num_bytes, clock=clock, aside=aside, threads=training.threads)
+    row["peak_mib"] = {name: round(min(one["peak_mib"] for one in runs), 1) for name, runs in found.items()}
+    row["wall_s"] = {name: round(min(one["wall_s"] for one in runs), 3) for name, runs in found.items()}
+    if training.vocab_size:
+        row["same_merges"] = sorted(peer for peer in SAME_MERGES if peer in found)
+        lean = [peak for name, peak in row["peak_mib"].items() if name != OURS and name not in aside]
+        row["memory_of_leanest_peer"] = round(row["peak_mib"][OURS] / max(min(lean, default=0.1), 0.1), 3)
+        row["times"] = {name: round(row[name] / row[OURS], 2) for name in samples if name != OURS}
+    if failed:
+        row["failed"] = failed
+    print_row(row)
+    return row
 
-    def check(fns: dict[str, Callable[[], object]]) -> None:
-        ours = fns["herdkern"]().mergeable_ranks  # type: ignore[attr-defined]
-        assert len(ours) == vocab_size
-        if "tokenizers" in fns:
-            assert {to_byte_level(token): rank for token, rank in ours.items()} == fns["tokenizers"]()
-        if "rustbpe" in fns:
-            raw = train_bpe(texts, vocab_size, ties="raw", special_tokens=())
-            assert raw.mergeable_ranks == fns["rustbpe"]()
 
-    return Case(name=name, setup=setup, check=check, bytes=num_bytes)
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=f"Trainings: {', '.join(t.name for t in TRAININGS)}")
+    parser.add_argument("--quick", action="store_true", help="end within 45 s, without the corpus")
+    parser.add_argument("--full", action="store_true", help="also 128k tokens on 700 MB")
+    parser.add_argument("--case", default="", metavar="PART", help="only cases whose name contains PART")
+    parser.add_argument("--json", metavar="FILE", help="also write the report to FILE")
+    parser.add_argument("--rounds", type=int, metavar="N", help="runs of those that take no time (default 3)")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help="the end of a candidate (default 600)")
+    parser.add_argument("--wrap", type=shlex.split, default=[], metavar="CMD", help="runs each process under CMD")
+    options = parser.parse_args()
+    options.rounds = options.rounds or (1 if options.quick else 3)
+    options.limit = options.limit or (30 if options.quick else 600)
+    return options
 
 
-BENCH = Bench(
-    "bpe_train",
-    [
-        case("2MB-8k", 2_000_000, 8_192, ("tokenizers", "rustbpe", "sentencepiece")),
-        case("10MB-32k", 10_000_000, 32_768, ("tokenizers", "rustbpe")),
-    ],
-)
-test_bpe_train = pytest_cases(BENCH)
+def chosen(options: argparse.Namespace) -> list[Training]:
+    """The trainings that were asked for and whose text is there."""
+    if options.quick:
+        os.environ.pop("HERDKERN_CORPUS", None)
+        return [training for training in TRAININGS if training.name in IN_QUICK and options.case in training.name]
+    some = [t for t in TRAININGS if options.case in t.name and t.name not in IN_QUICK]
+    some = [t for t in some if options.full or t.name not in IN_FULL]
+    if corpus_folder() is None:
+        for training in some:
+            if training.megabytes > LARGEST_INSTALLED:
+                print(f"{training.name} is left out: HERDKERN_CORPUS must name a folder of corpus.py", flush=True)
+        some = [t for t in some if t.megabytes <= LARGEST_INSTALLED]
+    cores = len(os.sched_getaffinity(0))
+    return [t for t in some if t.threads <= cores]
+
+
+def main() -> int:
+    answer({"train": train})
+    options = parse()
+    trainings = chosen(options)
+    machine = describe_machine(1) | {"clock": "cpu", "corpus": "installed" if corpus_folder() is None else "corpus"}
+    print(
+        f"bpe_train on {machine['cpu']}, {machine['cores']} cores, CPU seconds of one thread, {machine['corpus']} text"
+    )
+    rows: list[dict[str, Any]] = []
+    report = {"bench": "bpe_train", "unit": "ms", "quick": options.quick, "cases": rows, "machine": machine}
+    start = time.time()
+    for i, training in enumerate(trainings):
+        row = run_training(training, options)
+        rows += [row] if row else []
+        write_json(options.json, report | {"unfinished": True})
+        print(f"  {i + 1} of {len(trainings)}, {time.time() - start:.0f} s since the start", flush=True)
+    write_json(options.json, report)
+    if options.json:
+        bpe_picture.draw(Path(options.json))
+    return 1 if len(rows) < len(trainings) else 0
+
+
+def small() -> dict[str, Any]:
+    texts = installed_texts(1_000_000)
+    return {OURS: lambda: train_bpe(texts, 4096, special_tokens=())}
+
+
+test_bpe_train = pytest_cases(Bench("bpe_train", [Case(name="1MB-4k", setup=small)]))
 
 if __name__ == "__main__":
-    sys.exit(BENCH.main())
+    sys.exit(main())

@@ -1,6 +1,6 @@
-"""Writes the tables of README.md and docs/attention.md from benchmarks/results/*.json.
+"""Writes the tables of README.md, docs/attention.md and docs/tokenizer.md from benchmarks/results/*.json.
 
-README has one row for each benchmark, docs/attention.md one for each case of attention.
+README has one row for each benchmark, the pages one for each case of attention and of the tokenizer.
 
     python benchmarks/collect.py --run             runs every benchmark in full first and keeps its JSON report
     python benchmarks/collect.py --run --quick     the same in the short form; the table says so
@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import attention_picture
+import bpe_table
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 ATTENTION = HERE.parent / "docs/attention.md"
+TOKENIZER = HERE.parent / "docs/tokenizer.md"
 MARKERS = re.compile(r"(<!-- benchmarks -->\n).*?(<!-- /benchmarks -->)", re.S)
 
 
@@ -83,6 +85,12 @@ def attention_page(folder: Path, text: str) -> str:
     return MARKERS.sub(lambda m: m[1] + "\n".join(parts) + m[2], text)
 
 
+def tokenizer_page(folder: Path, text: str) -> str:
+    """`text` with the tables of the tokenizer's reports."""
+    reports = {report["bench"]: report for report in load_reports(folder)}
+    return MARKERS.sub(lambda m: m[1] + bpe_table.tables(reports) + m[2], text)
+
+
 def is_peer(name: str, reports: list[dict[str, Any]]) -> bool:
     """Whether a package is torch or named by some implementation of some case."""
     implementations = {key for report in reports for case in report["cases"] for key in case.get("spread", {})}
@@ -105,7 +113,8 @@ def main() -> int:
     failed = run_all(folder, *(["--quick"] if "--quick" in sys.argv else [])) if "--run" in sys.argv else 0
     text = README.read_text(encoding="utf-8")
     README.write_text(MARKERS.sub(lambda m: m[1] + table(load_reports(folder)) + m[2], text), encoding="utf-8")
-    ATTENTION.write_text(attention_page(folder, ATTENTION.read_text(encoding="utf-8")), encoding="utf-8")
+    for page, write in ((ATTENTION, attention_page), (TOKENIZER, tokenizer_page)):
+        page.write_text(write(folder, page.read_text(encoding="utf-8")), encoding="utf-8")
     return 1 if failed else 0
 
 

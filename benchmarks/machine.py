@@ -15,7 +15,7 @@ from typing import Any
 
 PACKAGES = (
     "torch numpy tiktoken tokenizers rustbpe sentencepiece datasketch rensa transformers selectolax resiliparse "
-    "trafilatura fastwarc zstandard pyarrow"
+    "trafilatura fastwarc zstandard pyarrow bpeasy gigatoken snaptokens fastokens tokie kitoken quicktok-v1 rs-bpe"
 ).split()
 LSCPU = ("Model name", "Socket(s)", "Core(s) per socket", "Thread(s) per core", "L1d cache", "L2 cache", "L3 cache")
 

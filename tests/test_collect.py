@@ -6,6 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))  # the scripts find each other there
 import attention_picture
+import bpe_table
 import collect
 import harness
 
@@ -105,3 +106,37 @@ def test_a_peer_that_is_not_timed_at_one_thread_is_named(capsys):
     harness.print_case(slow, result | found)
     assert "no part of ratio_1_thread: slow" in capsys.readouterr().out
     assert (torch.get_num_threads(), harness.clock.kind) == (threads, kind)
+
+
+def test_tokenizer_tables_show_what_failed():
+    machine = MACHINE | {"versions": {"rustbpe": "1", "tiktoken": "2"}}
+    train = {"case": "10MB", "herdkern": 500.0, "rustbpe": 3000.0, "spread": {"herdkern": 0, "rustbpe": 0}}
+    train |= {"mb_per_s": {"herdkern": 20.0, "rustbpe": 3.3}, "peak_mib": {"herdkern": 5.0, "rustbpe": 50.0}}
+    train |= {"failed": {"tokenizers": "failed: not finished in 600 s"}}
+    encode = {"case": "cl100k english large cold", "herdkern": 50.0, "tiktoken": 500.0, "phase": "cold"}
+    encode |= {"ratio": 10.0, "best_peer": "tiktoken", "spread": {"herdkern": 0, "tiktoken": 0}}
+    encode |= {
+        "mb_per_s": {"herdkern": 100.0, "tiktoken": 10.0},
+        "failed": {"tokie": "other ids, for instance for 'x'"},
+    }
+    reports = {
+        "bpe_train": {"machine": machine, "cases": [train]},
+        "bpe_encode": {
+            "machine": machine,
+            "cases": [encode],
+            "exactness": {
+                "cl100k": {"kitoken": {"string": "\u200d", "number": 3, "of": 9}, "rs-bpe": {"string": None}}
+            },
+            "worst_case": {"cl100k": [{"family": "spaces", "ratio": 2.1, "mb_per_s": 80.0}]},
+        },
+    }
+    text = bpe_table.tables(reports)
+    assert "| 10MB | herdkern | 0.5 |  | 20 | 5 |" in text
+    assert "|  | rustbpe | 3 | 6.0 | 3.3 | 50 |" in text
+    assert "| | tokenizers | failed: not finished in 600 s |" in text
+    assert "| cl100k english large | 100 (10.00 × tiktoken) |  |  |  |" in text
+    assert "tokie: other ids, for instance for 'x' (cl100k english large)" in text
+    assert "kitoken, cl100k: 3 of 9 torture strings" in text
+    assert "rs-bpe" not in text
+    assert "2.10 times the time" in text
+    assert "no full run on record" in bpe_table.tables({"bpe_train": reports["bpe_train"] | {"quick": True}})
