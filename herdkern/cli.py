@@ -3,11 +3,12 @@
 Exit status: 0 done, 1 the work failed (the message says what to do), 2 the command line is wrong, 130 interrupted.
 """
 
-import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from herdkern.command import UsageError, near, parse
 
 USAGE = """usage: herdkern COMMAND [ARGUMENTS]
 
@@ -15,17 +16,15 @@ USAGE = """usage: herdkern COMMAND [ARGUMENTS]
   report RUN        write RUN/report.html again
   generate          continue a prompt with the model of a run or a Hugging Face folder
   export            write a run's model as a Hugging Face folder
-  tokenizer train   learn a byte-level BPE vocabulary from text, JSONL or Parquet
+  tokenizer count   count the words of JSONL, Parquet or text files, within a memory budget
+  tokenizer merge   sum word counts, weighted
+  tokenizer train   learn a byte-level BPE vocabulary from word counts, JSONL, Parquet or text
   tokenizer encode  token ids of a text
   extract           clean documents from WARC, HTML, JSONL, Parquet or text
   dedup             drop URL, near-duplicate and repeated-line copies from documents
   env               versions, processor, backends and a self-test
 
 `herdkern COMMAND --help` tells more; `herdkern run RECIPE --help` lists every setting. Version: herdkern --version"""
-
-
-class UsageError(Exception):
-    """The command line is wrong: exit status 2."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,19 +64,6 @@ def _dispatch(args: list[str]) -> int:
         known = [*COMMANDS, "tokenizer"]
         raise UsageError(f"COMMAND must be one of {', '.join(known)}, got {command!r}{near(command, known)}")
     return COMMANDS[command](rest)
-
-
-def near(word: str, known: Sequence[str]) -> str:
-    """ "; did you mean X?" for the closest known word, or nothing."""
-    found = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
-
-
-def _parse(function: Callable[..., int], args: list[str], name: str) -> int:
-    """Call `function` with its parameters read from the command line."""
-    import tyro
-
-    return tyro.cli(function, args=args, prog=f"herdkern {name}", config=(tyro.conf.FlagCreatePairsOff,))
 
 
 def _run(args: list[str]) -> int:
@@ -137,7 +123,7 @@ def _report(args: list[str]) -> int:
         print(write_report(run, out))
         return 0
 
-    return _parse(report, args, "report")
+    return parse(report, args, "report")
 
 
 def _env(args: list[str]) -> int:
@@ -147,7 +133,7 @@ def _env(args: list[str]) -> int:
 
         return report()
 
-    return _parse(env, args, "env")
+    return parse(env, args, "env")
 
 
 def _generate(args: list[str]) -> int:
@@ -177,7 +163,7 @@ def _generate(args: list[str]) -> int:
         print(prompt + continue_text(model_folder(model), prompt, settings))
         return 0
 
-    return _parse(generate, args, "generate")
+    return parse(generate, args, "generate")
 
 
 def model_folder(path: Path) -> Path:
@@ -208,7 +194,7 @@ def _export(args: list[str]) -> int:
         print(out)
         return 0
 
-    return _parse(export, args, "export")
+    return parse(export, args, "export")
 
 
 def _extract(args: list[str]) -> int:
@@ -233,7 +219,7 @@ def _extract(args: list[str]) -> int:
         print("\n".join(map(str, files)))
         return 0
 
-    return _parse(extract, args, "extract")
+    return parse(extract, args, "extract")
 
 
 def _dedup(args: list[str]) -> int:
@@ -265,7 +251,7 @@ def _dedup(args: list[str]) -> int:
         print("\n".join(map(str, files)))
         return 0
 
-    return _parse(dedup, args, "dedup")
+    return parse(dedup, args, "dedup")
 
 
 def _some(inputs: tuple[Path, ...], command: str) -> tuple[Path, ...]:
@@ -275,56 +261,9 @@ def _some(inputs: tuple[Path, ...], command: str) -> tuple[Path, ...]:
 
 
 def _tokenizer(args: list[str]) -> int:
-    known = {"train": _tokenizer_train, "encode": _tokenizer_encode}
-    if not args or args[0] in ("-h", "--help"):
-        print("usage: herdkern tokenizer train|encode [ARGUMENTS]\n\n`herdkern tokenizer train --help` tells more.")
-        return 0 if args else 2
-    if args[0] not in known:
-        raise UsageError(f"tokenizer: the action must be train or encode, got {args[0]!r}{near(args[0], list(known))}")
-    return known[args[0]](args[1:])
+    from herdkern.tokenizer.cli import main as tokenizer_main
 
-
-def _tokenizer_train(args: list[str]) -> int:
-    def train(inputs: tuple[Path, ...], /, out: Path, vocab_size: int = 32_000, num_threads: int = 0) -> int:
-        """Learn a byte-level BPE vocabulary; writes tokenizer.model (tiktoken) and tokenizer.json (Hugging Face).
-
-        Args:
-            inputs: JSONL, Parquet or text files, plain or compressed.
-            out: The folder to write.
-            vocab_size: Entries, special tokens included.
-            num_threads: 0 takes the usable cores; the result is the same for any number.
-        """
-        from herdkern.data.document import read_documents
-        from herdkern.tokenizer import train_bpe
-
-        files = _some(inputs, "tokenizer train")
-        texts = (document.text for path in files for document in read_documents(path))
-        tokenizer = train_bpe(texts, vocab_size, num_threads=num_threads or None)
-        tokenizer.save(out)
-        print(f"{out}: {tokenizer.n_vocab:,} entries")
-        return 0
-
-    return _parse(train, args, "tokenizer train")
-
-
-def _tokenizer_encode(args: list[str]) -> int:
-    def encode(text: str, /, tokenizer: Path, show: bool = False) -> int:
-        """Token ids of a text, on one line.
-
-        Args:
-            text: The text; "-" reads it from standard input.
-            tokenizer: A folder that `tokenizer train` or a run wrote.
-            show: Print each token's bytes beside its id.
-        """
-        from herdkern.tokenizer import Tokenizer
-
-        loaded = Tokenizer.load(tokenizer)
-        ids = loaded.encode_ordinary(sys.stdin.read() if text == "-" else text)
-        lines = [f"{token:7} {loaded.token_bytes(token)!r}" for token in ids] if show else [" ".join(map(str, ids))]
-        print("\n".join(lines))
-        return 0
-
-    return _parse(encode, args, "tokenizer encode")
+    return tokenizer_main(args)
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {

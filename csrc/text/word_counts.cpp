@@ -3,99 +3,277 @@
 
 #include <algorithm>
 #include <atomic>
-#include <iterator>
 #include <stdexcept>
+#include <thread>
 
+#include "text/json_lines.h"
 #include "text/parallel.h"
-#include "text/unicode_split.h"
+#include "text/word_runs.h"
 
 namespace herdkern::text {
 
 namespace {
 
-void increase(int64_t& total, int64_t count) {
-  if (__builtin_add_overflow(total, count, &total)) {
-    throw std::overflow_error("word counts: the count of one word must stay below 2**63");
-  }
-}
-
+constexpr size_t kFirstCapacity = 64;
 constexpr size_t kTaskBytes = 1 << 18;  // documents are handed to threads in runs of about this size
+
+// The first 8 bytes of a word as a number that sorts as they do.
+inline uint64_t in_order(uint64_t loaded) {
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+  return __builtin_bswap64(loaded);
+#else
+  return loaded;
+#endif
+}
 
 }  // namespace
 
-bool WordCounts::holds(const Entry& entry, const Word& word) const {
-  if (entry.len != word.len || entry.key.low != word.key.low) return false;
-  if (word.len <= kInline) return entry.key.high == word.key.high;
-  return std::memcmp(&long_words_[entry.key.high], word.bytes, word.len) == 0;
+WordMap::WordMap() : pages_(kFirstCapacity * sizeof(Entry)) {
+  entries_ = reinterpret_cast<Entry*>(pages_.data());
+  capacity_ = kFirstCapacity;
+  max_words_ = capacity_ / 4 * 3;
 }
 
-void WordCounts::add(const Word& word, int64_t count) {
-  const size_t mask = entries_.size() - 1;
-  size_t slot = word.hash & mask;
-  for (; entries_[slot].count != 0; slot = (slot + 1) & mask) {
-    if (holds(entries_[slot], word)) return increase(entries_[slot].count, count);
-  }
+void WordMap::overflow() { throw std::overflow_error("word counts: the count of one word must stay below 2**63"); }
+
+bool WordMap::insert(const Word& word, int64_t count, size_t slot) {
   if (word.len > UINT32_MAX) throw std::length_error("word counts: a word must be shorter than 2**32 bytes");
-  Entry& entry = entries_[slot] = {word.key, count, uint32_t(word.len)};
-  if (word.len > kInline) {
-    entry.key.high = long_words_.size();
-    long_words_.insert(long_words_.end(), word.bytes, word.bytes + word.len);
+  const size_t arena_bytes = long_words_.num_bytes() + (word.len > 16 ? long_words_.cost(word.len) : 0);
+  if (num_words_ != 0 && arena_bytes + pages_.num_bytes() > max_bytes_ && word.len > 16) return false;
+  if (num_words_ >= max_words_) {
+    if (!grow(max_bytes_ - std::min(max_bytes_, arena_bytes))) return false;
+    for (slot = home(word.hash); entries_[slot].count != 0;) slot = slot + 1 == capacity_ ? 0 : slot + 1;
   }
-  if (++num_words_ * 2 > entries_.size()) grow();
+  Entry& entry = entries_[slot];
+  entry = {word.key.low, word.key.high, count, uint32_t(word.len), uint32_t(word.hash >> 32)};
+  if (word.len > 16) entry.high = reinterpret_cast<uint64_t>(long_words_.store(word.bytes, word.len));
+  ++num_words_;
+  return true;
 }
 
-void WordCounts::grow() {
-  std::vector<Entry> old(entries_.size() * 2);
-  old.swap(entries_);
-  const size_t mask = entries_.size() - 1;
-  for (const Entry& entry : old) {
+// Slots are in order of the tag, so both tables are walked from front to back; what was read goes back to the system.
+bool WordMap::grow(size_t max_table_bytes) {
+  const size_t capacity = std::min(capacity_ + capacity_ / 2, max_table_bytes / sizeof(Entry));
+  if (capacity < capacity_ + capacity_ / 8) return false;
+  if (capacity > UINT32_MAX) throw std::length_error("word counts: too many different words for one table");
+  Pages old = std::move(pages_);
+  const Entry* old_entries = entries_;
+  const size_t old_capacity = capacity_;
+  pages_ = Pages(capacity * sizeof(Entry));
+  entries_ = reinterpret_cast<Entry*>(pages_.data());
+  capacity_ = capacity;
+  max_words_ = capacity / 4 * 3;
+  for (size_t i = 0; i < old_capacity; ++i) {
+    if (i % (Pages::kHugePage / sizeof(Entry)) == 0) old.give_back(i * sizeof(Entry));
+    const Entry& entry = old_entries[i];
     if (entry.count == 0) continue;
-    size_t slot = (entry.len <= kInline ? hash_key(entry.key, entry.len) : entry.key.low) & mask;
-    while (entries_[slot].count != 0) slot = (slot + 1) & mask;
+    size_t slot = home(uint64_t(entry.tag) << 32);
+    while (entries_[slot].count != 0) slot = slot + 1 == capacity_ ? 0 : slot + 1;
     entries_[slot] = entry;
   }
+  return true;
+}
+
+bool WordMap::before(const Entry& a, const Entry& b) {
+  if (a.low != b.low) return in_order(a.low) < in_order(b.low);
+  if (a.len > 16 || b.len > 16) return word_of(a) < word_of(b);
+  if (a.high != b.high) return in_order(a.high) < in_order(b.high);
+  return a.len < b.len;  // words that differ in zeros at their ends alone
+}
+
+void WordMap::sort_entries() {
+  Entry* end = std::remove_if(entries_, entries_ + capacity_, [](const Entry& entry) { return entry.count == 0; });
+  std::sort(entries_, end, before);
+}
+
+void WordMap::clear() {
+  std::memset(static_cast<void*>(entries_), 0, capacity_ * sizeof(Entry));
+  num_words_ = 0;
+  long_words_.clear();
+}
+
+WordCounts::WordCounts(size_t max_bytes, RunFile* overflow)
+    : num_parts_(parts_for_this_machine()), parts_(new Part[num_parts_]), overflow_(overflow) {
+  for (size_t i = 0; i < num_parts_ && max_bytes != SIZE_MAX; ++i) parts_[i].map.limit_bytes(max_bytes / num_parts_);
+}
+
+// Enough that two of the threads seldom want the same part.
+size_t WordCounts::parts_for_this_machine() {
+  size_t parts = 16;
+  while (parts < 8 * std::thread::hardware_concurrency() && parts < 512) parts *= 2;
+  return parts;
+}
+
+void WordCounts::add(const Word& word, int64_t count) { add_to(parts_[word.hash & (num_parts_ - 1)].map, word, count); }
+
+void WordCounts::make_room(WordMap& map, const Word& word, int64_t count) {
+  if (overflow_ == nullptr) throw std::logic_error("word counts: a table with a limit needs a file for what passes it");
+  overflow_->append(map);
+  map.add(word, count);
 }
 
 void WordCounts::merge(const WordCounts& other) {
+  // Of itself, every word is found, so nothing moves under the walk.
   other.for_each([this](std::string_view word, int64_t count) {
     const auto* bytes = reinterpret_cast<const uint8_t*>(word.data());
     add(make_word(bytes, word.size(), bytes + word.size()), count);
   });
 }
 
+void WordCounts::drain() {
+  for (size_t i = 0; i < num_parts_; ++i) {
+    if (parts_[i].map.num_words() != 0) overflow_->append(parts_[i].map);
+  }
+}
+
+size_t WordCounts::num_words() const {
+  size_t total = 0;
+  for (size_t i = 0; i < num_parts_; ++i) total += parts_[i].map.num_words();
+  return total;
+}
+
+std::vector<const WordMap::Entry*> WordCounts::sorted() const {
+  std::vector<const WordMap::Entry*> entries;
+  entries.reserve(num_words());
+  for (size_t i = 0; i < num_parts_; ++i) parts_[i].map.collect(entries);
+  std::sort(entries.begin(), entries.end(), [](const auto* a, const auto* b) { return WordMap::before(*a, *b); });
+  return entries;
+}
+
+// The words of one thread on their way into the table, in groups by part. They point into the texts.
+class GroupedWords {
+ public:
+  explicit GroupedWords(WordCounts& counts)
+      : counts_(counts), mask_(counts.num_parts_ - 1), groups_(new Group[counts.num_parts_]) {}
+
+  void push(const Word& word) {
+    Group& group = groups_[word.hash & mask_];
+    group.words[group.size] = word;
+    if (++group.size == kGroup) bring(size_t(word.hash & mask_));
+  }
+  void flush() {
+    for (size_t part = 0; part <= mask_; ++part) bring(part);
+  }
+
+ private:
+  static constexpr uint32_t kGroup = 32;
+  struct Group {
+    uint32_t size = 0;
+    Word words[kGroup];
+  };
+
+  void bring(size_t index) {
+    Group& group = groups_[index];
+    const uint32_t size = group.size;
+    group.size = 0;
+    WordCounts::Part& part = counts_.parts_[index];
+    const std::lock_guard<std::mutex> lock(part.mutex);
+    for (uint32_t i = 0; i < size; ++i) part.map.prefetch(group.words[i]);
+    for (uint32_t i = 0; i < size; ++i) counts_.add_to(part.map, group.words[i], 1);
+  }
+
+  WordCounts& counts_;
+  const uint64_t mask_;
+  std::unique_ptr<Group[]> groups_;
+};
+
 namespace {
 
-// Words go through in groups: first all are cut and their slots asked for, then all are counted.
-void count_text(std::string_view text, const WordScanner& scanner, WordCounts& table) {
-  WordCounts::Word words[16];
-  const auto* p = reinterpret_cast<const uint8_t*>(text.data());
-  const uint8_t* end = p + text.size();
-  while (p < end) {
-    size_t num_words = 0;
-    for (; num_words < std::size(words) && p < end; ++num_words) {
-      const uint8_t* stop = scanner.next(p, end);
-      words[num_words] = WordCounts::make_word(p, size_t(stop - p), end);
-      table.prefetch(words[num_words]);
-      p = stop;
-    }
-    for (size_t i = 0; i < num_words; ++i) table.add(words[i], 1);
+template <typename Scanner>
+void push_words(const Scanner& scanner, std::string_view text, GroupedWords& words) {
+  const auto* word = reinterpret_cast<const uint8_t*>(text.data());
+  const uint8_t* end = word + text.size();
+  auto cursor = scanner.cursor(word, end);
+  while (const uint8_t* stop = cursor.next()) {
+    words.push(make_word(word, size_t(stop - word), end));
+    word = stop;
   }
 }
 
 }  // namespace
 
-void count_words(const std::vector<std::string_view>& texts, int num_threads, std::vector<WordCounts>& tables) {
+void count_words(const std::vector<std::string_view>& texts, const Splitter& splitter, int num_threads,
+                 WordCounts& counts) {
   num_threads = std::max(1, num_threads);
-  if (tables.size() < size_t(num_threads)) tables.resize(num_threads);
-  const WordScanner scanner;
   const std::vector<size_t> borders = task_borders(texts, kTaskBytes);
   std::atomic<size_t> next_task{0};
-  parallel_for(num_threads, num_threads, [&](int64_t thread) {
-    WordCounts& table = tables[thread];
-    for (size_t task; (task = next_task.fetch_add(1)) + 1 < borders.size();) {
-      for (size_t i = borders[task]; i < borders[task + 1]; ++i) count_text(texts[i], scanner, table);
-    }
+  splitter.visit([&](const auto& scanner) {
+    parallel_for(num_threads, num_threads, [&](int64_t) {
+      GroupedWords words(counts);
+      for (size_t task; (task = next_task.fetch_add(1)) + 1 < borders.size();) {
+        for (size_t i = borders[task]; i < borders[task + 1]; ++i) push_words(scanner, texts[i], words);
+      }
+      words.flush();
+    });
   });
+}
+
+namespace {
+
+// Whole lines of about kTaskBytes, or one longer line.
+struct LineTask {
+  std::string_view lines;
+  uint64_t first_number;
+};
+
+std::vector<LineTask> line_tasks(std::string_view lines) {
+  std::vector<LineTask> tasks;
+  const char* begin = lines.data();
+  const char* const end = begin + lines.size();
+  uint64_t first = 0, number = 0;
+  for (const char* p = begin; p < end;) {
+    p = static_cast<const char*>(std::memchr(p, '\n', size_t(end - p))) + 1;
+    ++number;
+    if (size_t(p - begin) < kTaskBytes && p < end) continue;
+    tasks.push_back({{begin, size_t(p - begin)}, first});
+    begin = p;
+    first = number;
+  }
+  return tasks;
+}
+
+// Counts the lines of one task; those that are left go to `others`. Texts without escapes stay where they are, the
+// others lie in the scratch until the words are in the table.
+template <typename Scanner>
+void count_task(const LineTask& task, std::string_view key, const Scanner& scanner, std::vector<char>& scratch,
+                GroupedWords& words, std::vector<OtherLine>& others) {
+  scratch.resize(std::max(scratch.size(), task.lines.size()));
+  char* free = scratch.data();
+  const char* p = task.lines.data();
+  const char* const end = p + task.lines.size();
+  for (uint64_t number = task.first_number; p < end; ++number) {
+    const auto* stop = static_cast<const char*>(std::memchr(p, '\n', size_t(end - p)));
+    const std::string_view line(p, size_t(stop - p));
+    std::string_view text;
+    const JsonLine kind = text_of_json_line(line, key, free, text);
+    if (kind == JsonLine::kText) push_words(scanner, text, words);
+    if (kind == JsonLine::kOther) others.push_back({number, line});
+    p = stop + 1;
+  }
+  words.flush();
+}
+
+}  // namespace
+
+std::vector<OtherLine> count_json_lines(std::string_view lines, std::string_view key, const Splitter& splitter,
+                                        int num_threads, WordCounts& counts) {
+  if (!lines.empty() && lines.back() != '\n') throw std::invalid_argument("count_json_lines: the last line must end");
+  num_threads = std::max(1, num_threads);
+  const std::vector<LineTask> tasks = line_tasks(lines);
+  std::vector<std::vector<OtherLine>> others(tasks.size());
+  std::atomic<size_t> next_task{0};
+  splitter.visit([&](const auto& scanner) {
+    parallel_for(num_threads, num_threads, [&](int64_t) {
+      GroupedWords words(counts);
+      std::vector<char> scratch;
+      for (size_t task; (task = next_task.fetch_add(1)) < tasks.size();) {
+        count_task(tasks[task], key, scanner, scratch, words, others[task]);
+      }
+    });
+  });
+  std::vector<OtherLine> all;
+  for (const auto& some : others) all.insert(all.end(), some.begin(), some.end());
+  return all;
 }
 
 }  // namespace herdkern::text

@@ -113,7 +113,7 @@ def read_documents(
     them; ValueError for another suffix.
     """
     path = Path(path)
-    kind = _kind(path)
+    kind = document_kind(path)
     may_lose = on_bad is not raise_bad_record
     limits = _Limits(
         line_bytes=max_line_bytes or (MAX_LINE_BYTES if may_lose else OWN_LINE_BYTES),
@@ -131,7 +131,8 @@ def read_documents(
         on_bad(BadRecord(f"{path.name}#{error.offset}", error.reason, str(error)))
 
 
-def _kind(path: Path) -> str:
+def document_kind(path: Path) -> str:
+    """ "jsonl", "text" or "parquet", by the suffix. Raises: ValueError for another suffix."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in (".gz", ".zst"):
         suffixes.pop()
@@ -150,34 +151,40 @@ def _kind(path: Path) -> str:
 
 def _read_json_lines(path: Path, on_bad: OnBad, limits: _Limits, text_key: str, html_key: str) -> Iterator[Document]:
     for number, _, line in read_lines(path, max_line_bytes=limits.line_bytes, max_expansion=limits.expansion):
-        record = f"{path.name}#{number}"
-
-        def bad(reason: str, detail: str, *, record: str = record, number: int = number) -> None:
-            on_bad(BadRecord(record, reason, f"{path}, line {number}: {detail}"))
-
         if line is None:
-            bad("line_too_long", f"longer than {limits.line_bytes} bytes; split it or raise max_line_bytes")
+            detail = f"{path}, line {number}: longer than {limits.line_bytes} bytes; split it or raise max_line_bytes"
+            on_bad(BadRecord(f"{path.name}#{number}", "line_too_long", detail))
             continue
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.strip():
             continue
-        try:
-            values = json.loads(line.decode())
-        except UnicodeDecodeError as error:
-            bad("invalid_utf8", f"byte {error.start} is not UTF-8")
-            continue
-        except RecursionError:
-            bad("invalid_json", "nested too deeply")
-            continue
-        except ValueError as error:
-            bad("invalid_json", str(error))
-            continue
-        document = _from_values(values, record, text_key, html_key)
-        if isinstance(document, str):
-            bad("no_text", document)
+        document = document_of_line(line, path, number, text_key=text_key, html_key=html_key)
+        if isinstance(document, BadRecord):
+            on_bad(document)
         else:
             yield document
+
+
+def document_of_line(
+    line: bytes, path: Path, number: int, *, text_key: str = "text", html_key: str = ""
+) -> Document | BadRecord:
+    """The document in one line of JSON that is not blank, or what is wrong with it. number: of the line, from 1."""
+    record = f"{path.name}#{number}"
+
+    def bad(reason: str, detail: str) -> BadRecord:
+        return BadRecord(record, reason, f"{path}, line {number}: {detail}")
+
+    try:
+        values = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return bad("invalid_utf8", f"byte {error.start} is not UTF-8")
+    except RecursionError:
+        return bad("invalid_json", "nested too deeply")
+    except ValueError as error:
+        return bad("invalid_json", str(error))
+    document = _from_values(values, record, text_key, html_key)
+    return bad("no_text", document) if isinstance(document, str) else document
 
 
 def _read_text(path: Path, on_bad: OnBad, limits: _Limits) -> Iterator[Document]:

@@ -5,10 +5,11 @@ ids = tokenizer.encode("Hello world")        # tokenizer.py
 tokenizer.save("tokenizer")                  # export.py: tokenizer.model, tokenizer.json
 """
 
+from herdkern.tokenizer.counts import WordCounts, count_shards, iter_counts, merge_counts
 from herdkern.tokenizer.pretokenize import LLAMA3_SPLIT_PATTERN, split_words
 from herdkern.tokenizer.special_tokens import BEGIN_OF_TEXT, END_OF_TEXT, llama3_special_tokens
 from herdkern.tokenizer.tokenizer import Tokenizer
-from herdkern.tokenizer.train import WordCounts, train_bpe
+from herdkern.tokenizer.train import train_bpe
 
 __all__ = [
     "BEGIN_OF_TEXT",
@@ -16,7 +17,10 @@ __all__ = [
     "LLAMA3_SPLIT_PATTERN",
     "Tokenizer",
     "WordCounts",
+    "count_shards",
+    "iter_counts",
     "llama3_special_tokens",
+    "merge_counts",
     "split_words",
     "train_bpe",
 ]

@@ -144,63 +144,6 @@ def test_threads_and_order_do_not_matter(small_texts, trained, num_threads):
     assert train_bpe(iter(shuffled), 4000, num_threads=num_threads) == trained
 
 
-def test_documents_are_borders():
-    assert dict(WordCounts().add(["a ", "b", " ", "c"]).items()) == {b"a": 1, b" ": 2, b"b": 1, b"c": 1}
-
-
-def test_counts_are_those_of_the_pattern(small_texts):
-    texts = small_texts[:40]
-    counts = WordCounts().add(text for text in texts)
-    assert dict(counts.items()) == count_naively(texts)
-    assert [word for word, _ in counts.items()] == sorted(count_naively(texts))
-    assert len(counts) == len(count_naively(texts))
-    assert counts.num_occurrences == count_naively(texts).total()
-
-
-def test_counts_merge_save_load(small_texts, tmp_path):
-    whole = WordCounts().add(small_texts)
-    parts = [WordCounts().add(small_texts[i::3], num_threads=i + 1) for i in range(3)]
-    merged = parts[2].merge(parts[0]).merge(parts[1])
-    whole.save(tmp_path / "whole")
-    merged.save(tmp_path / "merged")
-    assert (tmp_path / "whole").read_bytes() == (tmp_path / "merged").read_bytes()
-    assert dict(WordCounts.load(tmp_path / "merged").items()) == dict(whole.items())
-
-
-def test_counts_of_self_and_of_nothing(tmp_path):
-    counts = WordCounts().add(["a b"]).add("a")
-    assert dict(counts.merge(counts).items()) == {b"a": 4, b" b": 2}
-    WordCounts().save(tmp_path / "empty")
-    assert len(WordCounts.load(tmp_path / "empty")) == 0
-
-
-def test_counts_prune():
-    counts = WordCounts().add(["a b", "a c a", "a"], num_threads=2)
-    assert dict(counts.prune(2).items()) == {b"a": 3}
-    assert len(counts.prune(4)) == 0
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda data: b"", "must begin with"),
-        (lambda data: b"PK" + data, "must begin with"),
-        (lambda data: data.replace(b'"num_words": ', b'"num_words": -'), "is damaged"),
-        (lambda data: data.replace(b"{", b"[", 1), ":2: must be a JSON header"),
-        (lambda data: data[:-1], "is damaged"),
-        (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "is damaged"),
-    ],
-    ids=["empty", "foreign", "negative", "header", "truncated", "flipped"],
-)
-def test_damaged_counts_are_refused(tmp_path, damage, message):
-    path = tmp_path / "counts"
-    WordCounts().add(DOCUMENTS).save(path)
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match=message) as error:
-        WordCounts.load(path)
-    assert str(path) in str(error.value)
-
-
 def test_training_from_counts_is_training_from_texts(small_texts, small_counts, trained):
     counts = dict(small_counts.items())
     assert train_bpe(counts, 4000) == trained
@@ -216,12 +159,6 @@ def test_counts_are_64_bit():
     counts = WordCounts().add_words({b"a": (1 << 63) - 1})
     with pytest.raises(OverflowError, match="2\\*\\*63"):
         counts.merge(counts)
-
-
-@pytest.mark.parametrize("counts", [{b"": 1}, {b"a": 0}, {b"a": -1}, {b"a": 1 << 63}], ids=str)
-def test_bad_counts_are_refused(counts):
-    with pytest.raises(ValueError, match=r"WordCounts\.add_words: counts must be in"):
-        WordCounts().add_words(counts)
 
 
 def test_one_very_long_word():

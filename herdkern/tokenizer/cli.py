@@ -1,0 +1,255 @@
+"""`herdkern tokenizer ACTION ...`: count, merge, train, encode. Each action is one function, found in ACTIONS."""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from herdkern.command import UsageError, near, parse
+
+USAGE = """usage: herdkern tokenizer ACTION [ARGUMENTS]
+
+  count    count the words of JSONL, Parquet or text files, within a memory budget; goes on after a kill
+  merge    sum word counts of any number of files, weighted if you like
+  train    learn a vocabulary from word counts, JSONL, Parquet or text
+  encode   token ids of a text
+
+`herdkern tokenizer ACTION --help` tells more."""
+
+Executor = Literal["serial", "threads", "processes", "mpi", "ray", "dask"]
+
+
+def main(args: list[str]) -> int:
+    """Run one action; returns the exit status. Raises: UsageError."""
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if args else 2
+    if args[0] not in ACTIONS:
+        known = ", ".join(ACTIONS)
+        raise UsageError(f"tokenizer: the action must be one of {known}, got {args[0]!r}{near(args[0], list(ACTIONS))}")
+    return ACTIONS[args[0]](args[1:])
+
+
+def _count(args: list[str]) -> int:
+    def count(
+        inputs: tuple[Path, ...],
+        /,
+        out: Path,
+        split_pattern: str = "llama3",
+        max_memory: str = "",
+        num_threads: int = 0,
+        executor: Executor = "serial",
+        weights: tuple[str, ...] = (),
+    ) -> int:
+        """Count the words of files into one counts file. The same command again goes on where a killed one stopped.
+
+        Args:
+            inputs: JSONL, Parquet or text files, plain or compressed, or folders of them.
+            out: The counts file to write; OUT.work holds what is done until it is finished.
+            split_pattern: llama3, o200k, gpt2, qwen2, deepseek3, or a regular expression.
+            max_memory: What each process may hold, as in 200MB or 4GiB; none given sets no limit.
+            num_threads: In each process; 0 takes the usable cores (1 where an executor counts).
+            executor: Who counts groups of files: this process, a pool of threads or processes, MPI, Ray, Dask.
+            weights: NAME=FACTOR for files by path, name or glob pattern, as in "*/de/*=2" or "code.jsonl=1/3".
+        """
+        from herdkern.engine import make_executor
+        from herdkern.tokenizer.counts import count_shards
+
+        files = shard_files(inputs, "count")
+        options = {"split_pattern": split_pattern, "max_memory": to_bytes(max_memory), "weights": to_weights(weights)}
+        threads = num_threads or None
+        if executor == "serial":
+            header = count_shards(files, out, num_threads=threads, **options)  # type: ignore[arg-type]
+        else:
+            with make_executor(executor) as pool:
+                header = count_shards(files, out, num_threads=threads, executor=pool, **options)  # type: ignore[arg-type]
+        print(f"{out}: {header.num_words:,} words, {header.num_occurrences:,} occurrences")
+        return 0
+
+    return parse(count, args, "tokenizer count")
+
+
+def _merge(args: list[str]) -> int:
+    def merge(inputs: tuple[Path, ...], /, out: Path, max_memory: str = "", weights: tuple[str, ...] = ()) -> int:
+        """Sum counts files into one. The order of the files does not matter.
+
+        Args:
+            inputs: Files that `tokenizer count` or `merge` wrote, of one split pattern.
+            out: The counts file to write; it may be one of the inputs.
+            max_memory: What this process may hold, as in 200MB; none given takes 64 MiB for reading.
+            weights: NAME=FACTOR for files by path, name or glob pattern, as in "de.counts=2" or "code*=1/3".
+        """
+        from herdkern.tokenizer.counts import merge_counts
+
+        if not inputs:
+            raise UsageError("tokenizer merge: inputs must have at least one counts file, got none")
+        with _byte_bar("merge") as show:
+            header = merge_counts(
+                inputs, out, max_memory=to_bytes(max_memory), weights=to_weights(weights), progress=show
+            )
+        print(f"{out}: {header.num_words:,} words, {header.num_occurrences:,} occurrences")
+        return 0
+
+    return parse(merge, args, "tokenizer merge")
+
+
+def _train(args: list[str]) -> int:
+    def train(
+        inputs: tuple[Path, ...],
+        /,
+        out: Path,
+        vocab_size: int = 32_000,
+        ties: Literal["huggingface", "tiktoken"] = "huggingface",
+        min_frequency: int = 1,
+        max_token_length: int = 0,
+        num_threads: int = 0,
+    ) -> int:
+        """Learn a byte-level BPE vocabulary; writes tokenizer.model (tiktoken) and tokenizer.json (Hugging Face).
+
+        Args:
+            inputs: One counts file, or JSONL, Parquet or text files, plain or compressed, or folders of them.
+            out: The folder to write.
+            vocab_size: Entries, special tokens included.
+            ties: Whose merges to take where pairs are equally frequent.
+            min_frequency: Rarer pairs are not merged.
+            max_token_length: Longest token in bytes; 0 sets no limit.
+            num_threads: 0 takes the usable cores; the result is the same for any number.
+        """
+        from herdkern.data.document import read_documents
+        from herdkern.tokenizer import WordCounts, train_bpe
+
+        texts_or_counts: object
+        if len(inputs) == 1 and is_counts_file(inputs[0]):
+            texts_or_counts = WordCounts.load(inputs[0])
+        else:
+            files = shard_files(inputs, "train")
+            texts_or_counts = (document.text for path in files for document in read_documents(path))
+        with _merge_bar() as show:
+            tokenizer = train_bpe(
+                texts_or_counts,  # type: ignore[arg-type]
+                vocab_size,
+                ties="raw" if ties == "tiktoken" else ties,
+                min_frequency=min_frequency,
+                max_token_length=max_token_length or None,
+                num_threads=num_threads or None,
+                progress=show,
+            )
+        tokenizer.save(out)
+        print(f"{out}: {tokenizer.n_vocab:,} entries")
+        return 0
+
+    return parse(train, args, "tokenizer train")
+
+
+def _encode(args: list[str]) -> int:
+    def encode(text: str, /, tokenizer: Path, show: bool = False) -> int:
+        """Token ids of a text, on one line.
+
+        Args:
+            text: The text; "-" reads it from standard input.
+            tokenizer: A folder that `tokenizer train` or a run wrote.
+            show: Print each token's bytes beside its id.
+        """
+        from herdkern.tokenizer import Tokenizer
+
+        loaded = Tokenizer.load(tokenizer)
+        ids = loaded.encode_ordinary(sys.stdin.read() if text == "-" else text)
+        lines = [f"{token:7} {loaded.token_bytes(token)!r}" for token in ids] if show else [" ".join(map(str, ids))]
+        print("\n".join(lines))
+        return 0
+
+    return parse(encode, args, "tokenizer encode")
+
+
+ACTIONS: dict[str, Callable[[list[str]], int]] = {
+    "count": _count,
+    "merge": _merge,
+    "train": _train,
+    "encode": _encode,
+}
+
+
+def shard_files(inputs: tuple[Path, ...], action: str) -> list[Path]:
+    """The files of `inputs`, folders replaced by the readable files below them, sorted by path.
+
+    Raises: UsageError if there are none; FileNotFoundError; ValueError if a folder has none.
+    """
+    from herdkern.data.document import document_kind
+
+    def readable(path: Path) -> bool:
+        try:
+            document_kind(path)
+        except ValueError:
+            return False
+        return path.is_file()
+
+    files: list[Path] = []
+    for path in inputs:
+        if not path.exists():
+            raise FileNotFoundError(f"tokenizer {action}: {path} must be a file or folder, there is none")
+        below = sorted(filter(readable, path.rglob("*"))) if path.is_dir() else [path]
+        if not below:
+            raise ValueError(f"tokenizer {action}: {path} must hold JSONL, Parquet or text files, it holds none")
+        files += below
+    if not files:
+        raise UsageError(f"tokenizer {action}: inputs must have at least one file or folder, got none")
+    return files
+
+
+def is_counts_file(path: Path) -> bool:
+    """Whether a file begins as a counts file does, of any version."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as f:
+        return f.read(21) == b"herdkern word counts "
+
+
+def to_bytes(size: str) -> int | None:
+    """The bytes of "200MB", "1.5 GiB" or "1000"; None for nothing. Raises: UsageError."""
+    if not size:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", size.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise UsageError(f"tokenizer: max_memory must be a size as 200MB or 4GiB, got {size!r}")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " "))
+
+
+def to_weights(weights: tuple[str, ...]) -> dict[str, str]:
+    """{name: factor} of NAME=FACTOR texts. Raises: UsageError."""
+    for weight in weights:
+        if not re.fullmatch(r".+=[^=]+", weight):
+            raise UsageError(f"tokenizer: weights must be NAME=FACTOR, got {weight!r}")
+    return dict(weight.rsplit("=", 1) for weight in weights)  # type: ignore[misc]
+
+
+class _Bar:
+    """A bar on a terminal, nothing elsewhere: show(done, all)."""
+
+    def __init__(self, name: str, unit: str):
+        self.shown = {"desc": name, "unit": unit, "unit_scale": unit == "B", "smoothing": 0.05, "leave": False}
+        self.bar: object = None
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        return self.show
+
+    def show(self, done: int, total: int) -> None:
+        """Move the bar."""
+        if self.bar is None:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, disable=not sys.stderr.isatty(), **self.shown)
+        self.bar.update(done - self.bar.n)  # type: ignore[attr-defined]
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()  # type: ignore[attr-defined]
+
+
+def _byte_bar(name: str) -> _Bar:
+    return _Bar(name, "B")
+
+
+def _merge_bar() -> _Bar:
+    return _Bar("train", "merge")

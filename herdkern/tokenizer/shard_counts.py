@@ -1,0 +1,223 @@
+"""Counting the words of shards within a memory budget, by any executor, so that a killed run goes on where it stopped.
+
+Shards are counted in groups of about TASK_BYTES, each a task of herdkern.engine with a counts file of its own; then the
+files are merged. A task's table spills sorted runs when it reaches its share of the budget, csrc/text/word_runs.h.
+"""
+
+import concurrent.futures
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from herdkern import _text
+from herdkern.data.decompress import DamagedFileError, read_chunks
+from herdkern.data.document import (
+    BadRecord,
+    BadRecordError,
+    clean_text,
+    document_kind,
+    document_of_line,
+    read_documents,
+)
+from herdkern.engine import Run
+from herdkern.tokenizer.counts_file import (
+    CountsHeader,
+    Weight,
+    bytes_left,
+    merge_weighted,
+    whole_weights,
+    write_counts_file,
+)
+from herdkern.tokenizer.pretokenize import make_splitter, usable_threads
+
+TASK_BYTES = 256 << 20  # of input files, as they lie on disk
+LINES_BYTES = 2 << 20  # JSON lines are counted in batches of about this size
+TEXTS_BYTES = 2 << 20  # other texts
+MAX_LINE_SHARE = 16  # a line may take this part of the budget
+COUNTS = "counts"
+READER_BYTES = {"jsonl": 20 << 20, "text": 32 << 20, "parquet": 64 << 20}  # of the budget, for reading
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountConfig:
+    """What the counts depend on besides the text."""
+
+    split_pattern: tuple[str, ...]
+    unicode: str
+
+
+@dataclass(frozen=True)
+class ShardCounter:
+    """The stage function; its fields cannot change the counts, so they are no part of the configuration."""
+
+    max_memory: int | None
+    num_threads: int | None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "__qualname__", "ShardCounter")  # by which the journal knows a function
+
+    def __call__(self, inputs: list[Path], out: Path, config: CountConfig) -> dict[str, Any]:
+        """Stage: the words of the inputs into out/counts."""
+        kinds = {document_kind(path) for path in inputs}
+        if "parquet" in kinds:
+            import pyarrow.parquet  # noqa: F401  # before memory is measured
+
+        table_bytes = (
+            (1 << 62)
+            if self.max_memory is None
+            else bytes_left(self.max_memory, "count_shards", max(READER_BYTES[kind] for kind in kinds), 16 << 20)
+        )
+        splitter = make_splitter(config.split_pattern, "count_shards")
+        counter = _text.BudgetCounter(splitter, table_bytes, os.fspath(out), usable_threads(self.num_threads))
+        max_line = (self.max_memory or (1 << 34)) // MAX_LINE_SHARE
+        for path in inputs:
+            if document_kind(path) == "jsonl":
+                _count_json_lines(counter, path, max_line)
+            else:
+                _count_texts(counter, path, max_line)
+
+        def merge_bytes() -> int:
+            return (64 << 20) if self.max_memory is None else bytes_left(self.max_memory, "count_shards")
+
+        def write(descriptor: int, begin: int) -> tuple[int, ...]:
+            return counter.finish(descriptor, os.fspath(out / COUNTS), begin, merge_bytes, os.fspath(out), None)
+
+        header = write_counts_file(out / COUNTS, config.split_pattern, config.unicode, write)
+        return {"words": header.num_words, "occurrences": header.num_occurrences}
+
+
+def _count_json_lines(counter: _text.BudgetCounter, path: Path, max_line: int) -> None:
+    """The kernel reads the lines; what it does not understand is read, or refused, as read_documents does."""
+
+    def count(pieces: list[bytes], last: bool) -> None:
+        for number, line in counter.add_json_lines(pieces, "text", last):
+            document = document_of_line(line, path, number)
+            if isinstance(document, BadRecord):
+                raise BadRecordError(document)
+            counter.add_texts([document.text], 0)
+        if counter.num_pending_bytes > max_line:
+            number = counter.num_lines + 1
+            detail = f"{path}, line {number}: longer than {max_line} bytes; split it or raise max_memory"
+            raise BadRecordError(BadRecord(f"{path.name}#{number}", "line_too_long", detail))
+
+    pieces: list[bytes] = []
+    size = 0
+    try:
+        for piece in read_chunks(path, max_expansion=1 << 62):
+            pieces.append(piece)
+            size += len(piece)
+            if size >= LINES_BYTES:
+                count(pieces, False)
+                pieces, size = [], 0
+    except DamagedFileError as error:
+        raise BadRecordError(BadRecord(f"{path.name}#{error.offset}", error.reason, str(error))) from error
+    count(pieces, True)
+
+
+def _count_texts(counter: _text.BudgetCounter, path: Path, max_line: int) -> None:
+    texts = (
+        _parquet_texts(path)
+        if document_kind(path) == "parquet"
+        else (document.text for document in read_documents(path, max_line_bytes=max_line))
+    )
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= TEXTS_BYTES:
+            counter.add_texts(batch, 0)
+            batch, size = [], 0
+    counter.add_texts(batch, 0)
+
+
+def _parquet_texts(path: Path) -> Iterator[str]:
+    """The texts that read_documents would give, from the one column and in small pieces."""
+    import pyarrow
+    import pyarrow.parquet
+
+    row = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 18, pre_buffer=False) as file:
+            if "text" in file.schema_arrow.names:
+                for batch in file.iter_batches(batch_size=128, columns=["text"], use_threads=False):
+                    for text in batch.column(0).to_pylist():
+                        row += 1
+                        if not isinstance(text, str):
+                            detail = f"{path}, row {row}: must have a string 'text', got {type(text).__name__}"
+                            raise BadRecordError(BadRecord(f"{path.name}#{row - 1}", "no_text", detail))
+                        yield clean_text(text)
+                return
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        detail = f"{path}, near row {row}: {error}"
+        raise BadRecordError(BadRecord(f"{path.name}#{row}", "corrupt_parquet", detail)) from error
+    for document in read_documents(path):  # says what is wrong
+        yield document.text
+
+
+def count_shards(
+    paths: Sequence[Path | str],
+    out: Path | str,
+    *,
+    split_pattern: str | Sequence[str] = "llama3",
+    max_memory: int | None = None,
+    num_threads: int | None = None,
+    executor: concurrent.futures.Executor | None = None,
+    weights: Mapping[str, Weight] | None = None,
+    work: Path | str | None = None,
+) -> CountsHeader:
+    """Count the words of JSONL, Parquet and text files into one counts file.
+
+    paths: the files that read_documents knows, plain or compressed, each once. Their order, the number of threads and
+        the executor do not change a byte of the result.
+    max_memory: bytes that a process may hold, all in all; None: no limit. A line may take a sixteenth of it.
+    num_threads: in each process; None: the usable cores, or 1 if an executor is given.
+    executor: who counts groups of files, as herdkern.engine.make_executor gives; None: this process.
+    weights: factors by path, name or glob pattern, as in merge_counts. Counting does not depend on them.
+    work: folder of the groups' counts and of the journal. After a kill the same call goes on from there. None:
+        `<out>.work`, which is removed in the end; a folder that is given is kept, and a later call with the same files
+        and more counts only what is new, as long as the groups stay the same.
+    Raises: StageError naming the file and the cause if one cannot be read; OSError; ValueError for bad arguments.
+    """
+    files = [Path(path) for path in paths]
+    if not files:
+        raise ValueError("count_shards: paths must name at least one file, got none")
+    if len(set(files)) < len(files):
+        twice = sorted({str(path) for path in files if files.count(path) > 1})
+        raise ValueError(f"count_shards: paths must name each file once, got {twice[:3]} more than once")
+    for path in files:
+        document_kind(path)  # refuses what nobody can read
+    factors, denominator = whole_weights(files, weights or {}, "count_shards")
+    patterns = tuple(make_splitter(split_pattern, "count_shards").patterns)
+    threads = num_threads if num_threads is not None or executor is None else 1
+    folder = Path(f"{os.fspath(out)}.work") if work is None else Path(work)
+    groups = group_files(files, factors)
+    with Run(folder, executor=executor) as run:
+        config = CountConfig(split_pattern=patterns, unicode=_text.unicode_version)
+        result = run.map("count", ShardCounter(max_memory, threads), [group for group, _ in groups], config=config)
+        parts = [task / COUNTS for task in result.tasks]
+        header = merge_weighted(parts, [factor for _, factor in groups], denominator, out, max_memory=max_memory)
+    if work is None:
+        shutil.rmtree(folder)
+    return header
+
+
+def group_files(files: Sequence[Path], factors: Sequence[int]) -> list[tuple[list[Path], int]]:
+    """Files of one factor each in groups of about TASK_BYTES, in their order; those of factor 0 are left out."""
+    groups: list[tuple[list[Path], int]] = []
+    last: dict[int, list[Path]] = {}
+    size: dict[int, int] = {}
+    for path, factor in zip(files, factors):
+        if factor == 0:
+            continue
+        if size.get(factor, TASK_BYTES) >= TASK_BYTES:
+            last[factor], size[factor] = [], 0
+            groups.append((last[factor], factor))
+        last[factor].append(path)
+        size[factor] += path.stat().st_size
+    if not groups:
+        raise ValueError("count_shards: weights must leave a file, got 0 for all of them")
+    return groups

@@ -1,0 +1,113 @@
+"""Word counts in memory: against a naive twin over the `regex` package, and what may not change a count."""
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from herdkern.tokenizer import LLAMA3_SPLIT_PATTERN, WordCounts, split_words
+from herdkern.tokenizer.pretokenize import SPLIT_PATTERNS
+
+DOCUMENTS = [
+    "the cat sat on the mat, the other cat sat on the hat",
+    "aaaa aaaaaaa abababab bababa aabaab",
+    "it's 1234 o'clock\n\n\nthe   cat\r\n",
+    "ééé Жжж 中中中 中中",
+    "a" * 15 + " " + "a" * 16 + " " + "a" * 17 + " " + "b" * 5000,
+]
+
+
+def count_naively(documents):
+    return Counter(word for document in documents for word in split_words(document))
+
+
+def test_counts_are_those_of_the_regex_package(small_texts):
+    regex = pytest.importorskip("regex")
+    pattern = regex.compile(LLAMA3_SPLIT_PATTERN)
+    texts = DOCUMENTS + small_texts[:60]
+    naive = Counter(word.encode() for text in texts for word in pattern.findall(text))
+    counts = WordCounts().add(text for text in texts)
+    assert dict(counts.items()) == naive
+    assert [word for word, _ in counts.items()] == sorted(naive)
+    assert len(counts) == len(naive)
+    assert counts.num_occurrences == naive.total()
+
+
+def test_documents_are_borders():
+    assert dict(WordCounts().add(["a ", "b", " ", "c"]).items()) == {b"a": 1, b" ": 2, b"b": 1, b"c": 1}
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_threads_and_order_do_not_matter(small_texts, tmp_path, num_threads):
+    shuffled = random.Random(num_threads).sample(small_texts, len(small_texts))
+    WordCounts().add(small_texts, num_threads=1).save(tmp_path / "one")
+    WordCounts().add(iter(shuffled), num_threads=num_threads).save(tmp_path / "many")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "many").read_bytes()
+
+
+# Words that share their first 8 and 16 bytes, that end in zeros, and that are as long as the borders of the key.
+ends = st.sampled_from([b"", b"\0", b"\0\0", b"a", b"aa", b"b", b"\xff"])
+words = st.builds(lambda n, end, tail: b"a" * n + end + tail, st.integers(0, 40), ends, ends).filter(len)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.dictionaries(words, st.integers(1, 1 << 40), max_size=40), max_size=4))
+def test_a_table_is_a_counter(parts):
+    naive: Counter[bytes] = Counter()
+    counts = WordCounts()
+    for part in parts:
+        naive.update(part)
+        counts.add_words(part)
+    assert list(counts.items()) == sorted(naive.items())
+
+
+def test_a_growing_table_loses_nothing():
+    rng = random.Random(1)
+    naive = Counter(rng.randbytes(rng.randint(1, 24)) for _ in range(60_000))
+    counts = WordCounts().add_words(naive)
+    more = Counter(dict.fromkeys(rng.sample(sorted(naive), 1000), 3))
+    assert dict(counts.add_words(more).items()) == naive + more
+
+
+def test_merge_and_prune(small_texts):
+    texts = small_texts[:60]
+    parts = [WordCounts().add(texts[i::3], num_threads=i + 1) for i in range(3)]
+    assert dict(parts[2].merge(parts[0]).merge(parts[1]).items()) == count_naively(texts)
+    counts = WordCounts().add(["a b"]).add("a")
+    assert dict(counts.merge(counts).items()) == {b"a": 4, b" b": 2}
+    counts = WordCounts().add(["a b", "a c a", "a"], num_threads=2)
+    assert dict(counts.prune(2).items()) == {b"a": 3}
+    assert len(counts.prune(4)) == 0
+
+
+def test_counts_are_64_bit():
+    counts = WordCounts().add_words({b"a": (1 << 63) - 2, b"c": 1 << 33}).add("a").add("c")
+    assert dict(counts.items()) == {b"a": (1 << 63) - 1, b"c": (1 << 33) + 1}
+    with pytest.raises(OverflowError, match=r"2\*\*63"):
+        counts.add("a")
+    with pytest.raises(OverflowError, match=r"2\*\*63"):
+        counts.merge(counts)
+
+
+@pytest.mark.parametrize("counts", [{b"": 1}, {b"a": 0}, {b"a": -1}, {b"a": 1 << 63}], ids=str)
+def test_bad_counts_are_refused(counts):
+    with pytest.raises(ValueError, match=r"WordCounts\.add_words: counts must be in"):
+        WordCounts().add_words(counts)
+
+
+def test_bad_texts_are_refused():
+    with pytest.raises(ValueError, match=r"texts\[2\] must be text that UTF-8 can hold"):
+        WordCounts().add(["a", "b", "c\udfff"])
+    with pytest.raises(TypeError, match=r"texts\[1\] must be str or bytes, got NoneType"):
+        WordCounts().add(["a", None])
+
+
+def test_other_patterns():
+    if "gpt2" not in SPLIT_PATTERNS:
+        pytest.skip("needs the split pattern gpt2")
+    counts = WordCounts("gpt2").add("it's 12345")
+    assert dict(counts.items()) == {b"it": 1, b"'s": 1, b" 12345": 1}
+    with pytest.raises(ValueError, match=r"WordCounts\.merge: other must be split by"):
+        counts.merge(WordCounts())
