@@ -127,7 +127,7 @@ def _train(args: list[str]) -> int:
             texts_or_counts = (document.text for path in files for document in read_documents(path))
         with _merge_bar() as show:
             tokenizer = train_bpe(
-                texts_or_counts,  # type: ignore[arg-type]
+                texts_or_counts,
                 vocab_size,
                 ties="raw" if ties == "tiktoken" else ties,
                 min_frequency=min_frequency,
@@ -221,7 +221,7 @@ def to_weights(weights: tuple[str, ...]) -> dict[str, str]:
     for weight in weights:
         if not re.fullmatch(r".+=[^=]+", weight):
             raise UsageError(f"tokenizer: weights must be NAME=FACTOR, got {weight!r}")
-    return dict(weight.rsplit("=", 1) for weight in weights)  # type: ignore[misc]
+    return dict(weight.rsplit("=", 1) for weight in weights)
 
 
 class _Bar:

@@ -36,7 +36,7 @@ from herdkern.tokenizer.pretokenize import make_splitter, usable_threads
 TASK_BYTES = 256 << 20  # of input files, as they lie on disk
 LINES_BYTES = 2 << 20  # JSON lines are counted in batches of about this size
 TEXTS_BYTES = 2 << 20  # other texts
-MAX_LINE_SHARE = 16  # a line may take this part of the budget
+MAX_LINE_SHARE = 8  # a line may take this part of what the budget leaves for the table
 COUNTS = "counts"
 READER_BYTES = {"jsonl": 20 << 20, "text": 32 << 20, "parquet": 64 << 20}  # of the budget, for reading
 
@@ -72,7 +72,7 @@ class ShardCounter:
         )
         splitter = make_splitter(config.split_pattern, "count_shards")
         counter = _text.BudgetCounter(splitter, table_bytes, os.fspath(out), usable_threads(self.num_threads))
-        max_line = (self.max_memory or (1 << 34)) // MAX_LINE_SHARE
+        max_line = min(table_bytes // MAX_LINE_SHARE, 1 << 31)
         for path in inputs:
             if document_kind(path) == "jsonl":
                 _count_json_lines(counter, path, max_line)
@@ -173,7 +173,8 @@ def count_shards(
 
     paths: the files that read_documents knows, plain or compressed, each once. Their order, the number of threads and
         the executor do not change a byte of the result.
-    max_memory: bytes that a process may hold, all in all; None: no limit. A line may take a sixteenth of it.
+    max_memory: bytes that a process may hold, all in all; None: no limit. A line may take an eighth of what is left
+        for the table.
     num_threads: in each process; None: the usable cores, or 1 if an executor is given.
     executor: who counts groups of files, as herdkern.engine.make_executor gives; None: this process.
     weights: factors by path, name or glob pattern, as in merge_counts. Counting does not depend on them.
