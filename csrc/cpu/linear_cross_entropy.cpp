@@ -56,15 +56,14 @@ class Chunks {
         room_(std::max(plan_.chunk, plan_.late_chunk)),
         panels_(room_ * words(args_.dim)),
         columns_(args_.dweight != nullptr ? round_up(args_.dim, kPanel) * words(room_) : 0),
-        logits_(wants_gradient_ ? std::max(round_up(args_.vocab_size, 2) * plan_.chunk, plan_.slab_rows * args_.dim)
-                                : 0),
+        logits_(wants_gradient_ ? std::max(held_logits(), plan_.slab_rows * args_.dim) : 0),
         partials_(args_.has_stats ? 0 : plan_.num_blocks * 3 * plan_.chunk),
         tokens_(5 * room_),
         dhidden_sum_(args_.dhidden != nullptr && args_.dhidden_is_bf16 ? plan_.chunk * args_.dim : 0),
         more_sums_(args_.dweight != nullptr && kRoundsWeight ? (plan_.held_rows - plan_.rows_in_place) * args_.dim : 0),
         corrections_(kPairs ? plan_.num_blocks : 0) {
     if (!wants_gradient_) return;
-    prefer_huge_pages(logits_.data(), round_up(args_.vocab_size, 2) * plan_.chunk * int64_t{sizeof(float)});
+    prefer_huge_pages(logits_.data(), held_logits() * int64_t{sizeof(float)});
     if (args_.dweight != nullptr) prefer_huge_pages(args_.dweight, args_.vocab_size * args_.dim * int64_t{sizeof(W)});
   }
 
@@ -75,15 +74,18 @@ class Chunks {
         std::fill_n(stat(kTargetLogit), count_, 0.0f);
         parallel_tasks(plan_.num_blocks, num_threads_, [&](int64_t block) { stats_of(block); });
         join_stats();
-      } else if (wants_gradient_) {
-        const int64_t needed = args_.dhidden != nullptr ? plan_.num_blocks : held_blocks();
-        parallel_tasks(needed, num_threads_, [&](int64_t block) { multiply_logits(block, logits_at(block)); });
       }
       finish_losses();
       if (!wants_gradient_) continue;
       find_terms();
-      parallel_tasks(plan_.num_blocks, num_threads_, [&](int64_t block) { gradient_of(block); });
-      if (args_.dhidden != nullptr) finish_dhidden();
+      const int64_t needed = args_.dhidden != nullptr ? plan_.num_blocks : held_blocks();
+      for (pass_ = 0; pass_ < needed; pass_ += plan_.pass_blocks) {
+        const int64_t count = std::min(plan_.pass_blocks, needed - pass_);
+        if (args_.has_stats || !one_pass())
+          parallel_tasks(count, num_threads_, [&](int64_t i) { multiply_logits(pass_ + i, logits_at(pass_ + i)); });
+        parallel_tasks(count, num_threads_, [&](int64_t i) { gradient_of(pass_ + i); });
+        if (args_.dhidden != nullptr) finish_dhidden(pass_ + count);
+      }
     }
     if (args_.dweight != nullptr) finish_dweight();
     if (args_.loss != nullptr) *args_.loss = reduced_loss();
@@ -97,7 +99,9 @@ class Chunks {
   const W* weight_row(int64_t v) const { return static_cast<const W*>(args_.weight) + v * args_.weight_stride; }
   int64_t block_rows(int64_t block) const { return plan_.block_rows(block, args_.vocab_size); }
   int64_t held_blocks() const { return (plan_.held_rows + kVocabBlock - 1) / kVocabBlock; }
-  float* logits_at(int64_t block) const { return logits_.data() + block * kVocabBlock * pitch_; }
+  bool one_pass() const { return plan_.pass_blocks >= plan_.num_blocks; }
+  int64_t held_logits() const { return round_up(plan_.pass_rows(args_.vocab_size), 2) * plan_.chunk; }
+  float* logits_at(int64_t block) const { return logits_.data() + (block - pass_) * kVocabBlock * pitch_; }
   float* stat(Stat which) const { return args_.stats + which * args_.num_tokens + first_; }
   // Arrays over the tokens of the chunk: the members of TokenTerms.
   float* top() const { return tokens_.data(); }
@@ -144,6 +148,7 @@ class Chunks {
   // Makes tokens [first, first + size) the chunk: packs them for both products.
   void enter(int64_t first, int64_t size) {
     first_ = first;
+    pass_ = 0;
     count_ = std::min(size, args_.num_tokens - first);
     pitch_ = round_up(count_, kPanel);
     const int64_t num_panels = pitch_ / kPanel;
@@ -227,8 +232,9 @@ class Chunks {
   // Logits of one block, their maximum, the sum of exponentials and of themselves for every token.
   void stats_of(int64_t block) {
     const int64_t num_rows = block_rows(block);
-    Workspace<float> own_logits(wants_gradient_ ? 0 : num_rows * pitch_);
-    float* logits = wants_gradient_ ? logits_at(block) : own_logits.data();
+    const bool held = wants_gradient_ && one_pass();
+    Workspace<float> own_logits(held ? 0 : num_rows * pitch_);
+    float* logits = held ? logits_at(block) : own_logits.data();
     multiply_logits(block, logits);
     float* maxima = partials_.data() + block * 3 * plan_.chunk;
     for (int64_t t = 0; t < pitch_; t += Vec::kLanes) {
@@ -400,8 +406,10 @@ class Chunks {
     return rounded;
   }
 
-  // dhidden of the chunk: a thread owns some columns and goes through the vocabulary in order.
-  void finish_dhidden() {
+  // dhidden of the chunk, as far as this pass has it: a thread owns some columns and goes through the vocabulary in
+  // order.
+  void finish_dhidden(int64_t end_of_pass) {
+    const int64_t end_row = std::min(end_of_pass * kVocabBlock, args_.vocab_size);
     const int64_t num_panels = (args_.dim + kPanel - 1) / kPanel;
     parallel_ranges(num_panels, num_threads_, [&](int64_t panel_begin, int64_t panel_end) {
       [[maybe_unused]] const typename Kind::Session session;
@@ -409,27 +417,28 @@ class Chunks {
       Workspace<Word> packed(words(kVocabDepth) * kPanel * kGroup),
           rows(Kind::kTiles ? count_ * words(kVocabDepth) : 0);
       for (int64_t group = panel_begin; group < panel_end; group += kGroup)
-        for (int64_t v = 0; v < args_.vocab_size; v += kVocabDepth)
-          add_dhidden(group, std::min(group + kGroup, panel_end), v, packed.data(), rows.data());
+        for (int64_t v = pass_ * kVocabBlock; v < end_row; v += kVocabDepth)
+          add_dhidden(group, std::min(group + kGroup, panel_end), v, end_row, packed.data(), rows.data());
       const int64_t begin = panel_begin * kPanel, end = std::min(panel_end * kPanel, args_.dim);
-      for (const auto& of_block : corrections_)
-        for (const Correction& c : of_block) {
+      for (int64_t block = pass_; block < end_of_pass && kPairs; ++block)
+        for (const Correction& c : corrections_[block]) {
           const W* row = weight_row(c.vocab_row);
           float* out = dhidden() + c.token * args_.dim;
           for (int64_t d = begin; d < end; ++d) out[d] += c.lost * as_hidden(row[d]);
         }
-      if (args_.dhidden_is_bf16)
+      if (args_.dhidden_is_bf16 && end_of_pass == plan_.num_blocks)
         for (int64_t t = 0; t < count_; ++t)
           round_to(dhidden() + t * args_.dim + begin,
                    static_cast<bf16*>(args_.dhidden) + (first_ + t) * args_.dim + begin, end - begin);
     });
   }
 
-  // Adds kVocabDepth rows of the vocabulary to panels of dhidden.
-  void add_dhidden(int64_t panel_begin, int64_t panel_end, int64_t v, Word* packed, Word* rows) const {
-    const int64_t depth = std::min(kVocabDepth, args_.vocab_size - v);
+  // Adds kVocabDepth rows of the vocabulary, or those up to end_row, to panels of dhidden.
+  void add_dhidden(int64_t panel_begin, int64_t panel_end, int64_t v, int64_t end_row, Word* packed, Word* rows) const {
+    const int64_t depth = std::min(kVocabDepth, end_row - v);
     const int64_t stride = pitch_ * Kind::kDepthPerWord;  // words from one step of depth to the next
-    const Word* a = reinterpret_cast<const Word*>(logits_.data()) + v / Kind::kDepthPerWord * stride;
+    const Word* a =
+        reinterpret_cast<const Word*>(logits_.data()) + (v - pass_ * kVocabBlock) / Kind::kDepthPerWord * stride;
 #if defined(HK_ISA_AMX)
     if constexpr (Kind::kTiles) transpose_words(a, stride, count_, words(depth), rows, words(kVocabDepth));
 #endif
@@ -507,10 +516,11 @@ class Chunks {
   const int64_t num_targets_;                         // tokens that are not ignored
   const int64_t room_;                                // tokens of the largest chunk
   int64_t first_ = 0, count_ = 0, pitch_ = 0;         // the chunk: its first token, its size, its size in whole panels
+  int64_t pass_ = 0;                                  // first block whose logits are held
   int64_t slab_ = 0;                                  // first of the late rows whose sums lie in logits_
   const Workspace<Word> panels_;                      // hidden of the chunk, packed for the logits: columns are tokens
   const Workspace<Word> columns_;                     // hidden of the chunk, packed for dweight: columns are dimensions
-  const Workspace<float> logits_;                     // (vocab_size, pitch): logits, then dlogits
+  const Workspace<float> logits_;                     // (rows of a pass, pitch): logits, then dlogits
   const Workspace<float> partials_;                   // (num_blocks, 3, chunk): maximum, sum of exponentials, sum
   const Workspace<float> tokens_;                     // (5, room)
   const Workspace<float> dhidden_sum_;                // (chunk, dim), unless dhidden itself serves

@@ -15,13 +15,15 @@ constexpr int64_t kTokenDepth = 480;  // of dweight's product, as kDepthBlock
 constexpr int64_t kMiB = int64_t{1} << 20;
 
 // Memory. All that is kept between tasks shall take no more than kBudget for any number of tokens, first the logits of
-// a chunk: as many tokens as keep them in the last cache, 480 if those are fewer, 1920 if more. A bf16 dweight is
-// summed in fp32, which takes twice its size. The sums of half of its rows lie in its own memory, those of some more in
-// what the budget leaves; rows beyond them (only where vocab_size * dim is large) get their gradient at the end, slab
-// by slab, from logits that are computed again.
+// a chunk: as many tokens as keep them in the last cache, 480 if those are fewer, 1920 if more. Where not even those of
+// one panel of tokens fit (vocab_size > 400,000), the vocabulary is gone through once for the statistics and then, with
+// logits computed again, in passes for the gradients. A bf16 dweight is summed in fp32, which takes twice its size. The
+// sums of half of its rows lie in its own memory, those of some more in what the budget leaves; rows beyond them (only
+// where vocab_size * dim is large) get their gradient at the end, slab by slab, from logits that are computed again.
 struct Plan {
   static constexpr int64_t kBudget = 50 * kMiB, kLatePanels = 8 * kMiB;
   int64_t chunk, num_blocks;
+  int64_t pass_blocks;        // of the vocabulary, whose logits are held at once; even, or all
   int64_t rows_in_place = 0;  // of dweight, whose sums lie in its own memory; whole blocks
   int64_t held_rows;          // of dweight, that are summed while the chunks pass; whole blocks or all
   int64_t slab_rows = 0, late_chunk = 0;
@@ -29,11 +31,14 @@ struct Plan {
   explicit Plan(const LinearCrossEntropy& args) {
     const int64_t vocab = args.vocab_size, dim = args.dim, all_tokens = round_up(args.num_tokens, kPanel);
     num_blocks = (vocab + kVocabBlock - 1) / kVocabBlock;
+    pass_blocks = num_blocks;
     held_rows = vocab;
+    const int64_t partial_bytes = num_blocks * 12;  // of a token, where statistics are made
     const bool wants_gradient = args.dhidden != nullptr || args.dweight != nullptr;
     constexpr int64_t kUsualTokens = 480, kMaxTokens = 1920, kCachedLogits = 4 * kMiB;
     if (!wants_gradient) {
-      chunk = std::min(kUsualTokens, all_tokens);
+      chunk = std::min(kUsualTokens, std::max<int64_t>(kBudget / partial_bytes / kPanel, 1) * kPanel);
+      chunk = std::min(chunk, all_tokens);
       return;
     }
     const bool rounds = args.dweight != nullptr && args.weight_is_bf16;
@@ -45,15 +50,19 @@ struct Plan {
     if (fitting < kVocabBlock) fitting = kBudget / token_bytes;
     chunk = std::max<int64_t>(std::min(wanted, fitting) / kPanel * kPanel, kPanel);
     chunk = std::min(chunk, all_tokens);
+    const int64_t of_logits = kBudget - chunk * (dim * 12 + (fitting < kPanel ? partial_bytes : 0));
+    if (chunk * vocab * 4 > of_logits)
+      pass_blocks = std::max<int64_t>(of_logits / (chunk * kVocabBlock * 4) / 2 * 2, 2);
     if (!rounds) return;
     const int64_t left = std::max<int64_t>(kBudget - chunk * token_bytes, 0);
     if (more_sums <= left) return;
     held_rows = rows_in_place + left / (dim * 4) / kVocabBlock * kVocabBlock;
-    slab_rows = std::max(chunk * vocab / dim / kVocabBlock, int64_t{1}) * kVocabBlock;
+    slab_rows = std::max(chunk * pass_rows(vocab) / dim / kVocabBlock, int64_t{1}) * kVocabBlock;
     late_chunk = std::max<int64_t>(std::min(kUsualTokens, kLatePanels / (dim * 4)) / kPanel * kPanel, kPanel);
     late_chunk = std::min(late_chunk, all_tokens);
   }
 
+  int64_t pass_rows(int64_t vocab) const { return std::min(pass_blocks * kVocabBlock, vocab); }
   int64_t block_rows(int64_t block, int64_t vocab) const { return std::min(kVocabBlock, vocab - block * kVocabBlock); }
 };
 
