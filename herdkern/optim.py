@@ -29,6 +29,8 @@ class AdamW(Optimizer):
     stochastic_rounding: bfloat16 parameters have no master and are rounded up or down at random, right in the mean, by
         (seed, step, place of the parameter, number of the element): a resumed run has the bits of an undisturbed one.
     foreach, fused, capturable: accepted and without effect, there is one implementation.
+    torch.compile of a function that calls `step`: the graph breaks there and the update runs as it does without;
+    fullgraph=True is refused by torch.
     amsgrad, differentiable: must be False.
 
     grad_norm: norm of the gradients of the last step, before the clip; None if it was not computed.
@@ -91,6 +93,7 @@ class AdamW(Optimizer):
         super().add_param_group(param_group)
         self._check_group(self.param_groups[-1])
 
+    @torch.compiler.disable  # one native call for all parameters: there is nothing to fuse
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient; return what `closure` returns.

@@ -276,6 +276,46 @@ def test_copies_and_hooks():
     assert all(torch.equal(p, q) for p, q in zip(params, others))
 
 
+def test_compiled_train_step_has_the_same_bits():
+    """The graph breaks at the update, the frames around it stay compiled: no step but the first compiles anything."""
+    compiled_frames = []
+
+    def backend(graph, _):
+        compiled_frames.append(graph)
+        return graph.forward
+
+    def train(compiled):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
+        optimizer = AdamW(model.parameters(), lr=1e-2, max_grad_norm=1.0)
+        batches = torch.randn(5, 4, 6)
+
+        def train_step(x):
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss.detach() * 1
+
+        step = torch.compile(train_step, backend=backend) if compiled else train_step
+        losses, frames = [], []
+        for x in batches:
+            losses.append(step(x))
+            frames.append(len(compiled_frames))
+        return losses, list(model.parameters()), frames, train_step, batches[0]
+
+    torch._dynamo.reset()
+    losses, params, frames, train_step, x = train(True)
+    expected = train(False)
+    assert all(map(torch.equal, losses, expected[0]))
+    assert all(map(torch.equal, params, expected[1]))
+    assert 0 < frames[2] == frames[-1]
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(train_step, backend=backend, fullgraph=True)(x)
+    torch._dynamo.reset()
+
+
 def test_torchs_keywords_are_taken():
     params = make_params()
     optimizer = AdamW(params, 1e-3, (0.9, 0.99), 1e-7, 0.1, False, foreach=True, fused=True, capturable=False)
