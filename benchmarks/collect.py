@@ -1,6 +1,6 @@
-"""Writes the tables of README.md, docs/attention.md and docs/tokenizer.md from benchmarks/results/*.json.
+"""Writes the tables of README.md and of the pages in docs/ from benchmarks/results/*.json.
 
-README has one row for each benchmark, the pages one for each case of attention and of the tokenizer.
+README has one row for each benchmark, the pages (attention, ops, tokenizer) one for each of their cases.
 
     python benchmarks/collect.py --run             runs every benchmark in full first and keeps its JSON report
     python benchmarks/collect.py --run --quick     the same in the short form; the table says so
@@ -25,6 +25,8 @@ HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 ATTENTION = HERE.parent / "docs/attention.md"
 TOKENIZER = HERE.parent / "docs/tokenizer.md"
+OPS = HERE.parent / "docs/ops.md"
+OP_BENCHES = ("rms_norm", "swiglu", "rope", "cross_entropy", "adamw")
 MARKERS = re.compile(r"(<!-- benchmarks -->\n).*?(<!-- /benchmarks -->)", re.S)
 
 
@@ -91,6 +93,33 @@ def tokenizer_page(folder: Path, text: str) -> str:
     return MARKERS.sub(lambda m: m[1] + bpe_table.tables(reports) + m[2], text)
 
 
+def op_table(report: dict[str, Any]) -> str:
+    """One line for each case of an op's benchmark, the peers' victories in bold, and a line on how it was measured."""
+    head = "| case | herdkern | best peer | times faster | share of the limit | MiB added, ours / peer |"
+    lines = [head, "|---|---|---|---|---|---|"]
+    for case in report["cases"]:
+        peer, ratio, memory = case["best_peer"], case["ratio"], case.get("peak_mib", {})
+        faster = f"{ratio:.2f}" if ratio >= 1 else f"**{ratio:.2f}**"
+        limit = "" if case.get("limit_share") is None else f"{100 * case['limit_share']:.0f} %"
+        added = f"{memory['herdkern']:.0f} / {memory[peer]:.0f}" if {"herdkern", peer} <= memory.keys() else ""
+        few = " (few rounds)" if case.get("rounds", 3) < 3 else ""
+        ours, theirs = milliseconds(case["herdkern"]), milliseconds(case[peer])
+        lines.append(f"| {case['case']}{few} | {ours} | {peer} {theirs} | {faster} | {limit} | {added} |")
+    machine = report["machine"]
+    lost = [case["case"] for case in report["cases"] if case["ratio"] < 1]
+    about = f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}, torch {machine['versions']['torch']}"
+    about += f", {machine['date']}" + ", short run (`--quick`), without torch.compile" * bool(report.get("quick"))
+    verdict = f"A peer is faster in {len(lost)} of {len(report['cases'])} cases." if lost else "No peer is faster."
+    return "\n".join(lines) + f"\n\n{verdict} {about}.\n"
+
+
+def ops_page(folder: Path, text: str) -> str:
+    """`text` with the table of every op in OP_BENCHES that has a report, each after its own heading."""
+    reports = {report["bench"]: report for report in load_reports(folder)}
+    parts = [f"### `bench_{name}.py`\n\n{op_table(reports[name])}" for name in OP_BENCHES if name in reports]
+    return MARKERS.sub(lambda m: m[1] + "\n".join(parts) + m[2], text)
+
+
 def is_peer(name: str, reports: list[dict[str, Any]]) -> bool:
     """Whether a package is torch or named by some implementation of some case."""
     implementations = {key for report in reports for case in report["cases"] for key in case.get("spread", {})}
@@ -113,7 +142,7 @@ def main() -> int:
     failed = run_all(folder, *(["--quick"] if "--quick" in sys.argv else [])) if "--run" in sys.argv else 0
     text = README.read_text(encoding="utf-8")
     README.write_text(MARKERS.sub(lambda m: m[1] + table(load_reports(folder)) + m[2], text), encoding="utf-8")
-    for page, write in ((ATTENTION, attention_page), (TOKENIZER, tokenizer_page)):
+    for page, write in ((ATTENTION, attention_page), (OPS, ops_page), (TOKENIZER, tokenizer_page)):
         page.write_text(write(folder, page.read_text(encoding="utf-8")), encoding="utf-8")
     return 1 if failed else 0
 

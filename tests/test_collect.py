@@ -57,6 +57,21 @@ def test_page_on_attention_holds_the_table_of_the_recorded_report():
     assert collect.attention_page(collect.HERE / "results", page) == page, "run python benchmarks/collect.py"
 
 
+def test_page_on_ops_holds_the_tables_of_the_recorded_reports():
+    page = collect.OPS.read_text(encoding="utf-8")
+    assert collect.ops_page(collect.HERE / "results", page) == page, "run python benchmarks/collect.py"
+
+
+def test_table_of_an_op_shows_every_case_and_who_wins_it():
+    won = case("a", 1, 4) | {"limit_share": 0.5, "peak_mib": {"herdkern": 1.2, "rensa": 3.0}, "rounds": 9}
+    report = {"bench": "rope", "machine": MACHINE, "cases": [won, case("b", 2, 1) | {"rounds": 1}]}
+    text = collect.op_table(report)
+    assert "| a | 1 ms | rensa 4 ms | 4.00 | 50 % | 1 / 3 |" in text
+    assert "| b (few rounds) | 2 ms | rensa 1 ms | **0.50** |  |  |" in text
+    assert "A peer is faster in 1 of 2 cases." in text
+    assert "No peer is faster." in collect.op_table(report | {"cases": [won]})
+
+
 def attention_report(**more) -> dict:
     times = {"herdkern": 2.0, "SDPA per document": 5.0}
     case = {
