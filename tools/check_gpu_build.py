@@ -68,13 +68,14 @@ def cases() -> list[Case]:
     def norm(dim: int, dtype: torch.dtype = bf16, residual: bool = False, casting: str = "llama") -> None:
         x = leaf(4096, dim, dtype=dtype)
         extra = leaf(4096, dim, dtype=dtype) if residual else None
-        backward(rms_norm.rms_norm(x, leaf(dim, dtype=dtype), extra, 1e-5, casting, float(casting == "gemma")))
+        made = rms_norm.forward(x, extra, leaf(dim, dtype=dtype), 1e-5, casting, float(casting == "gemma"))
+        backward(made[: 2 if residual else 1])
 
     def gated(dim: int, dtype: torch.dtype = bf16, packed: bool = False) -> None:
         if packed:
-            backward(swiglu.swiglu(leaf(4096, 2 * dim, dtype=dtype), None))
+            backward(swiglu.forward(leaf(4096, 2 * dim, dtype=dtype), None))
         else:
-            backward(swiglu.swiglu(leaf(4096, dim, dtype=dtype), leaf(4096, dim, dtype=dtype)))
+            backward(swiglu.forward(leaf(4096, dim, dtype=dtype), leaf(4096, dim, dtype=dtype)))
 
     def turned(places: str, interleaved: bool = False, dtype: torch.dtype = bf16, head_dim: int = 128) -> None:
         positions = torch.zeros(4096, dtype=torch.int64) if places == "positions" else None

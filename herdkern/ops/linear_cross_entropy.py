@@ -5,13 +5,14 @@ z-loss: PaLM 2022, section 5 (arXiv:2204.02311); softcap: Gemma 2 2024, section 
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from herdkern.ops.backend import Backend, choose, dtype_name, native_module, num_threads, why_not_native, why_not_triton
-from herdkern.ops.native_op import differentiable_gradients, is_plain_eager, native_op, rows
+from herdkern.ops.native_op import differentiable_gradients, empty_gradients, is_plain_eager, native_op, rows
 
 Reduction = Literal["none", "sum", "mean"]
 
@@ -66,7 +67,8 @@ def linear_cross_entropy(
     """Return the float32 cross entropy of the logits hidden @ weight.T against `targets`, never holding n x vocab_size.
 
     hidden: (n, dim), float32 | bfloat16.  weight: (vocab_size, dim), dtype of hidden, or float32 with bfloat16 hidden:
-    its values are rounded to bfloat16 as they are used, its gradient is summed and returned in float32.
+    its values are rounded to bfloat16 as they are used; its gradient is summed and returned in float32, but is made of
+    bfloat16 products and keeps the bound of a bfloat16 gradient.
     targets: (n,) int64, token ids or ignore_index.
     softcap c > 0 replaces each logit z by c tanh(z / c). label_smoothing as in torch; z_loss adds
     z_loss * logsumexp(logits)^2 to each token's loss.
@@ -75,11 +77,13 @@ def linear_cross_entropy(
     logps: (n,) float32 log-probabilities of the targets, 0 where ignored. Both are differentiable. The mean is over the
     targets that count; it is NaN when all are ignored, as in torch, and the gradients are then zero.
     Gradients: exact, none is filtered. For a scalar loss they are made in the forward pass and only scaled in the
-    backward pass, in place unless the graph is kept; for bfloat16 a scale that is no power of two rounds once more.
-    For reduction="none", and where logps get a gradient, they are made in the backward pass from logits that are
-    computed again. A frozen hidden or weight skips its half of the work.
-    Memory beyond inputs and gradients: up to 64 MiB. A bfloat16 weight's gradient is summed in float32 within its own
-    memory and that; what does not fit (half of the rows at worst) costs a second computation of its logits.
+    backward pass, in place unless the graph is kept; a bfloat16 gradient meets one more rounding where the scale (the
+    gradient of the loss) is no power of two. For reduction="none", and where logps get a gradient, they are made in the
+    backward pass, rounded once, from logits that are computed again. A frozen hidden or weight skips its half of the
+    work.
+    Memory on a CPU beyond inputs and gradients: up to 64 MiB. A bfloat16 weight's gradient is summed in float32 within
+    its own memory and that; what does not fit (half of the rows at worst) costs a second computation of its logits, and
+    so does a vocabulary of more than 400,000.
     Raises: ValueError if the arguments do not fit each other or a target is no token id; NotImplementedError if no
     backend can run the call.
     """
@@ -237,25 +241,20 @@ def _forward_cpu(
     targets: Tensor,
     ignore_index: int,
     reduction: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    need_dhidden: bool,
-    need_dweight: bool,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    """Loss, log-probabilities, what the gradient needs to know of each token, gradients (empty where not needed)."""
-    options = (ignore_index, reduction, label_smoothing, z_loss, softcap)
+    *numbers, need_dhidden, need_dweight = rest
     given = targets.contiguous()
     bad = native_module().find_bad_target(given.data_ptr(), given.numel(), weight.shape[0], ignore_index)
     check_range(given, weight.shape[0], ignore_index, bad)
-    results = _forward_fake(hidden, weight, given, *options, need_dhidden, need_dweight)
+    results = empty_results(4, hidden, weight, given, reduction, need_dhidden, need_dweight)
     loss, logps, stats, dhidden, dweight = results
     run_kernel(
         hidden,
         weight,
         given,
         stats,
-        options,
+        (ignore_index, reduction, *numbers),
         losses=loss if reduction == 0 else torch.empty_like(logps),
         logps=logps,
         loss=loss if reduction else None,
@@ -263,28 +262,6 @@ def _forward_cpu(
         dweight=dweight if need_dweight else None,
     )
     return results
-
-
-def _forward_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    reduction: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    need_dhidden: bool,
-    need_dweight: bool,
-) -> tuple[Tensor, ...]:
-    logps = hidden.new_empty(targets.shape, dtype=torch.float32)
-    loss = torch.empty_like(logps) if reduction == 0 else logps.new_empty(())
-    stats = logps.new_empty((4, *targets.shape))
-    return loss, logps, stats, *_gradients_fake(hidden, weight, need_dhidden, need_dweight)
-
-
-def _gradients_fake(hidden: Tensor, weight: Tensor, need_dhidden: bool, need_dweight: bool) -> tuple[Tensor, Tensor]:
-    return hidden.new_empty(hidden.shape if need_dhidden else 0), weight.new_empty(weight.shape if need_dweight else 0)
 
 
 def _gradients_cpu(
@@ -295,19 +272,16 @@ def _gradients_cpu(
     weight: Tensor,
     targets: Tensor,
     ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    need_dhidden: bool,
-    need_dweight: bool,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    dhidden, dweight = _gradients_fake(hidden, weight, need_dhidden, need_dweight)
+    *numbers, need_dhidden, need_dweight = rest
+    dhidden, dweight = empty_gradients(hidden, weight, need_dhidden, need_dweight)
     run_kernel(
         hidden,
         weight,
         targets,
         stats,
-        (ignore_index, 0, label_smoothing, z_loss, softcap),
+        (ignore_index, 0, *numbers),
         has_stats=True,
         dlosses=torch.zeros_like(stats[0]) if dlosses is None else dlosses,
         dlogps=dlogps,
@@ -315,6 +289,75 @@ def _gradients_cpu(
         dweight=dweight if need_dweight else None,
     )
     return dhidden, dweight
+
+
+def empty_results(
+    num_stats: int,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    reduction: int,
+    need_dhidden: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, ...]:
+    """Return tensors for what the registered op returns."""
+    logps = hidden.new_empty(targets.shape, dtype=torch.float32)
+    loss = torch.empty_like(logps) if reduction == 0 else logps.new_empty(())
+    stats = logps.new_empty((num_stats, *targets.shape))
+    return loss, logps, stats, *empty_gradients(hidden, weight, need_dhidden, need_dweight)
+
+
+def register_linear_cross_entropy(
+    name: str,
+    num_stats: int,
+    forward: Callable[..., Any],
+    gradients: Callable[..., Any],
+    devices: Sequence[str] = ("CPU",),
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Register herdkern::<name> and herdkern::<name>_gradients, implemented as _forward_cpu and _gradients_cpu are.
+
+    num_stats: how many numbers of each token the second wants to know from the first.
+    Returns the call of the first: (loss, log-probabilities, stats, dhidden, dweight), the gradients of the loss in the
+    forward pass, empty where not needed.
+    """
+    options = "float label_smoothing, float z_loss, float softcap, bool need_dhidden, bool need_dweight"
+    gradients_op = native_op(
+        f"{name}_gradients(Tensor? dlosses, Tensor? dlogps, Tensor stats, Tensor hidden, Tensor weight,"
+        f" Tensor targets, int ignore_index, {options}) -> (Tensor, Tensor)",
+        gradients,
+        lambda dlosses, dlogps, stats, hidden, weight, *rest: empty_gradients(hidden, weight, *rest[-2:]),
+        devices=devices,
+    )
+
+    def backward(ctx: Any, dloss: Tensor | None, dlogps: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        rest = (None,) * 8
+        if dloss is None and dlogps is None:
+            return None, None, *rest
+        if torch.is_grad_enabled():
+            return *_second_order(ctx, dloss, dlogps), *rest
+        ignore_index, reduction, *numbers = ctx.numbers
+        if reduction != 0 and dlogps is None:
+            assert dloss is not None
+            return *_scaled(ctx, dloss), *rest
+        hidden, weight, targets, stats = ctx.saved_tensors[:4]
+        if dloss is not None and reduction:
+            scale = dloss / (targets != ignore_index).sum() if reduction == 2 else dloss
+            dloss = scale.expand(targets.shape)
+        needs = ctx.needs_input_grad[:2]
+        found = gradients_op(dloss, dlogps, stats, hidden, weight, targets, ignore_index, *numbers, *needs)
+        return *(gradient if need else None for gradient, need in zip(found, needs, strict=True)), *rest
+
+    return native_op(
+        f"{name}(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, int reduction,"
+        f" {options}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        forward,
+        lambda hidden, weight, targets, ignore_index, reduction, *rest: empty_results(
+            num_stats, hidden, weight, targets, reduction, *rest[-2:]
+        ),
+        _setup_context,
+        backward,
+        devices,
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -331,38 +374,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         ctx.save_for_backward(hidden, weight, targets, stats, dhidden, dweight)
 
 
-def _backward(ctx: Any, dloss: Tensor | None, dlogps: Tensor | None = None, *_: None) -> tuple[Tensor | None, ...]:
-    hidden, weight, targets, stats, *early = ctx.saved_tensors
-    rest = (None,) * 8
-    if dloss is None and dlogps is None:
-        return None, None, *rest
-    needs = ctx.needs_input_grad[:2]
-    ignore_index, reduction, *numbers = ctx.numbers
-    if torch.is_grad_enabled():
-        return *_second_order(ctx, hidden, weight, targets, dloss, dlogps), *rest
-    if reduction == 0 or dlogps is not None:
-        if dloss is not None and reduction:
-            scale = dloss / (targets != ignore_index).sum() if reduction == 2 else dloss
-            dloss = scale.expand(targets.shape)
-        dhidden, dweight = _gradients(dloss, dlogps, stats, hidden, weight, targets, ignore_index, *numbers, *needs)
-        return dhidden if needs[0] else None, dweight if needs[1] else None, *rest
-    assert dloss is not None
-    if early:
-        return *(g * dloss.to(torch.float32) if need else None for g, need in zip(early, needs, strict=True)), *rest
-    return *_scaled(ctx, dloss), *rest
-
-
 def _scaled(ctx: Any, dloss: Tensor) -> list[Tensor | None]:
     """The early gradients times dloss: themselves unless the graph is kept, so that a leaf takes them uncopied."""
-    scale, keep = dloss.item(), _keeps_graph()
+    needs = ctx.needs_input_grad[:2]
+    early = ctx.saved_tensors[4:]
+    if early:
+        return [g * dloss.to(torch.float32) if need else None for g, need in zip(early, needs, strict=True)]
+    scale = dloss.item() if dloss.is_cpu else dloss  # no waiting for a GPU
+    keep = _keeps_graph()
     found: list[Tensor | None] = []
-    for gradient, need in zip(ctx.early, ctx.needs_input_grad[:2], strict=True):
+    for gradient, need in zip(ctx.early, needs, strict=True):
         if not need:
             found.append(None)
         elif keep:
             found.append(gradient * scale)
         else:
-            found.append(gradient if scale == 1.0 else gradient.mul_(scale))
+            found.append(gradient if dloss.is_cpu and scale == 1.0 else gradient.mul_(scale))
     if not keep:
         ctx.early = None
     return found
@@ -376,41 +403,17 @@ def _keeps_graph() -> bool:
         return True
 
 
-def _second_order(
-    ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dloss: Tensor | None, dlogps: Tensor | None
-) -> list[Any]:
+def _second_order(ctx: Any, dloss: Tensor | None, dlogps: Tensor | None) -> list[Any]:
+    hidden, weight, targets = ctx.saved_tensors[:3]
     ignore_index, reduction, label_smoothing, z_loss, softcap = ctx.numbers
+    options = Options(ignore_index, get_args(Reduction)[reduction], label_smoothing, z_loss, softcap)
 
     def reference(hidden: Tensor, weight: Tensor) -> Tensor:
-        loss, logps = linear_cross_entropy_reference(
-            hidden,
-            weight,
-            targets,
-            ignore_index=ignore_index,
-            reduction=get_args(Reduction)[reduction],
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            return_logps=True,
-        )
-        parts = [(out * d).sum() for out, d in ((loss, dloss), (logps, dlogps)) if d is not None]
+        outputs = linear_cross_entropy_reference(hidden, weight, targets, **options.as_keywords(), return_logps=True)
+        parts = [(out * d).sum() for out, d in zip(outputs, (dloss, dlogps), strict=True) if d is not None]
         return torch.stack(parts).sum()
 
     return differentiable_gradients(reference, (hidden, weight), hidden.new_ones((), dtype=torch.float32))
 
 
-_OPTIONS = "float label_smoothing, float z_loss, float softcap, bool need_dhidden, bool need_dweight"
-_gradients = native_op(
-    "linear_cross_entropy_gradients(Tensor? dlosses, Tensor? dlogps, Tensor stats, Tensor hidden, Tensor weight,"
-    f" Tensor targets, int ignore_index, {_OPTIONS}) -> (Tensor, Tensor)",
-    _gradients_cpu,
-    lambda dlosses, dlogps, stats, hidden, weight, *options: _gradients_fake(hidden, weight, *options[-2:]),
-)
-_forward = native_op(
-    "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, int reduction,"
-    f" {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward_cpu,
-    _forward_fake,
-    _setup_context,
-    _backward,
-)
+_forward = register_linear_cross_entropy("linear_cross_entropy", 4, _forward_cpu, _gradients_cpu)

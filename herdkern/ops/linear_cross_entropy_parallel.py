@@ -4,6 +4,7 @@ Each rank computes the logits of its own rows; a maximum and sums for each token
 Source: Megatron-LM 2019, section 3 (arXiv:1909.08053).
 """
 
+import dataclasses
 from typing import Any, get_args
 
 import torch
@@ -42,6 +43,7 @@ def vocab_parallel_linear_cross_entropy(
     The gradient of hidden is summed over the ranks in float32; with reduce_dhidden=False it is this rank's part of it,
     for a caller that reduces or scatters it itself.
     The gradients are made in the backward pass, from logits that are computed again. Not differentiable twice.
+    On a GPU the plain formula runs, which holds the logits of the shard.
     Raises: ValueError on every rank if a target lies in no shard or in two; ValueError if the arguments do not fit each
     other, on the rank where they do not: the others then wait for it as long as the group lets them.
     """
@@ -56,6 +58,18 @@ def vocab_parallel_linear_cross_entropy(
     local = Options(_NOWHERE, reduction, label_smoothing, z_loss, softcap)
     loss, logps = _VocabParallel.apply(hidden, weight_shard, shifted, local, group, reduce_dhidden, native)
     return (loss, logps) if return_logps else loss
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """What the gradients of a shard are made of."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    stats: Tensor
+    options: Options
+    total_vocab_size: int
 
 
 class _VocabParallel(torch.autograd.Function):
@@ -75,7 +89,7 @@ class _VocabParallel(torch.autograd.Function):
         stats, total_vocab_size = _joined(stats, targets, weight.shape[0], group)
         losses, logps = _losses(stats, targets, options, total_vocab_size)
         ctx.save_for_backward(hidden, weight, targets, stats)
-        ctx.rest = options, group, reduce_dhidden, native, total_vocab_size
+        ctx.rest = options, total_vocab_size, group, reduce_dhidden, native
         ctx.set_materialize_grads(False)
         loss = losses if options.reduction == "none" else losses.sum()
         return loss / (targets != _NOWHERE).sum() if options.reduction == "mean" else loss, logps
@@ -84,15 +98,15 @@ class _VocabParallel(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor | None, dlogps: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, stats = ctx.saved_tensors
-        options, group, reduce_dhidden, native, total_vocab_size = ctx.rest
+        options, total_vocab_size, group, reduce_dhidden, native = ctx.rest
+        given = _Given(hidden, weight, targets, stats, options, total_vocab_size)
         counts = targets != _NOWHERE
         dlosses = stats.new_zeros(targets.shape) if dloss is None else dloss.expand(targets.shape)
         if options.reduction == "mean":
             dlosses = dlosses / counts.sum()
         dlogps = torch.zeros_like(dlosses) if dlogps is None else dlogps
         gradients = _gradients_native if native and len(weight) else _gradients_reference
-        needs = ctx.needs_input_grad[:2]
-        dhidden, dweight = gradients(hidden, weight, targets, stats, options, dlosses, dlogps, total_vocab_size, needs)
+        dhidden, dweight = gradients(given, dlosses, dlogps, ctx.needs_input_grad[:2])
         if dhidden is not None:
             if reduce_dhidden:
                 dist.all_reduce(dhidden, group=group)
@@ -149,19 +163,12 @@ def _stats_native(hidden: Tensor, weight: Tensor, targets: Tensor, options: Opti
 
 
 def _gradients_native(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    stats: Tensor,
-    options: Options,
-    dlosses: Tensor,
-    dlogps: Tensor,
-    total_vocab_size: int,
-    needs: tuple[bool, bool],
+    given: _Given, dlosses: Tensor, dlogps: Tensor, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
+    hidden, weight, targets, stats = given.hidden, given.weight, given.targets, given.stats
     dhidden = torch.empty_like(hidden, dtype=torch.float32, memory_format=torch.contiguous_format) if needs[0] else None
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
-    ignore_index, _, *numbers = options.as_numbers()
+    ignore_index, _, *numbers = given.options.as_numbers()
     run_kernel(
         hidden,
         weight,
@@ -173,7 +180,7 @@ def _gradients_native(
         dlogps=dlogps,
         dhidden=dhidden,
         dweight=dweight,
-        total_vocab_size=total_vocab_size,
+        total_vocab_size=given.total_vocab_size,
     )
     return dhidden, dweight
 
@@ -196,19 +203,12 @@ def _stats_reference(hidden: Tensor, weight: Tensor, targets: Tensor, options: O
 
 
 def _gradients_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    stats: Tensor,
-    options: Options,
-    dlosses: Tensor,
-    dlogps: Tensor,
-    total_vocab_size: int,
-    needs: tuple[bool, bool],
+    given: _Given, dlosses: Tensor, dlogps: Tensor, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    wide, logits = _logits_reference(hidden, weight, options.softcap)
+    weight, targets, stats, options = given.weight, given.targets, given.stats, given.options
+    wide, logits = _logits_reference(given.hidden, weight, options.softcap)
     lse = stats[0] + stats[1].log()
-    share = options.label_smoothing / total_vocab_size
+    share = options.label_smoothing / given.total_vocab_size
     dlogits = (logits - lse[:, None]).exp() * (dlosses * (1 + 2 * options.z_loss * lse) - dlogps)[:, None]
     dlogits = dlogits - (dlosses * share)[:, None]
     here = ((targets >= 0) & (targets < weight.shape[0])).nonzero()[:, 0]
@@ -218,5 +218,5 @@ def _gradients_reference(
         dlogits = dlogits * (1 - (logits / options.softcap).square())
     return (
         dlogits @ wide if needs[0] else None,
-        (dlogits.T @ hidden.to(wide.dtype)).to(weight.dtype) if needs[1] else None,
+        (dlogits.T @ given.hidden.to(wide.dtype)).to(weight.dtype) if needs[1] else None,
     )

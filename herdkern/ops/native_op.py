@@ -81,6 +81,11 @@ def differentiable_gradients(reference: Callable[..., Tensor], inputs: Sequence[
     return [next(gradients) if x.requires_grad else None for x in inputs]
 
 
+def empty_gradients(x: Tensor, y: Tensor, need_dx: bool, need_dy: bool) -> tuple[Tensor, Tensor]:
+    """Return contiguous tensors for the gradients of two inputs, without an element where none is needed."""
+    return x.new_empty(x.shape if need_dx else 0), y.new_empty(y.shape if need_dy else 0)
+
+
 def rows(x: Tensor) -> tuple[Tensor, int]:
     """Return `x` and the distance in elements between its rows (last dim); copies if that is not one number.
 

@@ -1,12 +1,13 @@
 """RMSNorm. Source: Zhang & Sennrich 2019, eq. 4 (arXiv:1910.07467)."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
 from herdkern.ops.backend import Backend, choose, dtype_name, native_module, num_threads, why_not_native, why_not_triton
-from herdkern.ops.native_op import differentiable_gradients, native_op, rows
+from herdkern.ops.native_op import differentiable_gradients, empty_gradients, native_op, rows
 
 Casting = Literal["llama", "gemma", "none"]
 CASTINGS: tuple[str, ...] = get_args(Casting)  # in the order of Casting in csrc/cpu/rms_norm.h
@@ -96,15 +97,17 @@ def rms_norm(
     chosen = choose("rms_norm", backend, why_not)
     if chosen == "reference":
         return rms_norm_reference(x, weight, residual=residual, eps=eps, casting=casting, weight_offset=weight_offset)
+    out, new_residual, _rstd = _forward_of(chosen)(x, residual, weight, eps, casting, weight_offset)
+    return out if residual is None else (out, new_residual)
+
+
+def _forward_of(chosen: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """The registered op of a backend."""
     if chosen == "triton":
         from herdkern.ops.triton import rms_norm as triton_rms_norm
 
-        return triton_rms_norm.rms_norm(x, weight, residual, eps, casting, weight_offset)
-    if residual is None:
-        out: Tensor = _forward(x, weight, eps, casting, weight_offset)[0]
-        return out
-    out, new_residual, _rstd = _add_forward(x, residual, weight, eps, casting, weight_offset)
-    return out, new_residual
+        return triton_rms_norm.forward
+    return _forward
 
 
 def _too_long(x: Tensor) -> str | None:
@@ -142,51 +145,27 @@ def _shape_of(x: Tensor, weight: Tensor, casting: str) -> tuple[int, ...]:
     return num_rows, dim, *elements, CASTINGS.index(casting), num_threads()
 
 
-def _run_forward(
+def _forward_cpu(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, casting: str, weight_offset: float
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     x, x_stride = rows(x)
-    residual, residual_stride = (None, 0) if residual is None else rows(residual)
+    has_residual = residual is not None
+    residual, residual_stride = (x, 0) if residual is None else rows(residual)
     weight = weight.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
-    new_residual = None if residual is None else torch.empty(x.shape, dtype=x.dtype)
+    new_residual = torch.empty(x.shape if has_residual else 0, dtype=x.dtype)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
     native_module().rms_norm_forward(
         x.data_ptr(),
-        0 if residual is None else residual.data_ptr(),
+        residual.data_ptr() if has_residual else 0,
         weight.data_ptr(),
-        (out.data_ptr(), 0 if new_residual is None else new_residual.data_ptr(), rstd.data_ptr()),
+        (out.data_ptr(), new_residual.data_ptr() if has_residual else 0, rstd.data_ptr()),
         _shape_of(x, weight, casting),
         (x_stride, residual_stride),
         eps,
         weight_offset,
     )
     return out, new_residual, rstd
-
-
-def _forward_cpu(
-    x: Tensor, weight: Tensor, eps: float, casting: str = "llama", weight_offset: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    out, _, rstd = _run_forward(x, None, weight, eps, casting, weight_offset)
-    return out, rstd
-
-
-def _forward_fake(x: Tensor, weight: Tensor, eps: float, casting: str, weight_offset: float) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
-
-
-def _add_forward_cpu(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, casting: str, weight_offset: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    out, new_residual, rstd = _run_forward(x, residual, weight, eps, casting, weight_offset)
-    assert new_residual is not None
-    return out, new_residual, rstd
-
-
-def _add_forward_fake(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, casting: str, weight_offset: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 def _backward_cpu(
@@ -204,8 +183,7 @@ def _backward_cpu(
     dresidual, dresidual_stride = (None, 0) if dresidual is None else rows(dresidual)
     x, x_stride = rows(x)
     weight = weight.contiguous()
-    dx = torch.empty(x.shape if need_dx else 0, dtype=x.dtype)
-    dweight = torch.empty(weight.shape if need_dweight else 0, dtype=weight.dtype)
+    dx, dweight = empty_gradients(x, weight, need_dx, need_dweight)
     native_module().rms_norm_backward(
         dout.data_ptr(),
         0 if dresidual is None else dresidual.data_ptr(),
@@ -220,109 +198,67 @@ def _backward_cpu(
     return dx, dweight
 
 
-def _backward_fake(
-    dout: Tensor,
-    dresidual: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
-    casting: str,
-    weight_offset: float,
-    need_dx: bool,
-    need_dweight: bool,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape if need_dx else 0), weight.new_empty(weight.shape if need_dweight else 0)
+def register_rms_norm(
+    name: str, forward: Callable[..., Any], backward: Callable[..., Any], devices: Sequence[str] = ("CPU",)
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Register herdkern::<name> and herdkern::<name>_backward, implemented as _forward_cpu and _backward_cpu are.
 
+    Returns the call of the first: (out, new_residual, rstd), new_residual empty without a residual.
+    """
+    modes = "str casting, float weight_offset"
+    backward_op = native_op(
+        f"{name}_backward(Tensor dout, Tensor? dresidual, Tensor x, Tensor weight, Tensor rstd, {modes}, bool need_dx,"
+        " bool need_dweight) -> (Tensor, Tensor)",
+        backward,
+        lambda dout, dresidual, x, weight, rstd, casting, offset, *needs: empty_gradients(x, weight, *needs),
+        devices=devices,
+    )
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, ctx.eps, ctx.casting, ctx.weight_offset = inputs
-    ctx.save_for_backward(x, weight, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if dout is None:
-        return None, None, None, None, None
-    x, weight, rstd = ctx.saved_tensors
-    need_dx, need_dweight = ctx.needs_input_grad[:2]
-    dx, dweight = _either_gradients(ctx, dout, None, x, weight, rstd, need_dx, need_dweight)
-    return dx, dweight, None, None, None
-
-
-def _add_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _x, _residual, weight, ctx.eps, ctx.casting, ctx.weight_offset = inputs
-    ctx.save_for_backward(output[1], weight, output[2])
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _add_gradients(ctx: Any, dout: Tensor | None, dresidual: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    need_dx, need_dresidual, need_dweight = ctx.needs_input_grad[:3]
-    if dout is None:
+    def gradients(ctx: Any, dout: Tensor | None, dresidual: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        need_x, need_residual, need_dweight = ctx.needs_input_grad[:3]
         dx, dweight = dresidual, None
-    else:
-        hidden, weight, rstd = ctx.saved_tensors
-        need_either = need_dx or need_dresidual
-        dx, dweight = _either_gradients(ctx, dout, dresidual, hidden, weight, rstd, need_either, need_dweight)
-    return dx if need_dx else None, dx if need_dresidual else None, dweight, None, None, None
+        if dout is not None and torch.is_grad_enabled():
+            dx, dweight = _recorded_gradients(ctx, dout, dresidual)
+        elif dout is not None:
+            needs = need_x or need_residual, need_dweight
+            dx, dweight = backward_op(dout, dresidual, *ctx.saved_tensors, ctx.casting, ctx.weight_offset, *needs)
+        no_gradients = (None,) * 3
+        return dx if need_x else None, dx if need_residual else None, dweight if need_dweight else None, *no_gradients
+
+    return native_op(
+        f"{name}(Tensor x, Tensor? residual, Tensor weight, float eps, {modes}) -> (Tensor, Tensor, Tensor)",
+        forward,
+        _forward_fake,
+        _setup_context,
+        gradients,
+        devices,
+    )
 
 
-def _either_gradients(
-    ctx: Any,
-    dout: Tensor,
-    dresidual: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
-    need_dx: bool,
-    need_dweight: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """(gradient of what was normed, gradient of weight); None for what is not needed."""
-    modes = ctx.casting, ctx.weight_offset
-    if torch.is_grad_enabled():
-        return _recorded_gradients(ctx.eps, *modes, dout, dresidual, hidden, weight)
-    dx, dweight = _backward(dout, dresidual, hidden, weight, rstd, *modes, need_dx, need_dweight)
-    return dx if need_dx else None, dweight if need_dweight else None
+def _forward_fake(x: Tensor, residual: Tensor | None, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    new_residual = x.new_empty(0 if residual is None else x.shape)
+    return x.new_empty(x.shape), new_residual, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-def _recorded_gradients(
-    eps: float,
-    casting: Casting,
-    weight_offset: float,
-    dout: Tensor,
-    dresidual: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-) -> tuple[Tensor | None, Tensor | None]:
-    """_either_gradients by the reference, with a graph of their own."""
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, residual, weight, ctx.eps, ctx.casting, ctx.weight_offset = inputs
+    _out, new_residual, rstd = output
+    ctx.save_for_backward(x if residual is None else new_residual, weight, rstd)
+    ctx.mark_non_differentiable(*((new_residual, rstd) if residual is None else (rstd,)))
+    ctx.set_materialize_grads(False)
+
+
+def _recorded_gradients(ctx: Any, dout: Tensor, dresidual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of what was normed and of weight by the reference, with a graph of their own."""
+    hidden, weight, _rstd = ctx.saved_tensors
 
     def reference(hidden: Tensor, weight: Tensor) -> Tensor:
-        out: Tensor = rms_norm_reference(hidden, weight, eps=eps, casting=casting, weight_offset=weight_offset)
+        modes = {"casting": ctx.casting, "weight_offset": ctx.weight_offset}
+        out: Tensor = rms_norm_reference(hidden, weight, eps=ctx.eps, **modes)
         return out
 
     dx, dweight = differentiable_gradients(reference, (hidden, weight), dout)
     return dx if dx is None or dresidual is None else dx + dresidual, dweight
 
 
-_MODES = "str casting, float weight_offset"
-_backward = native_op(
-    "rms_norm_backward(Tensor dout, Tensor? dresidual, Tensor x, Tensor weight, Tensor rstd,"
-    f" {_MODES}, bool need_dx, bool need_dweight) -> (Tensor, Tensor)",
-    _backward_cpu,
-    _backward_fake,
-)
-_forward = native_op(
-    f"rms_norm_forward(Tensor x, Tensor weight, float eps, {_MODES}) -> (Tensor, Tensor)",
-    _forward_cpu,
-    _forward_fake,
-    _setup_context,
-    _gradients,
-)
-_add_forward = native_op(
-    f"add_rms_norm_forward(Tensor x, Tensor residual, Tensor weight, float eps, {_MODES}) -> (Tensor, Tensor, Tensor)",
-    _add_forward_cpu,
-    _add_forward_fake,
-    _add_setup_context,
-    _add_gradients,
-)
+_forward = register_rms_norm("rms_norm", _forward_cpu, _backward_cpu)

@@ -5,6 +5,7 @@ Source: Su et al. 2021, eq. 34 (arXiv:2104.09864); frequency scaling: Llama 3.1 
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -121,10 +122,7 @@ def rope(
         return _write_back("rope", {"x": x}, (out,))[0] if inplace else out
     if inplace:
         return _turn_in_place("rope", {"x": x}, cos, sin, positions, None, interleaved, _kernels(chosen))[0]
-    if chosen == "triton":
-        no_keys = x.new_empty(x.shape[0], 0, x.shape[2])
-        return _kernels(chosen)[0](x, no_keys, cos, sin, positions, None, interleaved, False)[0]
-    return _forward(x, cos, sin, positions, interleaved, False)
+    return _kernels(chosen)[0](x, _no_heads(x), cos, sin, positions, None, interleaved, False)[0]
 
 
 def rope_qk(
@@ -163,8 +161,7 @@ def rope_qk(
         return _write_back("rope_qk", both, turned) if inplace else turned
     if inplace:
         return _turn_in_place("rope_qk", both, cos, sin, positions, cu_seqlens, interleaved, _kernels(chosen))
-    turned_q, turned_k = _kernels(chosen)[0](q, k, cos, sin, positions, cu_seqlens, interleaved, False)
-    return turned_q, turned_k
+    return _kernels(chosen)[0](q, k, cos, sin, positions, cu_seqlens, interleaved, False)
 
 
 def _chosen(function: str, x: Tensor, backend: Backend) -> str:
@@ -176,7 +173,7 @@ def _chosen(function: str, x: Tensor, backend: Backend) -> str:
     return choose(function, backend, why_not)
 
 
-def _kernels(chosen: str) -> tuple[Any, Any]:
+def _kernels(chosen: str) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., None]]:
     """The functions that turn q and k, into new tensors and where they are told to."""
     if chosen == "triton":
         from herdkern.ops.triton import rope as triton_rope
@@ -311,7 +308,7 @@ def _turn_in_place(
     x, *more = operands.values()
     rest = (cos, sin, positions, cu_seqlens, interleaved)
     if not is_plain_eager((*operands.values(), cos, sin, positions, cu_seqlens)):
-        k = more[0] if more else x.new_empty(x.shape[0], 0, x.shape[2])
+        k = more[0] if more else _no_heads(x)
         return _write_back(function, operands, forward_qk(x, k, *rest, False)[: len(operands)])
     recorded = [x.requires_grad and torch.is_grad_enabled() for x in operands.values()]
     if any(recorded):  # values first: where they are refused, no graph has changed
@@ -377,87 +374,64 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:
-        no_keys = dout.new_empty(dout.shape[0], 0, dout.shape[2])
-        return ctx.forward_qk(dout, no_keys, *ctx.saved_tensors, ctx.interleaved, True)[0], *(None,) * 6
+        return ctx.forward_qk(dout, _no_heads(dout), *ctx.saved_tensors, ctx.interleaved, True)[0], *(None,) * 6
 
 
-def _dense_heads(x: Tensor) -> Tensor:
-    return x if x.stride(2) == 1 else x.contiguous()
+def register_rope_qk(
+    name: str, launch: Callable[..., None], devices: Sequence[str] = ("CPU",)
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Register herdkern::<name>, which turns q and k into new tensors by `launch` (see _launch), and return its call.
+
+    k without heads is for a caller that has but one tensor.
+    """
+
+    def implementation(
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None,
+        cu_seqlens: Tensor | None,
+        interleaved: bool,
+        inverse: bool,
+    ) -> tuple[Tensor, Tensor]:
+        turned = [(x if x.stride(2) == 1 else x.contiguous(), x.new_empty(x.shape)) for x in (q, k)]
+        if k.shape[1]:
+            launch("rope_qk", turned, cos, sin, positions, cu_seqlens, interleaved, inverse)
+        else:
+            launch("rope", turned[:1], cos, sin, positions, cu_seqlens, interleaved, inverse)
+        return turned[0][1], turned[1][1]
+
+    def gradients(ctx: Any, dout_q: Tensor | None, dout_k: Tensor | None) -> tuple[Any, ...]:
+        # a rotation is orthogonal: its transpose is the turn by the negative angle, which is differentiable in its turn
+        douts = [dout if needed else None for dout, needed in zip((dout_q, dout_k), ctx.needs_input_grad, strict=False)]
+        shown = next((dout for dout in douts if dout is not None), None)
+        if shown is None:
+            return (None,) * 8
+        dq, dk = (_no_heads(shown) if dout is None else dout for dout in douts)
+        turned = op(dq, dk, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse)
+        return *(None if dout is None else dx for dout, dx in zip(douts, turned, strict=True)), *(None,) * 6
+
+    op = native_op(
+        f"{name}(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, Tensor? cu_seqlens, bool interleaved,"
+        " bool inverse) -> (Tensor, Tensor)",
+        implementation,
+        lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
+        _setup_context,
+        gradients,
+        devices,
+    )
+    return op
 
 
-def _rope_cpu(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool, inverse: bool) -> Tensor:
-    x, out = _dense_heads(x), torch.empty(x.shape, dtype=x.dtype)
-    _launch("rope", [(x, out)], cos, sin, positions, None, interleaved, inverse)
-    return out
-
-
-def _rope_fake(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool, inverse: bool) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, cos, sin, positions, ctx.interleaved, ctx.inverse = inputs
-    ctx.save_for_backward(cos, sin, positions)
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
-    # a rotation is orthogonal: its transpose is the turn by the negative angle, which is differentiable in its turn
-    dx = None if dout is None else _forward(dout, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse)
-    return dx, None, None, None, None, None
-
-
-def _rope_qk_cpu(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    cu_seqlens: Tensor | None,
-    interleaved: bool,
-    inverse: bool,
-) -> tuple[Tensor, Tensor]:
-    q, k = _dense_heads(q), _dense_heads(k)
-    out_q, out_k = torch.empty(q.shape, dtype=q.dtype), torch.empty(k.shape, dtype=k.dtype)
-    _launch("rope_qk", [(q, out_q), (k, out_k)], cos, sin, positions, cu_seqlens, interleaved, inverse)
-    return out_q, out_k
-
-
-def _rope_qk_fake(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape)
-
-
-def _setup_context_qk(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, cos, sin, positions, cu_seqlens, ctx.interleaved, ctx.inverse = inputs
-    ctx.num_heads = q.shape[1], k.shape[1]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _q, _k, cos, sin, positions, cu_seqlens, ctx.interleaved, ctx.inverse = inputs
     ctx.save_for_backward(cos, sin, positions, cu_seqlens)
     ctx.set_materialize_grads(False)
 
 
-def _gradients_qk(ctx: Any, dout_q: Tensor | None, dout_k: Tensor | None) -> tuple[Any, ...]:
-    no_gradients = (None,) * 6
-    if dout_q is None and dout_k is None:
-        return None, None, *no_gradients
-    douts = [dout if needed else None for dout, needed in zip((dout_q, dout_k), ctx.needs_input_grad, strict=False)]
-    shown = next((dout for dout in (dout_q, dout_k) if dout is not None), None)
-    assert shown is not None
-    dq, dk = (shown.new_empty(shown.shape[0], 0, shown.shape[2]) if dout is None else dout for dout in douts)
-    dq, dk = _forward_qk(dq, dk, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse)
-    return None if douts[0] is None else dq, None if douts[1] is None else dk, *no_gradients
+def _no_heads(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], 0, x.shape[2])
 
 
-_forward = native_op(
-    "rope(Tensor x, Tensor cos, Tensor sin, Tensor positions, bool interleaved, bool inverse) -> Tensor",
-    _rope_cpu,
-    _rope_fake,
-    _setup_context,
-    _gradients,
-)
-_forward_qk = native_op(
-    "rope_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, Tensor? cu_seqlens, bool interleaved,"
-    " bool inverse) -> (Tensor, Tensor)",
-    _rope_qk_cpu,
-    _rope_qk_fake,
-    _setup_context_qk,
-    _gradients_qk,
-)
+_forward_qk = register_rope_qk("rope_qk", _launch)

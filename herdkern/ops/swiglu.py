@@ -1,12 +1,13 @@
 """SwiGLU. Source: Shazeer 2020, section 2 (arXiv:2002.05202)."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from herdkern.ops.backend import Backend, choose, dtype_name, native_module, num_threads, why_not_native, why_not_triton
-from herdkern.ops.native_op import differentiable_gradients, native_op, rows
+from herdkern.ops.native_op import differentiable_gradients, empty_gradients, native_op, rows
 
 ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/cpu/element.h
 
@@ -39,9 +40,8 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: Backend = "auto")
     if chosen == "triton":
         from herdkern.ops.triton import swiglu as triton_swiglu
 
-        return triton_swiglu.swiglu(gate, up)
-    out: Tensor = _packed_forward(gate) if up is None else _forward(gate, up)
-    return out
+        return triton_swiglu.forward(gate, up)
+    return _forward(gate, up)
 
 
 def _check(gate: Tensor, up: Tensor | None) -> None:
@@ -61,17 +61,23 @@ def _check(gate: Tensor, up: Tensor | None) -> None:
         raise ValueError(f"swiglu: up must be on {gate.device}, got {up.device}")
 
 
-def _forward_cpu(gate: Tensor, up: Tensor) -> Tensor:
-    gate, gate_stride = rows(gate)
-    up, up_stride = rows(up)
-    out = torch.empty(gate.shape, dtype=gate.dtype)
-    dim = gate.shape[-1]
+def halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, int, Tensor, int]:
+    """Return gate and up with the distances between their rows; those of a packed tensor are views of it."""
+    if up is not None:
+        return *rows(gate), *rows(up)
+    packed, stride = rows(gate)
+    ffn_dim = gate.shape[-1] // 2
+    return packed[..., :ffn_dim], stride, packed[..., ffn_dim:], stride
+
+
+def _forward_cpu(gate: Tensor, up: Tensor | None) -> Tensor:
+    out = forward_fake(gate, up)
+    gate, gate_stride, up, up_stride = halves(gate, up)
     native_module().swiglu_forward(
         gate.data_ptr(),
         up.data_ptr(),
         out.data_ptr(),
-        gate.numel() // max(dim, 1),
-        dim,
+        *_extent(out),
         (gate_stride, up_stride),
         ELEMENTS.index(gate.dtype),
         num_threads(),
@@ -79,80 +85,77 @@ def _forward_cpu(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def _forward_fake(gate: Tensor, up: Tensor) -> Tensor:
-    return gate.new_empty(gate.shape)
-
-
-def _packed_forward_cpu(packed: Tensor) -> Tensor:
-    packed, stride = rows(packed)
-    dim = packed.shape[-1] // 2
-    out = torch.empty((*packed.shape[:-1], dim), dtype=packed.dtype)
-    native_module().swiglu_forward(
-        packed.data_ptr(),
-        packed.data_ptr() + dim * packed.element_size(),
-        out.data_ptr(),
-        out.numel() // max(dim, 1),
-        dim,
-        (stride, stride),
-        ELEMENTS.index(packed.dtype),
-        num_threads(),
-    )
-    return out
-
-
-def _packed_forward_fake(packed: Tensor) -> Tensor:
-    return packed.new_empty((*packed.shape[:-1], packed.shape[-1] // 2))
-
-
-def _backward_cpu(dout: Tensor, gate: Tensor, up: Tensor, need_dgate: bool, need_dup: bool) -> tuple[Tensor, Tensor]:
+def _backward_cpu(
+    dout: Tensor, gate: Tensor, up: Tensor | None, need_dgate: bool, need_dup: bool
+) -> tuple[Tensor, Tensor]:
+    dgate, dup = results = gradients_fake(dout, gate, up, need_dgate, need_dup)
     dout, dout_stride = rows(dout)
-    gate, gate_stride = rows(gate)
-    up, up_stride = rows(up)
-    dgate = torch.empty(gate.shape if need_dgate else 0, dtype=gate.dtype)
-    dup = torch.empty(gate.shape if need_dup else 0, dtype=gate.dtype)
-    dim = gate.shape[-1]
+    if up is None:
+        dgate, grad_stride, dup, _ = halves(dgate, None)
+        need_dup = True
+    else:
+        grad_stride = dout.shape[-1]
+    gate, gate_stride, up, up_stride = halves(gate, up)
     native_module().swiglu_backward(
         dout.data_ptr(),
         gate.data_ptr(),
         up.data_ptr(),
         dgate.data_ptr() if need_dgate else 0,
         dup.data_ptr() if need_dup else 0,
-        gate.numel() // max(dim, 1),
-        dim,
-        (dout_stride, gate_stride, up_stride, dim, dim),
+        *_extent(dout),
+        (dout_stride, gate_stride, up_stride, grad_stride, grad_stride),
         ELEMENTS.index(gate.dtype),
         num_threads(),
     )
-    return dgate, dup
+    return results
 
 
-def _backward_fake(dout: Tensor, gate: Tensor, up: Tensor, need_dgate: bool, need_dup: bool) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape if need_dgate else 0), gate.new_empty(gate.shape if need_dup else 0)
+def _extent(out: Tensor) -> tuple[int, int]:
+    """Number and length of rows."""
+    return out.numel() // max(out.shape[-1], 1), out.shape[-1]
 
 
-def _packed_backward_cpu(dout: Tensor, packed: Tensor) -> Tensor:
-    dout, dout_stride = rows(dout)
-    packed, stride = rows(packed)
-    dpacked = torch.empty(packed.shape, dtype=packed.dtype)
-    dim = packed.shape[-1] // 2
-    half = dim * packed.element_size()
-    native_module().swiglu_backward(
-        dout.data_ptr(),
-        packed.data_ptr(),
-        packed.data_ptr() + half,
-        dpacked.data_ptr(),
-        dpacked.data_ptr() + half,
-        packed.numel() // max(2 * dim, 1),
-        dim,
-        (dout_stride, stride, stride, 2 * dim, 2 * dim),
-        ELEMENTS.index(packed.dtype),
-        num_threads(),
+def register_swiglu(
+    name: str, forward: Callable[..., Tensor], backward: Callable[..., Any], devices: Sequence[str] = ("CPU",)
+) -> Callable[..., Tensor]:
+    """Register herdkern::<name> and herdkern::<name>_backward, implemented as _forward_cpu and _backward_cpu are.
+
+    Returns the call of the first.
+    """
+    backward_op = native_op(
+        f"{name}_backward(Tensor dout, Tensor gate, Tensor? up, bool need_dgate, bool need_dup) -> (Tensor, Tensor)",
+        backward,
+        gradients_fake,
+        devices=devices,
     )
-    return dpacked
+
+    def gradients(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if dout is None:
+            return None, None
+        gate, up = ctx.saved_tensors
+        need_dgate, need_dup = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            given = (gate,) if up is None else (gate, up)
+            dgate, dup = (*differentiable_gradients(swiglu_reference, given, dout), None)[:2]
+        else:
+            dgate, dup = backward_op(dout, gate, up, need_dgate, need_dup)
+        return dgate if need_dgate else None, dup if need_dup else None
+
+    return native_op(
+        f"{name}(Tensor gate, Tensor? up) -> Tensor", forward, forward_fake, _setup_context, gradients, devices
+    )
 
 
-def _packed_backward_fake(dout: Tensor, packed: Tensor) -> Tensor:
-    return packed.new_empty(packed.shape)
+def forward_fake(gate: Tensor, up: Tensor | None) -> Tensor:
+    """Return a tensor for the result."""
+    return gate.new_empty(gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2))
+
+
+def gradients_fake(
+    dout: Tensor, gate: Tensor, up: Tensor | None, need_dgate: bool, need_dup: bool
+) -> tuple[Tensor, Tensor]:
+    """Return tensors for the gradients, empty where not needed; that of a packed tensor is the first."""
+    return empty_gradients(gate, gate, need_dgate, up is not None and need_dup)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -160,44 +163,4 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    if dout is None:
-        return None, None
-    gate, up = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        dgate, dup = differentiable_gradients(swiglu_reference, (gate, up), dout)
-        return dgate, dup
-    need_dgate, need_dup = ctx.needs_input_grad
-    dgate, dup = _backward(dout, gate, up, need_dgate, need_dup)
-    return dgate if need_dgate else None, dup if need_dup else None
-
-
-def _packed_gradients(ctx: Any, dout: Tensor | None) -> Tensor | None:
-    if dout is None:
-        return None
-    (packed,) = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        (dpacked,) = differentiable_gradients(swiglu_reference, (packed,), dout)
-        return dpacked
-    dpacked = _packed_backward(dout, packed)
-    return dpacked
-
-
-_backward = native_op(
-    "swiglu_backward(Tensor dout, Tensor gate, Tensor up, bool need_dgate, bool need_dup) -> (Tensor, Tensor)",
-    _backward_cpu,
-    _backward_fake,
-)
-_forward = native_op(
-    "swiglu_forward(Tensor gate, Tensor up) -> Tensor", _forward_cpu, _forward_fake, _setup_context, _gradients
-)
-_packed_backward = native_op(
-    "swiglu_packed_backward(Tensor dout, Tensor packed) -> Tensor", _packed_backward_cpu, _packed_backward_fake
-)
-_packed_forward = native_op(
-    "swiglu_packed_forward(Tensor packed) -> Tensor",
-    _packed_forward_cpu,
-    _packed_forward_fake,
-    _setup_context,
-    _packed_gradients,
-)
+_forward = register_swiglu("swiglu", _forward_cpu, _backward_cpu)

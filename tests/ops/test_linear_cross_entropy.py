@@ -209,13 +209,13 @@ def test_registered_op(reduction, numbers):
     x, weight, targets = example(6, 8, 11, FP32)
     x.requires_grad_()
     weight.requires_grad_()
-    forward = torch.ops.herdkern.linear_cross_entropy_forward.default
+    forward = torch.ops.herdkern.linear_cross_entropy.default
     torch.library.opcheck(forward, (x, weight, targets, -100, reduction, *numbers, reduction > 0, reduction > 0))
 
 
 def test_registered_gradient_op():
     x, weight, targets = example(6, 8, 11, FP32)
-    stats = torch.ops.herdkern.linear_cross_entropy_forward(x, weight, targets, -100, 0, 0.1, 0.1, 2.0, False, False)[2]
+    stats = torch.ops.herdkern.linear_cross_entropy(x, weight, targets, -100, 0, 0.1, 0.1, 2.0, False, False)[2]
     gradients = torch.ops.herdkern.linear_cross_entropy_gradients.default
     for needs in ((True, True), (False, True), (True, False)):
         for dlogps in (None, torch.randn(6)):

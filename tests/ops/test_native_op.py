@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from herdkern.ops import attention, linear_cross_entropy, native_op, rms_norm, rope, rope_table, swiglu
+from herdkern.ops import attention, linear_cross_entropy, native_op, rms_norm, rope, rope_qk, rope_table, swiglu
 from herdkern.ops.native_op import is_plain_eager, rows
 
 
@@ -38,7 +38,48 @@ def test_dispatch_modes_see_the_op():
     with Counting() as mode:
         assert not is_plain_eager((torch.zeros(2),))
         rms_norm(torch.ones(2, 4), torch.ones(4))
-    assert mode.ours == ["herdkern::rms_norm_forward"]
+    assert mode.ours == ["herdkern::rms_norm"]
+
+
+def results_of_all_ops(dtype):
+    """Results and gradients of each op that computes with numbers from Python, on fixed inputs."""
+    draw = torch.Generator().manual_seed(0)
+
+    def leaf(*shape, of=dtype):
+        return torch.randn(shape, generator=draw, dtype=torch.float32).to(of).requires_grad_()
+
+    x, residual, weight, gate, up = leaf(6, 8), leaf(6, 8), leaf(8), leaf(6, 8), leaf(6, 8)
+    q, k, head = leaf(6, 2, 8), leaf(6, 1, 8), leaf(11, 8)
+    cu_seqlens = torch.tensor([0, 4, 6], dtype=torch.int32)
+    options = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0, "return_logps": True}
+    calls = [
+        ((x, residual, weight), rms_norm(x, weight, residual=residual, eps=1e-5, casting="none", weight_offset=1.0)),
+        ((x, weight), rms_norm(x, weight, casting="gemma", weight_offset=1.0)),
+        ((gate, up), swiglu(gate, up)),
+        ((gate,), swiglu(gate)),
+        ((q, k), rope_qk(q, k, *rope_table(6, 8), cu_seqlens=cu_seqlens)),
+        ((x, head), linear_cross_entropy(x, head, torch.arange(6), **options)),
+    ]
+    found = []
+    for leaves, out in calls:
+        outs = out if isinstance(out, tuple) else (out,)
+        loss = sum((o * 0.5).sum() for o in outs)
+        found += [*outs, *torch.autograd.grad(loss, leaves)]
+    return [t.detach() for t in found]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers_from_python_promote_nothing(dtype):
+    """Whatever torch's default dtype is: the same dtypes, the same bits."""
+    expected = results_of_all_ops(dtype)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = results_of_all_ops(dtype)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [t.dtype for t in got] == [t.dtype for t in expected]
+    assert {t.dtype for t in got} <= {dtype, torch.float32}
+    assert all(map(torch.equal, got, expected))
 
 
 def test_function_modes_do_not():

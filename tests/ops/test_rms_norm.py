@@ -306,6 +306,20 @@ def test_no_graph_without_gradients():
         assert rms_norm(torch.randn(3, 4, requires_grad=True), torch.randn(4)).grad_fn is None
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_what_is_saved(dtype, has_residual):
+    """The input, or the sum that is a result anyway, the weight, and one number a row: nothing else of that size."""
+    x, weight = torch.randn(5, 6).to(dtype).requires_grad_(), torch.randn(6).to(dtype).requires_grad_()
+    residual = torch.randn(5, 6).to(dtype) if has_residual else None
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = rms_norm(x, weight, residual=residual)
+    normed = out[1] if has_residual else x
+    assert [t.data_ptr() for t in saved[:2]] == [normed.data_ptr(), weight.data_ptr()]
+    assert [(t.shape, t.dtype) for t in saved[2:]] == [((5,), torch.float32)]
+
+
 def test_backward_twice_accumulates():
     x, weight = torch.randn(6, 10, requires_grad=True), torch.randn(10, requires_grad=True)
     loss = rms_norm(x, weight).square().sum()
@@ -357,8 +371,8 @@ def test_registered_op(mode):
     mode = {"weight_offset": 0.0, **mode}
     modes = mode["casting"], mode["weight_offset"]
     x, residual, weight = (torch.randn(shape, requires_grad=True) for shape in ((5, 8), (5, 8), (8,)))
-    torch.library.opcheck(torch.ops.herdkern.rms_norm_forward.default, (x, weight, 1e-5, *modes))
-    torch.library.opcheck(torch.ops.herdkern.add_rms_norm_forward.default, (x, residual, weight, 1e-5, *modes))
+    for added in (None, residual):
+        torch.library.opcheck(torch.ops.herdkern.rms_norm.default, (x, added, weight, 1e-5, *modes))
     x, residual, weight = x.detach(), residual.detach(), weight.detach()
     for dresidual in (residual, None):
         for needs in ((True, True), (False, True), (True, False)):

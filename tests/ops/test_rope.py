@@ -182,8 +182,9 @@ def test_no_graph_without_gradients():
 
 @pytest.mark.parametrize("interleaved", STYLES)
 def test_registered_op(interleaved):
-    x = torch.randn(5, 2, 8, requires_grad=True)
-    torch.library.opcheck(torch.ops.herdkern.rope.default, (x, *rope_table(5, 8), torch.arange(5), interleaved, False))
+    x, no_keys = torch.randn(5, 2, 8, requires_grad=True), torch.empty(5, 0, 8)
+    arguments = x, no_keys, *rope_table(5, 8), torch.arange(5), None, interleaved, False
+    torch.library.opcheck(torch.ops.herdkern.rope_qk.default, arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

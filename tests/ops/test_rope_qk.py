@@ -88,6 +88,16 @@ def test_qk_gradients_of_one_alone(wanted, used):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("places", PLACES)
+def test_neither_q_nor_k_is_saved(places):
+    q, k = (x.requires_grad_() for x in qk())
+    cos, sin = rope_table(63, 16)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        rope_qk(q, k, cos, sin, **PLACES[places])
+    assert saved == [t.data_ptr() for t in (cos, sin, *PLACES[places].values())]
+
+
 @pytest.mark.parametrize("num_tokens", [0, 1])
 def test_qk_of_little(num_tokens):
     q, k = qk(num_tokens)

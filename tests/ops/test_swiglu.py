@@ -183,10 +183,11 @@ def test_second_derivative_is_the_references():
 
 def test_registered_op():
     gate, up = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
-    torch.library.opcheck(torch.ops.herdkern.swiglu_forward.default, (gate, up))
-    torch.library.opcheck(torch.ops.herdkern.swiglu_packed_forward.default, (gate,))
-    torch.library.opcheck(torch.ops.herdkern.swiglu_packed_backward.default, (torch.randn(5, 4), gate.detach()))
+    for second in (up, None):
+        torch.library.opcheck(torch.ops.herdkern.swiglu.default, (gate, second))
     detached = torch.randn(5, 8), gate.detach(), up.detach()
+    packed = torch.randn(5, 4), gate.detach(), None, True, False
+    torch.library.opcheck(torch.ops.herdkern.swiglu_backward.default, packed)
     for needs in ((True, True), (False, True), (True, False)):
         torch.library.opcheck(torch.ops.herdkern.swiglu_backward.default, (*detached, *needs))
 

@@ -5,21 +5,21 @@ the log of the sum of exponentials and once more to write the gradient over it, 
 that follow. Memory beyond that: the sum of a 16-bit weight's gradient in float32 while there are several chunks.
 """
 
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from herdkern.ops.linear_cross_entropy import Reduction, linear_cross_entropy_reference
-from herdkern.ops.native_op import differentiable_gradients, is_plain_eager, native_op
+from herdkern.ops.linear_cross_entropy import empty_results, register_linear_cross_entropy
+from herdkern.ops.native_op import empty_gradients
 
 _CHUNK_BYTES = 256 << 20  # of float32 logits
 _PART_BYTES = 64 << 20  # of a float32 weight, rounded to 16 bits at a time
 _BLOCK = 4096
 
-Numbers = tuple[int, float, float, float]  # ignore_index, label_smoothing, z_loss, softcap
+Numbers = tuple[Any, ...]  # ignore_index, label_smoothing, z_loss, softcap
 
 
 @triton.jit
@@ -220,73 +220,45 @@ def _forward_cuda(
     targets: Tensor,
     ignore_index: int,
     reduction: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    need_dhidden: bool,
-    need_dweight: bool,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    """Loss, log-probabilities and gradients (empty where not needed)."""
-    targets = targets.contiguous()
-    dhidden, dweight = _gradients_fake(hidden, weight, need_dhidden, need_dweight)
+    *numbers, need_dhidden, need_dweight = rest
+    _, _, stats, dhidden, dweight = empty_results(0, hidden, weight, targets, 1, need_dhidden, need_dweight)
     counts = (targets != ignore_index).to(torch.float32)
     count = counts.sum()
     losses, logps = _run(
         hidden,
         weight,
-        targets,
-        (ignore_index, label_smoothing, z_loss, softcap),
+        targets.contiguous(),
+        (ignore_index, *numbers),
         counts / count if reduction == 2 else counts,
         None,
         dhidden if need_dhidden else None,
         dweight if need_dweight else None,
     )
     loss = (losses, losses.sum(), losses.sum() / count)[reduction] if reduction else losses
-    return loss, logps, dhidden, dweight
-
-
-def _forward_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    reduction: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    need_dhidden: bool,
-    need_dweight: bool,
-) -> tuple[Tensor, ...]:
-    logps = hidden.new_empty(targets.shape, dtype=torch.float32)
-    loss = logps.new_empty(targets.shape if reduction == 0 else ())
-    return loss, logps, *_gradients_fake(hidden, weight, need_dhidden, need_dweight)
-
-
-def _gradients_fake(hidden: Tensor, weight: Tensor, need_dhidden: bool, need_dweight: bool) -> tuple[Tensor, Tensor]:
-    return hidden.new_empty(hidden.shape if need_dhidden else 0), weight.new_empty(weight.shape if need_dweight else 0)
+    return loss, logps, stats, dhidden, dweight
 
 
 def _gradients_cuda(
     dlosses: Tensor | None,
     dlogps: Tensor | None,
+    stats: Tensor,
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    need_dhidden: bool,
-    need_dweight: bool,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor]:
-    dhidden, dweight = _gradients_fake(hidden, weight, need_dhidden, need_dweight)
+    *numbers, need_dhidden, need_dweight = rest
+    dhidden, dweight = empty_gradients(hidden, weight, need_dhidden, need_dweight)
     if dlosses is None:
         dlosses = torch.zeros(targets.shape, dtype=torch.float32, device=hidden.device)
     _run(
         hidden,
         weight,
         targets.contiguous(),
-        (ignore_index, label_smoothing, z_loss, softcap),
+        (ignore_index, *numbers),
         dlosses.float().contiguous(),
         None if dlogps is None else dlogps.float().contiguous(),
         dhidden if need_dhidden else None,
@@ -295,85 +267,7 @@ def _gradients_cuda(
     return dhidden, dweight
 
 
-def _gradients_of_gradients_fake(
-    dlosses: Tensor | None, dlogps: Tensor | None, hidden: Tensor, weight: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    return _gradients_fake(hidden, weight, *rest[-2:])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, targets, ctx.ignore_index, ctx.reduction, *ctx.numbers = inputs[:8]
-    _, _, dhidden, dweight = output
-    ctx.mark_non_differentiable(dhidden, dweight)
-    ctx.set_materialize_grads(False)
-    ctx.early = None
-    if is_plain_eager(
-        (hidden, weight, targets)
-    ):  # not saved tensors, so that the backward pass may scale them in place
-        ctx.early = [dhidden, dweight]
-        ctx.save_for_backward(hidden, weight, targets)
-    else:
-        ctx.save_for_backward(hidden, weight, targets, dhidden, dweight)
-
-
-def _backward(ctx: Any, dloss: Tensor | None, dlogps: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    hidden, weight, targets, *early = ctx.saved_tensors
-    rest = (None,) * 8
-    needs = ctx.needs_input_grad[:2]
-    if dloss is None and dlogps is None:
-        return None, None, *rest
-    if torch.is_grad_enabled():
-        return *_second_order(ctx, hidden, weight, targets, (dloss, dlogps)), *rest
-    if ctx.reduction == 0 or dlogps is not None or not (early or ctx.early):
-        if dloss is not None and ctx.reduction:
-            scale = dloss / (targets != ctx.ignore_index).sum() if ctx.reduction == 2 else dloss
-            dloss = scale.expand(targets.shape)
-        gradients = _gradients(dloss, dlogps, hidden, weight, targets, ctx.ignore_index, *ctx.numbers, *needs)
-    elif early:
-        gradients = [g * dloss for g in early]
-    else:
-        gradients, ctx.early = [g.mul_(dloss) for g in ctx.early], None  # a second backward pass makes them again
-    return *(g.to(x.dtype) if need else None for g, x, need in zip(gradients, (hidden, weight), needs)), *rest
-
-
-def _second_order(
-    ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, douts: tuple[Tensor | None, ...]
-) -> list[Any]:
-    label_smoothing, z_loss, softcap = ctx.numbers
-
-    def reference(hidden: Tensor, weight: Tensor) -> Any:
-        outputs = linear_cross_entropy_reference(
-            hidden,
-            weight,
-            targets,
-            ignore_index=ctx.ignore_index,
-            reduction=get_args(Reduction)[ctx.reduction],
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            return_logps=True,
-        )
-        return sum((out * dout).sum() for out, dout in zip(outputs, douts, strict=True) if dout is not None)
-
-    return differentiable_gradients(reference, (hidden, weight), torch.ones((), device=hidden.device))
-
-
-_gradients = native_op(
-    "triton_linear_cross_entropy_gradients(Tensor? dlosses, Tensor? dlogps, Tensor hidden, Tensor weight,"
-    " Tensor targets, int ignore_index, float label_smoothing, float z_loss, float softcap, bool need_dhidden,"
-    " bool need_dweight) -> (Tensor, Tensor)",
-    _gradients_cuda,
-    _gradients_of_gradients_fake,
-    devices=("CUDA", "CPU"),  # CPU: under the interpreter
-)
-# returns (loss, log-probabilities, gradients); a target that is no token id gives NaN
-forward = native_op(
-    "triton_linear_cross_entropy(Tensor hidden, Tensor weight, Tensor targets, int ignore_index, int reduction,"
-    " float label_smoothing, float z_loss, float softcap, bool need_dhidden, bool need_dweight)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    _forward_cuda,
-    _forward_fake,
-    _setup_context,
-    _backward,
-    devices=("CUDA", "CPU"),
+# a target that is no token id gives NaN; CPU: under the interpreter
+forward = register_linear_cross_entropy(
+    "triton_linear_cross_entropy", 0, _forward_cuda, _gradients_cuda, ("CUDA", "CPU")
 )

@@ -4,15 +4,13 @@ The gradient of the weight is summed in two steps of fixed order: each program a
 the programs are added. How rows are cut depends on their number alone: the same bits on every run and every GPU.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from herdkern.ops.native_op import differentiable_gradients, native_op, rows
-from herdkern.ops.rms_norm import rms_norm_reference
+from herdkern.ops.native_op import empty_gradients, rows
+from herdkern.ops.rms_norm import register_rms_norm
 
 _MAX_PARTIAL_SUMS = 512  # fills a GPU of 132 processors four times over; their sums stay in its L2 cache
 
@@ -170,21 +168,14 @@ def _forward_cuda(
     return out, new_residual, rstd
 
 
-def _forward_fake(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, casting: str, weight_offset: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    new_residual = x.new_empty(0 if residual is None else x.shape)
-    return x.new_empty(x.shape), new_residual, x.new_empty(x.shape[:-1], dtype=torch.float32)
-
-
 def _backward_cuda(
     dout: Tensor,
     dtotal: Tensor | None,
     x: Tensor,
     weight: Tensor,
     rstd: Tensor,
+    casting: str,
     weight_offset: float,
-    round_xhat: bool,
     need_dx: bool,
     need_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -197,8 +188,7 @@ def _backward_cuda(
     num_tiles = triton.cdiv(num_rows, tile["ROWS"])
     per_sum = max(triton.cdiv(num_tiles, _MAX_PARTIAL_SUMS), min(num_tiles, 8), 1)  # tiles that one program adds up
     num_sums = triton.cdiv(num_tiles, per_sum)
-    dx = torch.empty(x.shape if need_dx else 0, dtype=x.dtype, device=x.device)
-    dweight = torch.empty(weight.shape if need_dweight else 0, dtype=weight.dtype, device=x.device)
+    dx, dweight = empty_gradients(x, weight, need_dx, need_dweight)
     partial = torch.empty((num_sums, dim) if need_dweight else 0, dtype=torch.float32, device=x.device)
     passes = [(need_dx, need_dweight)]
     if dim > 8192:  # the registers do not hold the row and the sum: x is read twice
@@ -225,7 +215,7 @@ def _backward_cuda(
                 HAS_DTOTAL=has_dtotal,
                 NEED_DX=makes_dx,
                 NEED_DWEIGHT=makes_dweight,
-                ROUND_XHAT=round_xhat,
+                ROUND_XHAT=casting == "none",
                 **tile,
             )
         if need_dweight and dim:
@@ -233,71 +223,4 @@ def _backward_cuda(
     return dx, dweight
 
 
-def _backward_fake(
-    dout: Tensor,
-    dtotal: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    rstd: Tensor,
-    weight_offset: float,
-    round_xhat: bool,
-    need_dx: bool,
-    need_dweight: bool,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape if need_dx else 0), weight.new_empty(weight.shape if need_dweight else 0)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, residual, weight, ctx.eps, ctx.casting, ctx.weight_offset = inputs
-    ctx.has_residual = residual is not None
-    ctx.save_for_backward(output[1] if ctx.has_residual else x, weight, output[2])
-    ctx.mark_non_differentiable(*output[2 if ctx.has_residual else 1 :])
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: Any, dout: Tensor | None, dtotal: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    x, weight, rstd = ctx.saved_tensors
-    need_dx = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-    dx, dweight = dtotal, None
-    if dout is not None and torch.is_grad_enabled():
-
-        def reference(x: Tensor, weight: Tensor) -> Tensor:
-            return rms_norm_reference(x, weight, eps=ctx.eps, casting=ctx.casting, weight_offset=ctx.weight_offset)
-
-        dx, dweight = differentiable_gradients(reference, (x, weight), dout)
-        if dtotal is not None and dx is not None:
-            dx = dx + dtotal
-    elif dout is not None:
-        need_dweight = ctx.needs_input_grad[2]
-        dx, dweight = _backward(
-            dout, dtotal, x, weight, rstd, ctx.weight_offset, ctx.casting == "none", need_dx, need_dweight
-        )
-        dweight = dweight if need_dweight else None
-    dx = dx if need_dx else None
-    return dx if ctx.needs_input_grad[0] else None, dx if ctx.needs_input_grad[1] else None, dweight, None, None, None
-
-
-_backward = native_op(
-    "triton_rms_norm_backward(Tensor dout, Tensor? dtotal, Tensor x, Tensor weight, Tensor rstd, float weight_offset,"
-    " bool round_xhat, bool need_dx, bool need_dweight) -> (Tensor, Tensor)",
-    _backward_cuda,
-    _backward_fake,
-    devices=("CUDA", "CPU"),  # CPU: under the interpreter
-)
-_forward = native_op(
-    "triton_rms_norm(Tensor x, Tensor? residual, Tensor weight, float eps, str casting, float weight_offset)"
-    " -> (Tensor, Tensor, Tensor)",
-    _forward_cuda,
-    _forward_fake,
-    _setup_context,
-    _gradients,
-    devices=("CUDA", "CPU"),
-)
-
-
-def rms_norm(
-    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, casting: str, weight_offset: float
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Return herdkern.ops.rms_norm of checked arguments."""
-    out, new_residual, _ = _forward(x, residual, weight, eps, casting, weight_offset)
-    return out if residual is None else (out, new_residual)
+forward = register_rms_norm("triton_rms_norm", _forward_cuda, _backward_cuda, ("CUDA", "CPU"))  # CPU: interpreted

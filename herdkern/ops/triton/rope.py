@@ -1,13 +1,11 @@
 """RoPE in Triton: q and k in one launch, one program for each token, which reads its row of the table once."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from herdkern.ops.native_op import native_op
+from herdkern.ops.rope import register_rope_qk
 from herdkern.ops.triton.segments import find_segment
 
 _TILE = 2048  # pairs that a program turns at once
@@ -96,107 +94,6 @@ def _rope_kernel(
     _turn_heads(k_from, k_to, c, s, num_k_heads, k_head_stride, out_k_head_stride, half, INTERLEAVED, HEADS, PAIRS)
 
 
-def _run(
-    x: tuple[Tensor, Tensor],
-    out: tuple[Tensor, Tensor],
-    table: tuple[Tensor, Tensor],
-    positions: Tensor | None,
-    cu_seqlens: Tensor | None,
-    interleaved: bool,
-    inverse: bool,
-) -> None:
-    """Turn x into out, which may be x itself; heads are contiguous in both."""
-    num_tokens, num_q_heads, head_dim = x[0].shape
-    num_k_heads = x[1].shape[1]
-    if not num_tokens or not head_dim:
-        return
-    where = positions if positions is not None else cu_seqlens
-    pairs = triton.next_power_of_2(head_dim // 2)
-    heads = min(triton.next_power_of_2(max(num_q_heads, num_k_heads, 1)), max(_TILE // pairs, 1))
-    with torch.cuda.device_of(x[0]):
-        _rope_kernel[(num_tokens,)](
-            *x,
-            *out,
-            *(t.contiguous() for t in table),
-            table[0] if where is None else where.contiguous(),
-            num_q_heads,
-            num_k_heads,
-            head_dim // 2,
-            table[0].shape[0],
-            0 if cu_seqlens is None else len(cu_seqlens) - 1,
-            *(t.stride(dim) for t in (*x, *out) for dim in (0, 1)),
-            POSITIONS="given" if positions is not None else "running" if cu_seqlens is None else "documents",
-            INVERSE=inverse,
-            INTERLEAVED=interleaved,
-            HEADS=heads,
-            PAIRS=pairs,
-            num_warps=min(max(heads * pairs // 256, 1), 4),
-        )
-
-
-def _rope_qk_cuda(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    cu_seqlens: Tensor | None,
-    interleaved: bool,
-    inverse: bool,
-) -> tuple[Tensor, Tensor]:
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    out = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    _run((q, k), (out[0], out[1]), (cos, sin), positions, cu_seqlens, interleaved, inverse)
-    return out[0], out[1]
-
-
-def _rope_qk_fake(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    cu_seqlens: Tensor | None,
-    interleaved: bool,
-    inverse: bool,
-) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, _, cos, sin, positions, cu_seqlens, ctx.interleaved, ctx.inverse = inputs
-    ctx.save_for_backward(cos, sin, positions, cu_seqlens)
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
-    # a rotation is orthogonal: its transpose is the turn by the negative angle, which is differentiable in its turn
-    dq, dk = (dx if needed else None for dx, needed in zip((dq, dk), ctx.needs_input_grad, strict=False))
-    some = dq if dq is not None else dk
-    if some is not None:
-        empty = some.new_empty((some.shape[0], 0, some.shape[2]))
-        turned = rope_qk(
-            empty if dq is None else dq,
-            empty if dk is None else dk,
-            *ctx.saved_tensors,
-            ctx.interleaved,
-            not ctx.inverse,
-        )
-        dq, dk = (None if given is None else got for given, got in zip((dq, dk), turned, strict=True))
-    return dq, dk, *(None,) * 6
-
-
-rope_qk = native_op(
-    "triton_rope_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? positions, Tensor? cu_seqlens,"
-    " bool interleaved, bool inverse) -> (Tensor, Tensor)",
-    _rope_qk_cuda,
-    _rope_qk_fake,
-    _setup_context,
-    _gradients,
-    devices=("CUDA", "CPU"),  # CPU: under the interpreter
-)
-
-
 def launch(
     function: str,
     operands: list[tuple[Tensor, Tensor]],
@@ -208,6 +105,37 @@ def launch(
     inverse: bool,
 ) -> None:
     """Turn x into out for each of one or two (x, out); heads are contiguous, and out may be x. NaN beyond the table."""
-    first, *rest = operands
-    second = rest[0] if rest else (first[0][:, :0], first[1][:, :0])
-    _run((first[0], second[0]), (first[1], second[1]), (cos, sin), positions, cu_seqlens, interleaved, inverse)
+    q, out_q = operands[0]
+    k, out_k = operands[1] if len(operands) == 2 else (q[:, :0], out_q[:, :0])
+    num_tokens, num_q_heads, head_dim = q.shape
+    num_k_heads = k.shape[1]
+    if not num_tokens or not head_dim:
+        return
+    where = positions if positions is not None else cu_seqlens
+    pairs = triton.next_power_of_2(head_dim // 2)
+    heads = min(triton.next_power_of_2(max(num_q_heads, num_k_heads, 1)), max(_TILE // pairs, 1))
+    with torch.cuda.device_of(q):
+        _rope_kernel[(num_tokens,)](
+            q,
+            k,
+            out_q,
+            out_k,
+            cos.contiguous(),
+            sin.contiguous(),
+            cos if where is None else where.contiguous(),
+            num_q_heads,
+            num_k_heads,
+            head_dim // 2,
+            cos.shape[0],
+            0 if cu_seqlens is None else len(cu_seqlens) - 1,
+            *(t.stride(dim) for t in (q, k, out_q, out_k) for dim in (0, 1)),
+            POSITIONS="given" if positions is not None else "running" if cu_seqlens is None else "documents",
+            INVERSE=inverse,
+            INTERLEAVED=interleaved,
+            HEADS=heads,
+            PAIRS=pairs,
+            num_warps=min(max(heads * pairs // 256, 1), 4),
+        )
+
+
+rope_qk = register_rope_qk("triton_rope_qk", launch, ("CUDA", "CPU"))  # CPU: under the interpreter

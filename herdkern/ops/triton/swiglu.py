@@ -1,14 +1,12 @@
 """SwiGLU in Triton: one pass over gate and up; the backward pass computes the sigmoid again instead of saving it."""
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from herdkern.ops.native_op import differentiable_gradients, native_op, rows
-from herdkern.ops.swiglu import swiglu_reference
+from herdkern.ops.native_op import rows
+from herdkern.ops.swiglu import forward_fake, gradients_fake, halves, register_swiglu
 
 _BLOCK = 2048  # elements of a program: 16 bytes a load, two loads of each input in flight
 
@@ -57,15 +55,6 @@ def _backward_kernel(
         tl.store(dgate_ptr + row * grad_stride + col, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
 
 
-def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, int, Tensor, int]:
-    """Gate and up with the distances between their rows; those of a packed tensor are views of it."""
-    if up is not None:
-        return *rows(gate), *rows(up)
-    packed = gate.reshape(-1, gate.shape[-1])
-    ffn_dim = gate.shape[-1] // 2
-    return *rows(packed[:, :ffn_dim]), *rows(packed[:, ffn_dim:])
-
-
 def _extent(num_rows: int, dim: int, *strides: int) -> tuple[int, int, int]:
     """Rows, their length and the blocks of each; rows that follow each other without a gap are one."""
     if all(stride == dim for stride in strides):
@@ -74,9 +63,8 @@ def _extent(num_rows: int, dim: int, *strides: int) -> tuple[int, int, int]:
 
 
 def _forward_cuda(gate: Tensor, up: Tensor | None) -> Tensor:
-    shape = gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2)
-    out = torch.empty(shape, dtype=gate.dtype, device=gate.device)
-    gate, gate_stride, up, up_stride = _halves(gate, up)
+    out = forward_fake(gate, up)
+    gate, gate_stride, up, up_stride = halves(gate, up)
     num_rows, dim, blocks_per_row = _extent(out.numel() // max(out.shape[-1], 1), out.shape[-1], gate_stride, up_stride)
     if out.numel():
         with torch.cuda.device_of(gate):
@@ -86,24 +74,20 @@ def _forward_cuda(gate: Tensor, up: Tensor | None) -> Tensor:
     return out
 
 
-def _forward_fake(gate: Tensor, up: Tensor | None) -> Tensor:
-    return gate.new_empty(gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2))
-
-
 def _backward_cuda(
     dout: Tensor, gate: Tensor, up: Tensor | None, need_dgate: bool, need_dup: bool
 ) -> tuple[Tensor, Tensor]:
-    dgate, dup = _backward_fake(dout, gate, up, need_dgate, need_dup)
+    dgate, dup = gradients_fake(dout, gate, up, need_dgate, need_dup)
     if not dout.numel():
         return dgate, dup
     ffn_dim = dout.shape[-1]
     dout, dout_stride = rows(dout)
     if up is None:
-        packed = dgate.view(-1, 2 * ffn_dim)
-        dgate_rows, dup_rows, grad_stride, need_dup = packed[:, :ffn_dim], packed[:, ffn_dim:], 2 * ffn_dim, True
+        dgate_rows, grad_stride, dup_rows, _ = halves(dgate, None)
+        need_dup = True
     else:
         dgate_rows, dup_rows, grad_stride = dgate, dup, ffn_dim
-    gate, gate_stride, up, up_stride = _halves(gate, up)
+    gate, gate_stride, up, up_stride = halves(gate, up)
     num_rows, dim, blocks_per_row = _extent(
         dout.numel() // ffn_dim, ffn_dim, dout_stride, gate_stride, up_stride, grad_stride
     )
@@ -128,51 +112,4 @@ def _backward_cuda(
     return dgate, dup
 
 
-def _backward_fake(
-    dout: Tensor, gate: Tensor, up: Tensor | None, need_dgate: bool, need_dup: bool
-) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape if need_dgate else 0), gate.new_empty(
-        gate.shape if up is not None and need_dup else 0
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    if dout is None:
-        return None, None
-    gate, up = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        if up is None:
-            (dpacked,) = differentiable_gradients(lambda x: swiglu_reference(*x.chunk(2, dim=-1)), (gate,), dout)
-            return dpacked, None
-        dgate, dup = differentiable_gradients(swiglu_reference, (gate, up), dout)
-        return dgate, dup
-    need_dgate, need_dup = ctx.needs_input_grad
-    dgate, dup = _backward(dout, gate, up, need_dgate, need_dup)
-    return dgate if need_dgate else None, dup if need_dup else None
-
-
-_backward = native_op(
-    "triton_swiglu_backward(Tensor dout, Tensor gate, Tensor? up, bool need_dgate, bool need_dup) -> (Tensor, Tensor)",
-    _backward_cuda,
-    _backward_fake,
-    devices=("CUDA", "CPU"),  # CPU: under the interpreter
-)
-_forward = native_op(
-    "triton_swiglu(Tensor gate, Tensor? up) -> Tensor",
-    _forward_cuda,
-    _forward_fake,
-    _setup_context,
-    _gradients,
-    devices=("CUDA", "CPU"),
-)
-
-
-def swiglu(gate: Tensor, up: Tensor | None) -> Tensor:
-    """Return herdkern.ops.swiglu of checked arguments; `up` None: gate holds both, [gate | up]."""
-    out: Tensor = _forward(gate, up)
-    return out
+forward = register_swiglu("triton_swiglu", _forward_cuda, _backward_cuda, ("CUDA", "CPU"))  # CPU: interpreted
