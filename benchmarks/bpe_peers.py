@@ -156,7 +156,7 @@ def rs_bpe(files: Files) -> Peer:
     if files.name == "own":
         raise ImportError("rs_bpe has the vocabularies of OpenAI alone")
     fast = getattr(openai, f"{files.name}_base")()
-    return Peer(fast.encode_batch, flat_lists, lists, fast.decode_batch)
+    return Peer(lambda texts: fast.encode_batch(texts)[0], flat_lists, lists, fast.decode_batch)
 
 
 def tokenizers(files: Files) -> Peer:
