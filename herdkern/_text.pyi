@@ -28,6 +28,9 @@ def train_merges(
     progress: Callable[[int, int], None] | None,
 ) -> np.ndarray: ...
 
+# csrc/text/bind_merge_recovery.cpp
+def recover_merges(tokens: Sequence[bytes], characters: bool) -> tuple[np.ndarray, np.ndarray]: ...
+
 # csrc/text/bind_word_counts.cpp
 class WordTable:
     def __init__(self, splitter: Splitter) -> None: ...

@@ -2,11 +2,12 @@
 #include <pybind11/pybind11.h>
 
 namespace herdkern::text {
-void bind_bpe_encode(pybind11::module_& m);   // bind_bpe_encode.cpp
-void bind_bpe_train(pybind11::module_& m);    // bind_bpe_train.cpp
-void bind_minhash(pybind11::module_& m);      // bind_minhash.cpp
-void bind_splitter(pybind11::module_& m);     // bind_splitter.cpp
-void bind_word_counts(pybind11::module_& m);  // bind_word_counts.cpp
+void bind_bpe_encode(pybind11::module_& m);      // bind_bpe_encode.cpp
+void bind_bpe_train(pybind11::module_& m);       // bind_bpe_train.cpp
+void bind_merge_recovery(pybind11::module_& m);  // bind_merge_recovery.cpp
+void bind_minhash(pybind11::module_& m);         // bind_minhash.cpp
+void bind_splitter(pybind11::module_& m);        // bind_splitter.cpp
+void bind_word_counts(pybind11::module_& m);     // bind_word_counts.cpp
 }  // namespace herdkern::text
 
 PYBIND11_MODULE(_text, m) {
@@ -14,6 +15,7 @@ PYBIND11_MODULE(_text, m) {
   herdkern::text::bind_word_counts(m);  // first: training names its class
   herdkern::text::bind_bpe_train(m);
   herdkern::text::bind_bpe_encode(m);
+  herdkern::text::bind_merge_recovery(m);
   herdkern::text::bind_minhash(m);
   herdkern::text::bind_splitter(m);
 }

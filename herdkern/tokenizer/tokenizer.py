@@ -201,35 +201,59 @@ class Tokenizer:
         """The bytes of one token. Raises: ValueError if no token has that id."""
         return self.decode_bytes([token_id])
 
-    def save(self, directory: Path | str) -> None:
-        """Write tokenizer.model (tiktoken), tokenizer.json (Hugging Face) and herdkern_tokenizer.json into a folder.
+    def save(self, path: Path | str, *, format: str = "herdkern", verify: bool = True) -> None:
+        """Write the tokenizer.
 
-        The manifest is written last and holds the hashes of the others; every file appears whole or not at all.
-        Raises: OSError if it cannot be written.
+        format: "herdkern": a folder with tokenizer.model (tiktoken), tokenizer.json (Hugging Face) and a manifest with
+            the hashes of both, written last; "tiktoken", "huggingface", "tekken", "sentencepiece": one file.
+        verify: read every file again before it gets its name, with the library that it is for where that is installed,
+            and compare ids on texts that are hard to cut.
+        Raises: OSError if it cannot be written; ValueError if the format has no place for this tokenizer, or showing
+        the text with other ids. Every file appears whole or not at all.
         """
-        if not isinstance(self.split_pattern, str):
-            raise NotImplementedError("save: split_pattern must be one expression, got a sequence")
-        export.save(Path(directory), self.mergeable_ranks, self.special_tokens, self.split_pattern, self._encoder)
+        export.save(self, path, format=format, verify=verify)
 
     @classmethod
-    def load(cls, path: Path | str) -> "Tokenizer":
-        """The tokenizer of a folder that `save` wrote, or of a Hugging Face folder or tokenizer.json.
+    def load(
+        cls,
+        path: Path | str,
+        *,
+        split_pattern: str | Sequence[str] | None = None,
+        special_tokens: Mapping[str, int] | None = None,
+        ignore_normalizer: bool = False,
+    ) -> "Tokenizer":
+        """The tokenizer of a file or folder of any format that `save` writes; a Hugging Face folder too.
 
-        A tokenizer.model alone does not name its special tokens: see `from_tiktoken`.
-        Raises: OSError if it cannot be read; ValueError naming file and line if it is damaged or not this kind.
+        split_pattern, special_tokens: for a file of tiktoken ranks, which names neither; those of published
+            vocabularies are known. ignore_normalizer: read a tokenizer.json that changes texts before it encodes (NFC,
+            NFKC); this one does not, so `encode` must be given the changed text.
+        Raises: OSError if it cannot be read; ValueError naming file and line if it is damaged, or saying what a
+        Tokenizer cannot express.
         """
-        return cls(*export.load(Path(path)))
+        return cls(
+            *export.load(
+                path,
+                split_pattern=split_pattern,
+                special_tokens=special_tokens,
+                ignore_normalizer=ignore_normalizer,
+            )
+        )
 
     @classmethod
-    def from_tiktoken(cls, path: Path | str, special_tokens: Sequence[str] = ()) -> "Tokenizer":
+    def from_tiktoken(
+        cls,
+        path: Path | str,
+        special_tokens: Sequence[str] = (),
+        split_pattern: str | Sequence[str] = LLAMA3_SPLIT_PATTERN,
+    ) -> "Tokenizer":
         """The tokenizer of a file of tiktoken ranks, such as Llama 3's tokenizer.model with `llama3_special_tokens()`.
 
-        special_tokens: get the ids after the highest rank, in this order.
+        special_tokens: get the ids after the highest rank, in this order; `load` takes ids of their own.
         Raises: OSError if it cannot be read; ValueError naming file and line if it is damaged.
         """
         ranks = export.read_tiktoken(path)
         first = 1 + max(ranks.values(), default=-1)
-        return cls(ranks, {name: first + i for i, name in enumerate(special_tokens)})
+        return cls(ranks, {name: first + i for i, name in enumerate(special_tokens)}, split_pattern)
 
     @cached_property
     def _encoder(self) -> "_text.Encoder":
