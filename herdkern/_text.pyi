@@ -17,6 +17,7 @@ class Splitter:
     patterns: tuple[str, ...]
     def __init__(self, pattern: str | Sequence[str]) -> None: ...  # a name, a pattern, or a sequence of patterns
     def word_ends(self, text: str | bytes) -> np.ndarray: ...  # (num_words,) int64
+    def count_steps(self, text: str | bytes) -> tuple[int, int]: ...  # (number of words, steps of work)
 
 # csrc/text/bind_bpe_train.cpp
 def train_merges(

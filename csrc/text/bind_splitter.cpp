@@ -33,6 +33,20 @@ py::array_t<int64_t> word_ends(const Splitter& splitter, const py::object& text)
   return py::array_t<int64_t>(py::ssize_t(ends.size()), ends.data());
 }
 
+// (number of words, steps of work): what tests of linear time ask.
+py::tuple count_steps(const Splitter& splitter, const py::object& text) {
+  const TextBatch batch = TextBatch::one(text, "count_steps: text");
+  uint64_t num_words = 0, num_steps = 0;
+  {
+    py::gil_scoped_release release;
+    const auto* begin = reinterpret_cast<const uint8_t*>(batch.views()[0].data());
+    auto cursor = splitter.cursor(begin, begin + batch.views()[0].size());
+    while (cursor.next() != nullptr) ++num_words;
+    num_steps = cursor.num_steps();
+  }
+  return py::make_tuple(num_words, num_steps);
+}
+
 py::dict split_patterns() {
   py::dict result;
   for (const auto& [name, patterns] : Splitter::all_named()) {
@@ -54,6 +68,7 @@ void bind_splitter(py::module_& m) {
           py::init([](const py::object& pattern) { return std::const_pointer_cast<Splitter>(make_splitter(pattern)); }),
           py::arg("pattern"))
       .def("word_ends", &word_ends, py::arg("text"))
+      .def("count_steps", &count_steps, py::arg("text"))
       .def_property_readonly("name", &Splitter::name)
       .def_property_readonly("patterns",
                              [](const Splitter& splitter) { return py::tuple(py::cast(splitter.patterns())); });

@@ -1,25 +1,174 @@
 // Splitters: see splitter.h.
 #include "text/splitter.h"
 
+#include <algorithm>
+#include <optional>
 #include <stdexcept>
 
-#include "text/unicode_split.h"
+#include "text/regex_dfa.h"
+#include "text/splitter_blocks.h"
 
 namespace herdkern::text {
 
 namespace {
 
-class Llama3Splitter : public Splitter {
+struct MemoState : Splitter::State {
+  void forget() override { memo.forget(); }
+  RegexDfa::Memo memo;
+};
+
+// Any one pattern, by its automaton.
+class PatternSplitter : public Splitter {
+ public:
+  explicit PatternSplitter(const std::string& pattern) : dfa_(pattern) {}
+
  protected:
-  size_t fill(const uint8_t*& p, const uint8_t* end, std::unique_ptr<State>&, const uint8_t** ends) const override {
+  size_t fill(Progress& progress, const uint8_t** ends) const override {
+    RegexDfa::Memo& memo = memo_of(progress);
+    const uint64_t steps_before = memo.num_steps;
     size_t num_ends = 0;
-    while (num_ends < kBatch && p < end) ends[num_ends++] = p = scanner_.next(p, end);
+    while (progress.place < progress.end && num_ends + 2 <= kBatch)
+      num_ends += cut_one(progress, memo, ends + num_ends);
+    progress.num_steps += memo.num_steps - steps_before;
+    return num_ends;
+  }
+
+  static RegexDfa::Memo& memo_of(Progress& progress) {
+    if (!progress.state) progress.state = std::make_unique<MemoState>();
+    return static_cast<MemoState&>(*progress.state).memo;
+  }
+
+  // The next match, with what lies before it as a word of its own: one or two ends.
+  size_t cut_one(Progress& progress, RegexDfa::Memo& memo, const uint8_t** ends) const {
+    const uint8_t* p = progress.place;
+    const uint8_t* stop = dfa_.match(progress.begin, p, progress.end, memo);
+    while (stop == nullptr) {
+      const uint8_t* next = dfa_.skip_gap(p + decode_utf8(p, progress.end).num_bytes, progress.end);
+      memo.num_steps += size_t(next - p);
+      p = next;
+      if (p == progress.end) break;
+      stop = dfa_.match(progress.begin, p, progress.end, memo);
+    }
+    size_t num_ends = 0;
+    if (p != progress.place) ends[num_ends++] = p;
+    if (stop != nullptr) ends[num_ends++] = stop;
+    progress.place = ends[num_ends - 1];
     return num_ends;
   }
 
  private:
-  WordScanner scanner_;
+  RegexDfa dfa_;
 };
+
+// A pattern that blocks know; the automaton cuts what they leave.
+class BlockSplitter : public PatternSplitter {
+ public:
+  BlockSplitter(const std::string& pattern, BlockPattern block_pattern)
+      : PatternSplitter(pattern), scan_(find_block_scan(block_pattern)) {}
+
+ protected:
+  size_t fill(Progress& progress, const uint8_t** ends) const override {
+    BlockJob job{progress.place, progress.end, ends, kBatch, char_kinds()};
+    size_t num_ends = 0;
+    while (progress.place < progress.end && num_ends + 65 <= kBatch) {
+      job.place = progress.place;
+      job.ends = ends + num_ends;
+      job.capacity = kBatch - num_ends;
+      num_ends += scan_(job);
+      progress.place = job.place;
+      if (progress.place == progress.end || num_ends + 65 > kBatch) break;
+      RegexDfa::Memo& memo = memo_of(progress);
+      const uint64_t steps_before = memo.num_steps;
+      num_ends += cut_one(progress, memo, ends + num_ends);
+      progress.num_steps += memo.num_steps - steps_before;
+    }
+    progress.num_steps += 64 * job.num_blocks;
+    return num_ends;
+  }
+
+ private:
+  BlockScan scan_;
+};
+
+// Patterns of which each cuts the words of the one before.
+class SequenceSplitter : public Splitter {
+ public:
+  explicit SequenceSplitter(std::vector<std::shared_ptr<const Splitter>> parts) : parts_(std::move(parts)) {}
+
+ protected:
+  struct Levels : State {
+    struct Level {
+      Cursor cursor;
+      const uint8_t* next;  // where its next word begins
+    };
+    void forget() override { levels.clear(); }
+    std::vector<std::unique_ptr<Level>> levels;  // one a part
+  };
+
+  size_t fill(Progress& progress, const uint8_t** ends) const override {
+    if (!progress.state) progress.state = std::make_unique<Levels>();
+    auto& levels = static_cast<Levels&>(*progress.state).levels;
+    if (levels.empty()) {
+      for (const auto& part : parts_) {  // all but the first have no text yet
+        const uint8_t* end = levels.empty() ? progress.end : progress.begin;
+        levels.emplace_back(new Levels::Level{part->cursor(progress.begin, end), progress.begin});
+      }
+    }
+    uint64_t steps_before = 0, steps = 0;
+    for (const auto& level : levels) steps_before += level->cursor.num_steps();
+    size_t num_ends = 0;
+    while (num_ends < kBatch && progress.place < progress.end) ends[num_ends++] = progress.place = next_word(levels);
+    for (const auto& level : levels) steps += level->cursor.num_steps();
+    progress.num_steps += steps - steps_before;
+    return num_ends;
+  }
+
+ private:
+  // The end of the last part's next word, which there is.
+  static const uint8_t* next_word(std::vector<std::unique_ptr<Levels::Level>>& levels) {
+    size_t at = levels.size() - 1;
+    for (;;) {
+      Levels::Level& level = *levels[at];
+      const uint8_t* end = level.cursor.next();
+      if (end == nullptr) {
+        --at;  // the word above is used up
+        continue;
+      }
+      const uint8_t* begin = std::exchange(level.next, end);
+      if (++at == levels.size()) return end;
+      levels[at]->cursor.reset(begin, end);
+      levels[at]->next = begin;
+    }
+  }
+
+  std::vector<std::shared_ptr<const Splitter>> parts_;
+};
+
+// How tiktoken 0.14 spells two patterns. Its cl100k takes white space at the end of a text as one word, newlines in it
+// or not (no token of cl100k's ranks can tell); its r50k finds what GPT-2's pattern finds.
+constexpr char kTiktokenCl100k[] =
+    R"('(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s)";
+constexpr char kTiktokenR50k[] = R"('(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s)";
+
+std::optional<BlockPattern> block_pattern_of(const std::string& name, const std::string& pattern) {
+  if (name == "llama3") return BlockPattern::kLlama3;
+  if (name == "o200k") return BlockPattern::kO200k;
+  if (name == "gpt2" || pattern == kTiktokenR50k) return BlockPattern::kGpt2;
+  if (name == "qwen2") return BlockPattern::kQwen2;
+  if (pattern == kTiktokenCl100k) return BlockPattern::kCl100k;
+  return std::nullopt;
+}
+
+std::unique_ptr<Splitter> make_splitter(const std::string& name, const std::vector<std::string>& patterns) {
+  if (patterns.size() == 1) {
+    const auto block_pattern = block_pattern_of(name, patterns[0]);
+    if (!block_pattern) return std::make_unique<PatternSplitter>(patterns[0]);
+    return std::make_unique<BlockSplitter>(patterns[0], *block_pattern);
+  }
+  std::vector<std::shared_ptr<const Splitter>> parts;
+  for (const std::string& pattern : patterns) parts.push_back(Splitter::from_patterns({pattern}));
+  return std::make_unique<SequenceSplitter>(std::move(parts));
+}
 
 }  // namespace
 
@@ -28,25 +177,41 @@ const std::vector<std::pair<std::string, std::vector<std::string>>>& Splitter::a
       {"llama3",
        {R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+)"
         R"(|\s+(?!\S)|\s+)"}},
+      {"o200k",
+       {R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?)"
+        R"(|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?)"
+        R"(|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+)"}},
+      {"gpt2", {R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)"}},
+      {"qwen2",
+       {R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+)"
+        R"(|\s+(?!\S)|\s+)"}},
+      {"deepseek3",
+       {R"(\p{N}{1,3})", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        R"([!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+)"
+        R"(| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)"}},
   };
   return named;
 }
 
 std::shared_ptr<const Splitter> Splitter::from_patterns(const std::vector<std::string>& patterns) {
-  const auto& [name, known] = all_named()[0];
-  if (patterns != known) throw std::invalid_argument("must be LLAMA3_SPLIT_PATTERN");
-  auto splitter = std::make_shared<Llama3Splitter>();
-  Splitter& base = *splitter;
-  base.name_ = name;
-  base.patterns_ = patterns;
+  if (patterns.empty()) throw std::invalid_argument("must be at least one pattern, got none");
+  std::string name;
+  for (const auto& [known, its_patterns] : all_named()) {
+    if (patterns == its_patterns) name = known;
+  }
+  std::unique_ptr<Splitter> splitter = make_splitter(name, patterns);
+  splitter->name_ = name;
+  splitter->patterns_ = patterns;
   return splitter;
 }
 
 std::shared_ptr<const Splitter> Splitter::named(std::string_view name) {
+  std::string names;
   for (const auto& [known, patterns] : all_named()) {
     if (name == known || (name == "cl100k" && known == "llama3")) return from_patterns(patterns);
+    names += known + ", ";
   }
-  throw std::invalid_argument("must be a known name, got '" + std::string(name) + "'");
+  throw std::invalid_argument("must be one of " + names + "cl100k, got '" + std::string(name) + "'");
 }
 
 }  // namespace herdkern::text

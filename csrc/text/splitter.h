@@ -21,6 +21,7 @@ class Splitter {
   // What a cursor carries from one batch of words to the next, for splitters that need more than a place.
   struct State {
     virtual ~State() = default;
+    virtual void forget() = 0;  // before another document
   };
   class Cursor;
 
@@ -47,10 +48,14 @@ class Splitter {
  protected:
   static constexpr size_t kBatch = 128;  // words; a batch of pointers is 1 KiB
 
-  // Writes the ends of the next words from p on, at least one and at most kBatch, and moves p to the last of them.
-  // p < end, and p starts a word; state is empty at first and belongs to the cursor.
-  virtual size_t fill(const uint8_t*& p, const uint8_t* end, std::unique_ptr<State>& state,
-                      const uint8_t** ends) const = 0;
+  struct Progress {
+    const uint8_t *begin, *place, *end;  // the document, and up to where it is cut
+    std::unique_ptr<State> state;        // empty at first
+    uint64_t num_steps = 0;              // work done, about one a byte
+  };
+  // Writes the ends of the next words, at least one and at most kBatch, and moves the place to the last of them.
+  // place < end.
+  virtual size_t fill(Progress& progress, const uint8_t** ends) const = 0;
 
  private:
   std::string name_;
@@ -61,23 +66,32 @@ class Splitter {
 class Splitter::Cursor {
  public:
   Cursor(const Splitter& splitter, const uint8_t* begin, const uint8_t* end)
-      : splitter_(&splitter), place_(begin), end_(end) {}
+      : splitter_(&splitter), progress_{begin, begin, end, nullptr, 0} {}
 
   // The end of the word that starts where the last one ended, or null at the end of the document.
   const uint8_t* next() {
     if (next_ == num_ends_) {
-      if (place_ == end_) return nullptr;
-      num_ends_ = splitter_->fill(place_, end_, state_, ends_);
+      if (progress_.place == progress_.end) return nullptr;
+      num_ends_ = splitter_->fill(progress_, ends_);
       next_ = 0;
     }
     return ends_[next_++];
   }
 
+  // Starts over with another document.
+  void reset(const uint8_t* begin, const uint8_t* end) {
+    progress_.begin = progress_.place = begin;
+    progress_.end = end;
+    if (progress_.state) progress_.state->forget();
+    next_ = num_ends_ = 0;
+  }
+  // The work done so far, about one step a byte: what tests of linear time count.
+  uint64_t num_steps() const { return progress_.num_steps; }
+
  private:
   const Splitter* splitter_;
-  const uint8_t *place_, *end_;  // place_: up to where ends_ reaches
+  Progress progress_;
   size_t next_ = 0, num_ends_ = 0;
-  std::unique_ptr<State> state_;
   const uint8_t* ends_[kBatch];
 };
 
