@@ -20,14 +20,26 @@ class Splitter:
     def count_steps(self, text: str | bytes) -> tuple[int, int]: ...  # (number of words, steps of work)
 
 # csrc/text/bind_bpe_train.cpp
+class WordRun:
+    def __init__(self, path: str, begin: int, end: int, num_blocks: int, check: int) -> None: ...
+
 def train_merges(
-    table: WordTable,
-    byte_order: Sequence[int],
-    max_merges: int,
+    words: WordTable | WordRun,
+    keep_words: bool,
+    tokens: Sequence[bytes],
+    merges: np.ndarray | None,  # (n, 3) uint32: left, right, token
+    encoder: Encoder | None,
+    vetoed: Sequence[bytes],
+    max_new_tokens: int,
     min_frequency: int,
     max_token_length: int,
-    progress: Callable[[int, int], None] | None,
-) -> np.ndarray: ...
+    max_memory: int,
+    num_threads: int,
+    progress: Callable[[float], None] | None,
+) -> np.ndarray: ...  # (n, 3) uint32
+def encode_words(
+    table: WordTable, tokens: Sequence[bytes], encoder: Encoder
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...  # ids uint32, offsets int64, counts int64; words in byte order
 
 # csrc/text/bind_merge_recovery.cpp
 def recover_merges(tokens: Sequence[bytes], characters: bool) -> tuple[np.ndarray, np.ndarray]: ...

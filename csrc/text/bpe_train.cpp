@@ -1,368 +1,351 @@
-// Training with an index of pairs that is updated, never recomputed: see bpe_train.h for what it computes.
-//
-// Symbols. One array holds every distinct word, one slot a byte, words apart by kBorder. A token of n bytes that starts
-// at slot p has its id in slot p and in slot p + n - 1, the slots between are kInside; so both neighbours of a token
-// are found in O(1) and a merge touches four slots, however long the word. Index. A pair's frequency never grows after
-// the merge that made its younger symbol, so only pairs of at least `threshold_` get an occurrence list and a place in
-// the heap; when the heap runs dry the threshold falls and the index is rebuilt by one scan. Exact, and it keeps memory
-// small: most pairs are rare. Lists hold slots in rising order and may be stale: an occurrence counts only if both
-// symbols are still there.
+// The merge loop of training: see bpe_train.h for what it computes, bpe_train_words.h and bpe_train_index.h for how
+// words and pairs are held.
 #include "text/bpe_train.h"
 
 #include <algorithm>
-#include <limits>
-#include <memory>
-#include <stdexcept>
-#include <string>
+#include <cmath>
+#include <numeric>
+#include <unordered_map>
+
+#include "text/bpe_train_index.h"
+#include "text/parallel.h"
 
 namespace herdkern::text {
 
 namespace {
 
-constexpr uint32_t kBorder = 0xFFFFFFFF;  // between words
-constexpr uint32_t kInside = 0xFFFFFFFE;  // a slot inside a token
-constexpr uint32_t kNone = 0xFFFFFFFF;
-constexpr int64_t kThresholdStep = 8;
 constexpr int kPrefetch = 8;
+constexpr int kMaxThreads = 16;             // each holds two numbers a token
+constexpr size_t kParallelMerge = 1 << 14;  // occurrences from which a merge is worth more threads
+constexpr int64_t kFixedMemory = 48 << 20;  // pairs, heap, buckets: what does not grow with the words
+constexpr int64_t kThresholdStep = 64;
 
-uint64_t pair_key(uint32_t left, uint32_t right) { return uint64_t(left) << 32 | right; }
-
-// Open addressing from pair key to a small record that starts as Value{}.
-template <typename Value>
-class PairMap {
- public:
-  PairMap() : slots_(1 << 12, Slot{kFree, Value{}}) {}
-
-  Value* find(uint64_t key) {
-    for (size_t i = home(key);; i = (i + 1) & (slots_.size() - 1)) {
-      if (slots_[i].key == key) return &slots_[i].value;
-      if (slots_[i].key == kFree) return nullptr;
-    }
-  }
-  Value& at_or_new(uint64_t key) {
-    if ((size_ + 1) * 2 > slots_.size()) grow();
-    size_t i = home(key);
-    while (slots_[i].key != kFree && slots_[i].key != key) i = (i + 1) & (slots_.size() - 1);
-    if (slots_[i].key == kFree) {
-      slots_[i].key = key;
-      ++size_;
-    }
-    return slots_[i].value;
-  }
-  template <typename Visit>
-  void for_each(Visit&& visit) {
-    for (Slot& slot : slots_) {
-      if (slot.key != kFree) visit(slot.key, slot.value);
-    }
-  }
-
- private:
-  static constexpr uint64_t kFree = ~uint64_t(0);  // never a pair: ids stay below kInside
-  struct Slot {
-    uint64_t key;
-    Value value;
-  };
-  size_t home(uint64_t key) const { return mix(key, 0x9E3779B97F4A7C15ull) & (slots_.size() - 1); }
-  void grow() {
-    std::vector<Slot> old(slots_.size() * 2, Slot{kFree, Value{}});
-    old.swap(slots_);
-    size_ = 0;
-    for (Slot& slot : old) {
-      if (slot.key != kFree) at_or_new(slot.key) = slot.value;
-    }
-  }
-  std::vector<Slot> slots_;
-  size_t size_ = 0;
-};
-
-struct Pair {
-  uint32_t left, right;
-  int64_t frequency;
-  std::unique_ptr<uint32_t[]> occurrences;  // slots of the left symbol
-  uint32_t num_occurrences;
-};
-
-struct Candidate {  // heap entry; stale when its frequency is not the pair's
-  int64_t frequency;
-  uint64_t key;
-  uint32_t pair;
-  bool operator<(const Candidate& other) const {  // std heaps keep the greatest first
-    return frequency != other.frequency ? frequency < other.frequency : key > other.key;
-  }
-};
-
-// What one merge does to the pairs with one neighbour.
+// What one merge does to the pairs that its occurrences make with one neighbour.
 struct Change {
-  int64_t removed = 0;  // (neighbour, left) or (right, neighbour) lost
-  int64_t added = 0;    // (neighbour, new) or (new, neighbour) gained
+  int64_t weight = 0;  // of the pair lost and, if it is allowed, of the pair gained
   uint32_t num_occurrences = 0;
   uint32_t pair = kNone;  // where the gained pair went, kNone if it is too rare
-  bool touched = false;
 };
 
-struct Neighbours {
+// The neighbours on one side of the occurrences of a merge.
+struct Side {
   std::vector<Change> changes;                             // by symbol
-  std::vector<uint32_t> symbols;                           // the touched ones
-  std::vector<std::pair<uint32_t, uint32_t>> occurrences;  // (neighbour, slot of the new pair)
+  std::vector<uint32_t> symbols;                           // those with a change
+  std::vector<std::pair<uint32_t, uint32_t>> occurrences;  // (neighbour, slot of the gained pair)
 
-  explicit Neighbours(size_t num_symbols) : changes(num_symbols) {}
-
-  void note(uint32_t neighbour, int64_t weight, bool allowed, uint32_t slot) {
+  void note(uint32_t neighbour, int64_t weight, uint32_t slot) {
     Change& change = changes[neighbour];
-    if (!change.touched) {
-      change.touched = true;
-      symbols.push_back(neighbour);
-    }
-    change.removed += weight;
-    if (!allowed) return;
-    change.added += weight;
-    ++change.num_occurrences;
+    if (change.num_occurrences++ == 0) symbols.push_back(neighbour);
+    change.weight += weight;
     occurrences.emplace_back(neighbour, slot);
   }
+  // Takes over the changes of another part of the words, not the occurrences.
+  void take_changes(Side& other) {
+    for (const uint32_t symbol : other.symbols) {
+      Change& change = changes[symbol];
+      if (change.num_occurrences == 0) symbols.push_back(symbol);
+      change.weight += other.changes[symbol].weight;
+      change.num_occurrences += other.changes[symbol].num_occurrences;
+      other.changes[symbol] = Change{};
+    }
+    other.symbols.clear();
+  }
   void reset() {
-    for (uint32_t symbol : symbols) changes[symbol] = Change{};
+    for (const uint32_t symbol : symbols) changes[symbol] = Change{};
     symbols.clear();
     occurrences.clear();
   }
 };
 
-class Trainer {
- public:
-  Trainer(const WordCounts& words, const TrainOptions& options)
-      : options_(options),
-        min_frequency_(std::max<int64_t>(1, options.min_frequency)),
-        max_length_(options.max_token_length ? options.max_token_length : std::numeric_limits<uint32_t>::max()),
-        token_length_(256, 1),
-        before_(size_t(256 + options.max_merges)),
-        after_(size_t(256 + options.max_merges)) {
-    const int64_t total = lay_out(words);
-    threshold_ = std::max(min_frequency_, total / (int64_t(token_length_.size()) + options.max_merges) / 200);
-  }
-
-  std::vector<std::pair<uint32_t, uint32_t>> run(const std::function<void(int64_t)>& progress);
-
- private:
-  int64_t lay_out(const WordCounts& words);
-  void build_index();
-  void add_pair(uint64_t key, int64_t frequency, uint32_t num_occurrences);
-  template <typename Visit>
-  void for_each_pair(Visit&& visit) const;
-  void merge(uint32_t pair_index, uint32_t token);
-  void replace_occurrences(const Pair& pair, uint32_t token);
-  void update_index(uint32_t left, uint32_t right, uint32_t token);
-  template <typename KeyOf>
-  void settle(Neighbours& side, KeyOf&& key_of, uint32_t old_symbol, uint32_t token);
-  void lose(uint64_t key, int64_t amount);
-
-  // The count of the word that holds a slot. Words lie in order of falling count, so this is a step function; `group`
-  // is the caller's place in it and only moves forward.
-  int64_t weight_at(uint32_t slot, size_t& group) const {
-    if (slot >= group_end_[group]) {
-      group = std::upper_bound(group_end_.begin() + group, group_end_.end(), slot) - group_end_.begin();
-    }
-    return group_weight_[group];
-  }
-
-  const TrainOptions& options_;
-  const int64_t min_frequency_;
-  const uint32_t max_length_;
-  std::vector<uint32_t> symbols_;
-  std::vector<uint32_t> group_end_;    // first slot after the words of one count
-  std::vector<int64_t> group_weight_;  // that count
-  std::vector<uint32_t> token_length_;
-  int64_t threshold_;
-  std::vector<Pair> pairs_;
-  PairMap<uint32_t> pair_index_;
-  std::vector<Candidate> heap_;
-  Neighbours before_, after_;  // scratch of one merge
+struct Sides {
+  Side before, after;
 };
 
-// Returns the sum of all pair frequencies.
-int64_t Trainer::lay_out(const WordCounts& words) {
-  std::vector<std::pair<int64_t, std::string_view>> order;
-  size_t num_slots = 1;
-  words.for_each([&](std::string_view word, int64_t count) {
-    if (word.size() < 2) return;
-    order.emplace_back(count, word);
-    num_slots += word.size() + 1;
-  });
-  if (num_slots >= kInside) {
-    throw std::length_error("train_bpe: the distinct words must hold less than 2**32 bytes, got " +
-                            std::to_string(num_slots) + "; WordCounts.prune drops the rarest");
+// An estimate of the share of the work that is done; work is symbols merged away.
+class Progress {
+ public:
+  // At most num_symbols can be merged away.
+  Progress(size_t num_symbols, int64_t max_new_tokens) : left_(int64_t(num_symbols)), max_new_tokens_(max_new_tokens) {}
+
+  void add(int64_t num_replaced) {
+    ++num_tokens_;
+    done_ += num_replaced;
+    left_ -= num_replaced;
+    const double window = std::max(16.0, double(num_tokens_) / 8);
+    recent_ += (double(num_replaced) - recent_) / std::min(double(num_tokens_), window);
   }
-  std::sort(order.begin(), order.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
-  symbols_.reserve(num_slots);
-  symbols_.push_back(kBorder);
-  int64_t total = 0;
-  for (const auto& [count, word] : order) {
-    for (char c : word) symbols_.push_back(options_.byte_id[uint8_t(c)]);
-    symbols_.push_back(kBorder);
-    if (group_weight_.empty() || group_weight_.back() != count) {
-      group_weight_.push_back(count);
-      group_end_.push_back(0);
-    }
-    group_end_.back() = uint32_t(symbols_.size());
-    int64_t windows;
-    if (__builtin_mul_overflow(count, int64_t(word.size() - 1), &windows) ||
-        __builtin_add_overflow(total, windows, &total)) {
-      throw std::overflow_error("train_bpe: the sum of word count times word length must stay below 2**63");
-    }
+  // The k-th merge replaces about c / k occurrences (Zipf), so those to come replace c ln(wanted / k).
+  double share() const {
+    const double k = std::max<double>(1, double(num_tokens_));
+    const double to_come = recent_ * k * std::log(std::max(1.0, double(max_new_tokens_) / k));
+    return double(done_) / std::max(1.0, double(done_) + std::min(double(left_), to_come));
   }
-  return total;
+
+ private:
+  int64_t left_, max_new_tokens_, num_tokens_ = 0, done_ = 0;
+  double recent_ = 0;  // mean replaced by the last merges
+};
+
+class Trainer {
+ public:
+  Trainer(const WordStream& words, const TrainOptions& options);
+  std::vector<Merge> run(const std::function<void(double)>& progress);
+
+ private:
+  bool rebuild(bool lower);
+  bool merge(const Candidate& top);
+  size_t replace(const Candidate& pair, uint32_t token);
+  template <typename Symbol>
+  size_t replace_range(Symbol* symbols, const Candidate& pair, uint32_t token, const uint32_t* begin,
+                       const uint32_t* end, Sides& sides) const;
+  template <typename Symbol>
+  std::vector<size_t> cut_occurrences(const Symbol* symbols, const uint32_t* occurrences, size_t size) const;
+  bool update_index(uint32_t left, uint32_t right, uint32_t token);
+  template <typename PairOf>
+  void gain_pairs(Side Sides::* which, PairOf&& pair_of);
+  const std::string& spelling(uint32_t token) const {
+    return token < options_.tokens.size() ? options_.tokens[token] : spellings_[token - options_.tokens.size()];
+  }
+  size_t max_slots() const;
+  size_t room() const;
+
+  const TrainOptions& options_;
+  const int num_threads_;
+  const int64_t min_frequency_;
+  const bool spells_;  // whether a pair may spell a token that exists or is vetoed
+  TrainWords words_;
+  std::vector<uint32_t> lengths_;                       // bytes of each token
+  std::vector<uint32_t> widths_;                        // slots of each token
+  std::vector<std::string> spellings_;                  // of new tokens, and ...
+  std::unordered_map<std::string, uint32_t> token_of_;  // ... of all: kept when spells_
+  PairIndex index_;
+  std::vector<Sides> sides_;  // scratch of one merge, for each thread
+  std::vector<Merge> merges_;
+  Progress progress_;
+  int64_t num_new_tokens_ = 0;
+  uint32_t alias_ = kNone, original_ = kNone;  // what the last merge made if it spelled a token that existed, and that
+};
+
+Trainer::Trainer(const WordStream& words, const TrainOptions& options)
+    : options_(options),
+      num_threads_(std::clamp(options.num_threads, 1, kMaxThreads)),
+      min_frequency_(std::max<int64_t>(1, options.min_frequency)),
+      spells_(options.segment != nullptr || !options.vetoed.empty()),
+      words_(words, options.tokens.size() >= kInside<uint16_t>, max_slots()),
+      widths_(options.tokens.size(), 1),
+      index_(words_, lengths_, options.max_token_length ? options.max_token_length : UINT32_MAX, num_threads_),
+      sides_(size_t(num_threads_)),
+      progress_(words_.num_slots(), options.max_new_tokens) {
+  if (options.words_are_read) options.words_are_read();
+  uint32_t byte_ids[256] = {};
+  for (size_t id = 0; id < options.tokens.size(); ++id) {
+    const std::string& token = options.tokens[id];
+    lengths_.push_back(uint32_t(token.size()));
+    if (token.size() == 1) byte_ids[uint8_t(token[0])] = uint32_t(id);
+    if (spells_) token_of_.emplace(token, uint32_t(id));
+  }
+  if (options.segment) {
+    words_.segment(options.segment, num_threads_);
+    words_.compact(widths_, kNone, kNone);
+  } else {
+    words_.name_bytes(byte_ids);
+  }
+  const size_t num_symbols = options.tokens.size() + size_t(options.max_new_tokens) + 1;
+  for (Sides& sides : sides_) {
+    sides.before.changes.resize(num_symbols);
+    sides.after.changes.resize(num_symbols);
+  }
 }
 
-// visit(left, right, slot of left, count of the word) for all pairs, by rising slot.
-template <typename Visit>
-void Trainer::for_each_pair(Visit&& visit) const {
-  size_t group = 0;
-  for (uint32_t slot = 1; slot + 1 < symbols_.size();) {
-    const uint32_t left = symbols_[slot];
-    if (left == kBorder) {
-      ++slot;
+// Symbols and borders that max_memory has room for: each needs two or four bytes and as much as an occurrence.
+size_t Trainer::max_slots() const {
+  constexpr size_t kMost = kInside<uint32_t>;
+  if (options_.max_memory == 0) return kMost;
+  const bool wide = options_.tokens.size() >= kInside<uint16_t>;
+  return std::min(kMost, size_t(std::max<int64_t>(0, options_.max_memory - kFixedMemory)) / (wide ? 8 : 6));
+}
+
+// How many occurrences the index may hold.
+size_t Trainer::room() const {
+  const size_t most = words_.num_slots() + 64;
+  if (options_.max_memory == 0) return most;
+  const auto left = std::max<int64_t>(0, options_.max_memory - kFixedMemory - int64_t(words_.memory()));
+  return std::min(most, size_t(left) / sizeof(uint32_t));
+}
+
+// Scans the words for the pairs to merge next; false if none is frequent enough. `lower`: those above the threshold
+// are used up.
+bool Trainer::rebuild(bool lower) {
+  if (!merges_.empty()) words_.compact(widths_, alias_, original_);
+  if (alias_ != kNone) {
+    lengths_.pop_back();
+    widths_.pop_back();
+    alias_ = kNone;
+  }
+  std::fill(widths_.begin(), widths_.end(), 1);
+  if (!words_.fits(uint32_t(lengths_.size()))) words_.widen();
+  int64_t threshold = index_.threshold();
+  const int64_t top = index_.scan();
+  if (lower) threshold = std::max(min_frequency_, std::min(threshold - 1, top / kThresholdStep));
+  for (;; threshold = std::max(min_frequency_, threshold / kThresholdStep)) {
+    index_.build(threshold, room());
+    if (!index_.empty() || threshold <= min_frequency_) return !index_.empty();
+  }
+}
+
+std::vector<Merge> Trainer::run(const std::function<void(double)>& progress) {
+  bool more = options_.max_new_tokens > 0 && rebuild(true);
+  while (more && num_new_tokens_ < options_.max_new_tokens) {
+    if (!words_.fits(uint32_t(lengths_.size()))) {
+      more = rebuild(false);
       continue;
     }
-    const uint32_t next = slot + token_length_[left];
-    if (symbols_[next] != kBorder) visit(left, symbols_[next], slot, weight_at(slot, group));
-    slot = next;
+    const Candidate top = index_.pop();
+    if (top.pair == kNone) {
+      more = index_.threshold() > min_frequency_ && rebuild(true);
+    } else if (!merge(top)) {
+      rebuild(false);
+    }
+    if (merges_.size() % 64 == 0) progress(progress_.share());
   }
+  return std::move(merges_);
 }
 
-void Trainer::add_pair(uint64_t key, int64_t frequency, uint32_t num_occurrences) {
-  pair_index_.at_or_new(key) = uint32_t(pairs_.size());
-  pairs_.push_back(
-      {uint32_t(key >> 32), uint32_t(key), frequency, std::unique_ptr<uint32_t[]>(new uint32_t[num_occurrences]), 0});
-  heap_.push_back({frequency, key, uint32_t(pairs_.size() - 1)});
+// False if the index lacks pairs that this merge made.
+bool Trainer::merge(const Candidate& top) {
+  const auto token = uint32_t(lengths_.size());
+  uint32_t id = token;
+  if (spells_) {
+    std::string bytes = spelling(top.left) + spelling(top.right);
+    if (options_.vetoed.count(bytes) != 0) {
+      index_.forget(top.pair);
+      return true;
+    }
+    const auto [known, is_new] = token_of_.emplace(bytes, token);
+    id = known->second;
+    if (is_new) spellings_.push_back(std::move(bytes));
+  }
+  lengths_.push_back(lengths_[top.left] + lengths_[top.right]);
+  widths_.push_back(widths_[top.left] + widths_[top.right]);
+  merges_.push_back({top.left, top.right, id});
+  const size_t num_replaced = replace(top, token);
+  index_.forget(top.pair);
+  if (id == token) {
+    ++num_new_tokens_;
+    progress_.add(int64_t(num_replaced));
+    return update_index(top.left, top.right, token);
+  }
+  // The pairs of a token that existed can grow, which the index does not allow for.
+  for (Sides& sides : sides_) sides.before.reset(), sides.after.reset();
+  alias_ = token;
+  original_ = id;
+  return false;
 }
 
-// Counts every pair and indexes those of at least threshold_.
-void Trainer::build_index() {
-  struct Tally {
-    int64_t frequency = 0;
-    uint32_t num_occurrences = 0;
-  };
-  pairs_.clear();
-  heap_.clear();
-  pair_index_ = {};
-  {
-    PairMap<Tally> tallies;
-    for_each_pair([&](uint32_t left, uint32_t right, uint32_t, int64_t weight) {
-      if (token_length_[left] + token_length_[right] > max_length_) return;
-      Tally& tally = tallies.at_or_new(pair_key(left, right));
-      tally.frequency += weight;
-      ++tally.num_occurrences;
+size_t Trainer::replace(const Candidate& top, uint32_t token) {
+  const Pair& pair = index_.pair(top.pair);
+  const uint32_t* occurrences = index_.occurrences(pair);
+  return words_.with_symbols([&](auto* symbols) {
+    if (num_threads_ == 1 || pair.num_occurrences < kParallelMerge) {
+      return replace_range(symbols, top, token, occurrences, occurrences + pair.num_occurrences, sides_[0]);
+    }
+    const std::vector<size_t> borders = cut_occurrences(symbols, occurrences, pair.num_occurrences);
+    std::vector<size_t> num_replaced(borders.size() - 1);
+    parallel_for(int64_t(num_replaced.size()), num_threads_, [&](int64_t part) {
+      num_replaced[size_t(part)] = replace_range(symbols, top, token, occurrences + borders[size_t(part)],
+                                                 occurrences + borders[size_t(part) + 1], sides_[size_t(part)]);
     });
-    tallies.for_each([&](uint64_t key, const Tally& tally) {
-      if (tally.frequency >= threshold_) add_pair(key, tally.frequency, tally.num_occurrences);
-    });
-  }
-  for_each_pair([&](uint32_t left, uint32_t right, uint32_t slot, int64_t) {
-    if (const uint32_t* index = pair_index_.find(pair_key(left, right))) {
-      Pair& pair = pairs_[*index];
-      pair.occurrences[pair.num_occurrences++] = slot;
-    }
+    return std::accumulate(num_replaced.begin(), num_replaced.end(), size_t(0));
   });
-  std::make_heap(heap_.begin(), heap_.end());
 }
 
-std::vector<std::pair<uint32_t, uint32_t>> Trainer::run(const std::function<void(int64_t)>& progress) {
-  std::vector<std::pair<uint32_t, uint32_t>> merges;
-  build_index();
-  while (int64_t(merges.size()) < options_.max_merges) {
-    if (heap_.empty()) {
-      if (threshold_ == min_frequency_) break;
-      threshold_ = std::max(min_frequency_, threshold_ / kThresholdStep);
-      build_index();
-      continue;
+// Where to cut a list of occurrences into num_threads_ parts: between words, so that the parts share no slot.
+template <typename Symbol>
+std::vector<size_t> Trainer::cut_occurrences(const Symbol* symbols, const uint32_t* occurrences, size_t size) const {
+  std::vector<size_t> borders{0};
+  for (int part = 1; part < num_threads_; ++part) {
+    size_t cut = std::max(borders.back(), size * size_t(part) / size_t(num_threads_));
+    const auto same_word = [&](size_t i) {
+      const Symbol *begin = symbols + occurrences[i - 1], *end = symbols + occurrences[i];
+      return std::find(begin, end, kBorder<Symbol>) == end;
+    };
+    while (cut > 0 && cut < size && same_word(cut)) ++cut;
+    borders.push_back(cut);
+  }
+  borders.push_back(size);
+  return borders;
+}
+
+template <typename Symbol>
+size_t Trainer::replace_range(Symbol* symbols, const Candidate& pair, uint32_t token, const uint32_t* begin,
+                              const uint32_t* end, Sides& sides) const {
+  const Symbol left = Symbol(pair.left), right = Symbol(pair.right);
+  const uint32_t left_width = widths_[pair.left], width = widths_[token];
+  size_t group = 0, num_replaced = 0;
+  for (const uint32_t* at = begin; at < end; ++at) {
+    if (at + kPrefetch < end) __builtin_prefetch(symbols + at[kPrefetch], 1);
+    const uint32_t slot = *at;
+    Symbol* first = symbols + slot;
+    if (*first != left || first[left_width] != right) continue;
+    const int64_t weight = words_.weight_at(slot, group);
+    const Symbol before = first[-1], after = first[width];
+    if (before != kBorder<Symbol>) sides.before.note(before, weight, slot - widths_[before]);
+    if (after != kBorder<Symbol>) sides.after.note(after, weight, slot);
+    first[left_width - 1] = first[left_width] = kInside<Symbol>;
+    first[0] = first[width - 1] = Symbol(token);
+    ++num_replaced;
+  }
+  return num_replaced;
+}
+
+// Pairs of the merged symbols with a neighbour become rarer, those of the token with it are new; false if there is no
+// room for them. In a run of merges ("abab") the first notes (token, left) as gained and the second, whose left
+// neighbour is the new token, notes it as lost: the two are netted here.
+bool Trainer::update_index(uint32_t left, uint32_t right, uint32_t token) {
+  auto& [before, after] = sides_[0];
+  for (size_t i = 1; i < sides_.size(); ++i) {
+    before.take_changes(sides_[i].before);
+    after.take_changes(sides_[i].after);
+  }
+  for (const uint32_t symbol : before.symbols) index_.lose(pair_key(symbol, left), before.changes[symbol].weight);
+  for (const uint32_t symbol : after.symbols) index_.lose(pair_key(right, symbol), after.changes[symbol].weight);
+  after.changes[left].weight -= before.changes[token].weight;
+  size_t num_gained = 0;
+  for (const Side* side : {&before, &after}) {
+    for (const uint32_t symbol : side->symbols) {
+      if (side->changes[symbol].weight >= index_.threshold()) num_gained += side->changes[symbol].num_occurrences;
     }
-    std::pop_heap(heap_.begin(), heap_.end());
-    Candidate top = heap_.back();
-    heap_.pop_back();
-    const Pair& pair = pairs_[top.pair];
-    if (pair.frequency < threshold_) continue;  // a later index finds it again
-    if (pair.frequency != top.frequency) {
-      top.frequency = pair.frequency;
-      heap_.push_back(top);
-      std::push_heap(heap_.begin(), heap_.end());
-      continue;
+  }
+  const bool has_room = index_.has_room(num_gained);
+  if (has_room) {
+    gain_pairs(&Sides::before, [token](uint32_t symbol) { return std::pair(symbol, token); });
+    gain_pairs(&Sides::after, [token](uint32_t symbol) { return std::pair(token, symbol); });
+  }
+  for (Sides& sides : sides_) sides.before.reset(), sides.after.reset();
+  return has_room;
+}
+
+// pair_of(neighbour): the pair that it makes with the new token.
+template <typename PairOf>
+void Trainer::gain_pairs(Side Sides::* which, PairOf&& pair_of) {
+  Side& all = sides_[0].*which;
+  for (const uint32_t symbol : all.symbols) {
+    Change& change = all.changes[symbol];
+    const auto [left, right] = pair_of(symbol);
+    if (change.weight < index_.threshold() || !index_.allows(left, right)) continue;
+    change.pair = index_.add(left, right, change.weight, change.num_occurrences);
+  }
+  for (const Sides& sides : sides_) {  // parts of the words in their order
+    for (const auto& [symbol, slot] : (sides.*which).occurrences) {
+      if (all.changes[symbol].pair != kNone) index_.add_occurrence(all.changes[symbol].pair, slot);
     }
-    const auto token = uint32_t(token_length_.size());
-    merges.emplace_back(pair.left, pair.right);
-    token_length_.push_back(token_length_[pair.left] + token_length_[pair.right]);
-    merge(top.pair, token);
-    if (merges.size() % 64 == 0) progress(int64_t(merges.size()));
   }
-  return merges;
-}
-
-void Trainer::merge(uint32_t pair_index, uint32_t token) {
-  const Pair pair = std::move(pairs_[pair_index]);
-  replace_occurrences(pair, token);
-  pairs_[pair_index].frequency =
-      std::numeric_limits<int64_t>::min() / 2;  // gone; later losses leave it below threshold_
-  update_index(pair.left, pair.right, token);
-}
-
-void Trainer::replace_occurrences(const Pair& pair, uint32_t token) {
-  const uint32_t left_length = token_length_[pair.left];
-  const uint32_t length = token_length_[token];
-  size_t group = 0;
-  for (uint32_t i = 0; i < pair.num_occurrences; ++i) {
-    if (i + kPrefetch < pair.num_occurrences) __builtin_prefetch(&symbols_[pair.occurrences[i + kPrefetch]], 1);
-    const uint32_t slot = pair.occurrences[i];
-    const uint32_t middle = slot + left_length;
-    if (symbols_[slot] != pair.left || symbols_[middle] != pair.right) continue;
-    const int64_t weight = weight_at(slot, group);
-    const uint32_t before = symbols_[slot - 1];
-    const uint32_t after = symbols_[slot + length];
-    if (before != kBorder) {
-      before_.note(before, weight, token_length_[before] + length <= max_length_, slot - token_length_[before]);
-    }
-    if (after != kBorder) after_.note(after, weight, token_length_[after] + length <= max_length_, slot);
-    symbols_[middle - 1] = kInside;
-    symbols_[middle] = kInside;
-    symbols_[slot] = token;
-    symbols_[slot + length - 1] = token;
-  }
-}
-
-// In a run of merges ("abab") the first notes (token, left) as gained and the second, whose left neighbour is the new
-// token, notes it as lost: the two are netted here.
-void Trainer::update_index(uint32_t left, uint32_t right, uint32_t token) {
-  after_.changes[left].added -= before_.changes[token].removed;
-  before_.changes[token].removed = 0;
-  settle(before_, [&](uint32_t symbol, uint32_t with) { return pair_key(symbol, with); }, left, token);
-  settle(after_, [&](uint32_t symbol, uint32_t with) { return pair_key(with, symbol); }, right, token);
-}
-
-// Of each neighbour: its pair with `old_symbol` becomes rarer, its pair with `token` is new. key_of(neighbour, other).
-template <typename KeyOf>
-void Trainer::settle(Neighbours& side, KeyOf&& key_of, uint32_t old_symbol, uint32_t token) {
-  for (uint32_t symbol : side.symbols) {
-    Change& change = side.changes[symbol];
-    lose(key_of(symbol, old_symbol), change.removed);
-    if (change.added < threshold_) continue;
-    change.pair = uint32_t(pairs_.size());
-    add_pair(key_of(symbol, token), change.added, change.num_occurrences);
-    std::push_heap(heap_.begin(), heap_.end());
-  }
-  for (const auto& [symbol, slot] : side.occurrences) {
-    const uint32_t index = side.changes[symbol].pair;
-    if (index == kNone) continue;
-    Pair& pair = pairs_[index];
-    pair.occurrences[pair.num_occurrences++] = slot;
-  }
-  side.reset();
-}
-
-void Trainer::lose(uint64_t key, int64_t amount) {
-  if (amount == 0) return;
-  if (const uint32_t* index = pair_index_.find(key)) pairs_[*index].frequency -= amount;
 }
 
 }  // namespace
 
-std::vector<std::pair<uint32_t, uint32_t>> train_merges(const WordCounts& words, const TrainOptions& options,
-                                                        const std::function<void(int64_t)>& progress) {
+std::vector<Merge> train_merges(const WordStream& words, const TrainOptions& options,
+                                const std::function<void(double)>& progress) {
   return Trainer(words, options).run(progress);
 }
 

@@ -8,7 +8,6 @@
 #include <mutex>
 #include <utility>
 
-#include "text/bpe_train.h"
 #include "text/splitter.h"
 #include "text/text_batch.h"
 #include "text/word_counts.h"
@@ -114,11 +113,11 @@ class CountTable {
     return py::make_tuple(py::bytes(blob), py::array_t<int64_t>(py::ssize_t(lengths.size()), lengths.data()),
                           py::array_t<int64_t>(py::ssize_t(counts.size()), counts.data()));
   }
-  // Without the GIL.
-  std::vector<std::pair<uint32_t, uint32_t>> train(const TrainOptions& options,
-                                                   const std::function<void(int64_t)>& progress) {
+  // f(counts) without the GIL; f may empty them.
+  template <typename F>
+  auto with_words(F&& f) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return train_merges(counts_, options, progress);
+    return f(counts_);
   }
 
  private:

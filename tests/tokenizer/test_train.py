@@ -50,7 +50,7 @@ def train_naively(counts, num_merges, order, min_frequency=1, max_token_length=N
     return {token: i for i, token in enumerate(tokens)}
 
 
-ORDERS = {"huggingface": byte_level_order(), "raw": list(range(256))}
+ORDERS = {"huggingface": byte_level_order(), "tiktoken": list(range(256))}
 
 
 @pytest.mark.parametrize("ties", ORDERS)
@@ -130,7 +130,7 @@ def test_merges_of_rustbpe(small_texts, small_counts):
     rustbpe = pytest.importorskip("rustbpe")
     theirs = rustbpe.Tokenizer()
     theirs.train_from_iterator(iter(small_texts), 3000, pattern=LLAMA3_SPLIT_PATTERN)
-    ours = train_bpe(small_counts, 3000, ties="raw", special_tokens=())
+    ours = train_bpe(small_counts, 3000, ties="tiktoken", special_tokens=())
     assert ours.mergeable_ranks == {bytes(token): rank for token, rank in theirs.get_mergeable_ranks()}
 
 
@@ -185,7 +185,7 @@ def test_vocabulary_ends_when_no_pair_is_left():
     ("options", "message"),
     [
         ({"vocab_size": 271}, "vocab_size must be at least 272 .*got 271"),
-        ({"ties": "other"}, "ties must be 'huggingface' or 'raw', got 'other'"),
+        ({"ties": "other"}, "ties must be 'huggingface' or 'tiktoken', got 'other'"),
         ({"min_frequency": -1}, "min_frequency must not be negative, got -1"),
         ({"max_token_length": 0}, "max_token_length must be at least 1, got 0"),
         ({"special_tokens": ["user"]}, "special token 'user' must not be a single word"),
