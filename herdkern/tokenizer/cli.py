@@ -117,11 +117,11 @@ def _train(args: list[str]) -> int:
             num_threads: 0 takes the usable cores; the result is the same for any number.
         """
         from herdkern.data.document import read_documents
-        from herdkern.tokenizer import WordCounts, train_bpe
+        from herdkern.tokenizer import train_bpe
 
         texts_or_counts: object
         if len(inputs) == 1 and is_counts_file(inputs[0]):
-            texts_or_counts = WordCounts.load(inputs[0])
+            texts_or_counts = inputs[0]
         else:
             files = shard_files(inputs, "train")
             texts_or_counts = (document.text for path in files for document in read_documents(path))
@@ -129,7 +129,7 @@ def _train(args: list[str]) -> int:
             tokenizer = train_bpe(
                 texts_or_counts,
                 vocab_size,
-                ties="raw" if ties == "tiktoken" else ties,
+                ties=ties,
                 min_frequency=min_frequency,
                 max_token_length=max_token_length or None,
                 num_threads=num_threads or None,
