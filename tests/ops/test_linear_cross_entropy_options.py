@@ -217,6 +217,17 @@ def test_a_loss_of_its_own_hands_its_gradients_on_uncopied(dtype, monkeypatch):
         assert [x.grad.data_ptr(), weight.grad.data_ptr()] == made.pop()
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_four_numbers_a_token_are_saved_beside_the_inputs(kind, reduction):
+    (x, weight), targets = leaves(30, 16, 90, kind)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        linear_cross_entropy(x, weight, targets, reduction=reduction, label_smoothing=0.1)
+    assert [t.data_ptr() for t in saved[:3]] == [x.data_ptr(), weight.data_ptr(), targets.data_ptr()]
+    assert [t.shape for t in saved[3:]] == [(4, 30)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_kept_graph_gives_the_same_gradients_again(dtype):
     x, weight, targets = example(30, 16, 90, dtype)
