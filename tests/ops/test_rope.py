@@ -71,6 +71,27 @@ def test_slices_of_one_projection_need_no_copy(dtype, interleaved):
         assert torch.equal(got, rope(heads.contiguous(), cos, sin, torch.arange(21), interleaved=interleaved))
 
 
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", STYLES)
+def test_has_the_bits_of_the_formula(isa, dtype, interleaved):
+    """Output and gradient; in half-split float32 also those of Hugging Face's rotate_half."""
+    for head_dim in (2, 6, 16, 30, 64, 80, 128):
+        x = torch.randn(63, 4, head_dim).to(dtype).requires_grad_()
+        dout = torch.randn(63, 4, head_dim).to(dtype)
+        cos, sin = rope_table(63, head_dim)
+        positions = torch.arange(63)
+        with forced_isa(isa):
+            out = rope(x, cos, sin, positions, interleaved=interleaved)
+            (dx,) = torch.autograd.grad(out, x, dout)
+        assert torch.equal(out, rope_reference(x, cos, sin, positions, interleaved=interleaved)), head_dim
+        assert torch.equal(dx, rope_reference(dout, cos, -sin, positions, interleaved=interleaved)), head_dim
+        if dtype == torch.float32 and not interleaved:
+            turned = torch.cat([-x[..., head_dim // 2 :], x[..., : head_dim // 2]], dim=-1)
+            wide_cos, wide_sin = (torch.cat([t, t], dim=-1).unsqueeze(1) for t in (cos, sin))
+            assert torch.equal(out, x * wide_cos + turned * wide_sin), head_dim
+
+
 @pytest.mark.parametrize("interleaved", STYLES)
 def test_scores_depend_on_distance_alone(interleaved):
     cos, sin = rope_table(600, 64)
