@@ -1,5 +1,9 @@
 // Python binding of word counting: tables in memory, counting within a budget, merging and reading runs. The doors are
 // herdkern/tokenizer/counts.py and shard_counts.py.
+#if defined(__linux__)
+#include <malloc.h>
+#endif
+
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
 
@@ -27,6 +31,13 @@ std::function<void(uint64_t)> make_tick(const py::object& progress) {
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     if (!progress.is_none()) progress(bytes_read);
   };
+}
+
+// What was freed goes back to the system: the next budget of this process is measured from what it holds.
+void give_back_memory() {
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
 }
 
 MergeLimits make_limits(size_t max_bytes, size_t max_files, std::string folder) {
@@ -87,6 +98,7 @@ class BudgetCounter {
       counts_->drain();
       counts_.reset();
       lines_ = {};
+      give_back_memory();
     }
     const MergeLimits limits = make_limits(merge_bytes(), 2, folder);  // asked now that the table is gone
     RunTotals totals;
@@ -94,6 +106,7 @@ class BudgetCounter {
       py::gil_scoped_release release;
       const File file(descriptor, false, name);
       totals = merge_runs(runs_.take_runs(), 1, limits, file, begin, make_tick(progress));
+      give_back_memory();
     }
     return to_tuple(totals);
   }
@@ -121,6 +134,7 @@ py::tuple merge_files(const std::vector<std::tuple<std::string, uint64_t, uint64
     const File file(descriptor, false, name);
     totals = merge_runs(std::move(given), denominator, make_limits(max_bytes, max_files, folder), file, begin,
                         make_tick(progress));
+    give_back_memory();
   }
   return to_tuple(totals);
 }
