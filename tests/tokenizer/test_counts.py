@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from herdkern.tokenizer import LLAMA3_SPLIT_PATTERN, WordCounts, split_words
-from herdkern.tokenizer.pretokenize import SPLIT_PATTERNS
 
 DOCUMENTS = [
     "the cat sat on the mat, the other cat sat on the hat",
@@ -52,7 +51,7 @@ ends = st.sampled_from([b"", b"\0", b"\0\0", b"a", b"aa", b"b", b"\xff"])
 words = st.builds(lambda n, end, tail: b"a" * n + end + tail, st.integers(0, 40), ends, ends).filter(len)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.dictionaries(words, st.integers(1, 1 << 40), max_size=40), max_size=4))
 def test_a_table_is_a_counter(parts):
     naive: Counter[bytes] = Counter()
@@ -105,8 +104,6 @@ def test_bad_texts_are_refused():
 
 
 def test_other_patterns():
-    if "gpt2" not in SPLIT_PATTERNS:
-        pytest.skip("needs the split pattern gpt2")
     counts = WordCounts("gpt2").add("it's 12345")
     assert dict(counts.items()) == {b"it": 1, b"'s": 1, b" 12345": 1}
     with pytest.raises(ValueError, match=r"WordCounts\.merge: other must be split by"):

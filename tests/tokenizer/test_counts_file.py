@@ -212,7 +212,7 @@ weights = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(weights, min_size=2, max_size=4).filter(any), st.randoms(use_true_random=False))
 def test_weights_round_once(tmp_path_factory, factors, rng):
     folder = tmp_path_factory.mktemp("weights")

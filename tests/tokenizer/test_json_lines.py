@@ -109,7 +109,7 @@ values = st.recursive(
 objects = st.fixed_dictionaries({}, optional={"a": values, "text": st.text(max_size=40) | values, "b\n": values})
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     st.lists(st.tuples(objects, st.booleans(), st.integers(0, 3), st.integers(0, 1 << 20)), max_size=5),
     st.randoms(use_true_random=False),
