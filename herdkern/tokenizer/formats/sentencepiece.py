@@ -78,13 +78,15 @@ class SentencePieceTokenizer:
     @cached_property
     def merges(self) -> Merges:
         """The merges in the order of their scores, and the pieces that no merge makes."""
-        chosen = [i for i, p in enumerate(self.pieces) if p.type == PieceType.NORMAL and p.score > BY_HAND]
+        # Single characters are there from the start, whatever their score or type.
+        is_learnt = [(p.type == PieceType.NORMAL and p.score > BY_HAND) or len(p.text) == 1 for p in self.pieces]
+        chosen = [i for i, learnt in enumerate(is_learnt) if learnt]
         chosen.sort(key=lambda i: (-self.pieces[i].score, i))
         merges = recover_merges([self.pieces[i].text.encode() for i in chosen], chosen, characters=True)
         by_hand = [
             Skipped(token=p.text.encode(), token_id=i, reason=f"has the score {p.score:g}: put in by hand")
             for i, p in enumerate(self.pieces)
-            if p.type == PieceType.NORMAL and p.score <= BY_HAND
+            if p.type == PieceType.NORMAL and not is_learnt[i]
         ]
         return Merges(left=merges.left, right=merges.right, made=merges.made, skipped=(*merges.skipped, *by_hand))
 

@@ -1,6 +1,6 @@
 """SentencePiece's .model file: the few fields of its protocol buffer that decide the ids, read and written.
 
-What is not read is kept as it is, so that a file which is read and written has the same bytes. Source: the wire format
+A file that is read and written has the same bytes. Source: the wire format
 of protocol buffers; the field numbers of sentencepiece_model.proto.
 """
 
@@ -51,11 +51,15 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFile:
-    """The content of a .model file of type BPE. raw: its messages other than pieces, as (field, bytes)."""
+    """The content of a .model file of type BPE.
+
+    raw: its messages other than pieces, as (field, bytes). source: the whole file as it was read.
+    """
 
     pieces: tuple[Piece, ...]
     settings: Settings
     raw: tuple[tuple[int, bytes], ...] = field(default=(), repr=False)
+    source: bytes = field(default=b"", repr=False, compare=False)
 
 
 def fields_of(data: bytes) -> Iterator[tuple[int, int | bytes]]:
@@ -129,7 +133,7 @@ def read_bytes(data: bytes) -> ModelFile:
         unk_surface=_text(trainer, 44, Settings.unk_surface),
         denormalizer_charsmap=_bytes(denormalizer, 2),
     )
-    model = ModelFile(pieces=tuple(pieces), settings=settings, raw=tuple(raw))
+    model = ModelFile(pieces=tuple(pieces), settings=settings, raw=tuple(raw), source=data)
     check(model)
     return model
 
@@ -186,7 +190,9 @@ def _text(fields: dict[int, int | bytes], number: int, default: str) -> str:
 
 
 def to_bytes(model: ModelFile) -> bytes:
-    """The .model file; with `raw` as it was read, else with messages made of the settings."""
+    """The .model file: as it was read; else its pieces with `raw`, or with messages made of the settings."""
+    if model.source:
+        return model.source
     out = bytearray()
     for piece in model.pieces:
         message = _field(1, piece.text.encode()) + _key(2, FIXED32) + struct.pack("<f", piece.score)
@@ -200,7 +206,7 @@ def to_bytes(model: ModelFile) -> bytes:
 
 def with_settings(model: ModelFile, settings: Settings) -> ModelFile:
     """The model with other settings, and none of the messages that held the old ones."""
-    return replace(model, settings=settings, raw=())
+    return replace(model, settings=settings, raw=(), source=b"")
 
 
 def _messages(model: ModelFile) -> list[tuple[int, bytes]]:

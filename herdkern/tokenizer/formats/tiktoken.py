@@ -15,6 +15,7 @@ from herdkern.engine import atomic_file
 from herdkern.tokenizer.formats.contents import Contents
 from herdkern.tokenizer.special_tokens import llama3_special_tokens
 
+MAX_RANK = 1 << 31
 _LINE = re.compile(rb"[A-Za-z0-9+/]+=*[ \t]+-?[0-9]+\s*")
 
 # SHA-256 of the ranks as `tiktoken_bytes` writes them -> name, split pattern, special tokens.
@@ -80,6 +81,8 @@ def read(path: Path | str) -> Contents:
         try:
             encoded, rank_text = line.split()
             token, rank = _decoded(encoded), int(rank_text)
+            if rank >= MAX_RANK:
+                raise ValueError(f"the rank must be below {MAX_RANK}")
         except (ValueError, binascii.Error) as e:
             raise ValueError(f"{where}: must be '<base64 token> <rank>', got {line[:80]!r}") from e
         if token in ranks or rank < 0 or rank in owner:
