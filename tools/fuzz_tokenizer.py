@@ -97,7 +97,7 @@ def use(contents: object) -> None:
 def seeds(reader: str, folder: Path) -> list[bytes]:
     """A few files of the reader's format, and parts of them."""
     from herdkern.tokenizer import Tokenizer, WordCounts
-    from herdkern.tokenizer.formats import files, sentencepiece_export, sentencepiece_file
+    from herdkern.tokenizer.formats import files, sentencepiece_export, sentencepiece_file, tekken
 
     whole = Tokenizer(byte_tokens(), {"<s>": 300, "</s>": 301})
     if reader == "tiktoken":
@@ -133,7 +133,14 @@ def seeds(reader: str, folder: Path) -> list[bytes]:
         config = {"pattern": "\\w+|\\W+", "default_vocab_size": 5, "default_num_special_tokens": 2, "version": "v3"}
         special = [{"rank": 0, "token_str": "<s>"}, {"rank": 1, "token_str": "</s>"}]
         small = {"config": config, "vocab": vocabulary}
-        return [json.dumps(small).encode(), json.dumps(small | {"special_tokens": special}).encode()]
+        files.save(
+            Tokenizer(*tekken.renumbered(byte_tokens(), {"<s>": 0})), folder / "seed", format="tekken", verify=False
+        )
+        whole_one = json.loads((folder / "seed").read_text())
+        for entry in whole_one["vocab"]:
+            del entry["token_str"]
+        contents = [small, small | {"special_tokens": special}, whole_one]
+        return [json.dumps(content, separators=(",", ":")).encode() for content in contents]
     if reader == "manifest":
         files.save(whole, folder, verify=False)
         return [(folder / files.MANIFEST).read_bytes()]

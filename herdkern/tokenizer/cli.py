@@ -1,4 +1,4 @@
-"""`herdkern tokenizer ACTION ...`: count, merge, train, encode. Each action is one function, found in ACTIONS."""
+"""`herdkern tokenizer ACTION ...`: count, merge, train, encode, inspect, export. Each action is one function."""
 
 import re
 import sys
@@ -14,6 +14,8 @@ USAGE = """usage: herdkern tokenizer ACTION [ARGUMENTS]
   merge    sum word counts of any number of files, weighted if you like
   train    learn a vocabulary from word counts, JSONL, Parquet or text
   encode   token ids of a text
+  inspect  what a tokenizer file is: pattern, merges, special tokens, compression of each language
+  export   write a tokenizer as tiktoken ranks, Hugging Face, SentencePiece or tekken file, proved by its library
 
 `herdkern tokenizer ACTION --help` tells more."""
 
@@ -162,11 +164,73 @@ def _encode(args: list[str]) -> int:
     return parse(encode, args, "tokenizer encode")
 
 
+def _inspect(args: list[str]) -> int:
+    def inspect(
+        file: Path,
+        /,
+        samples: Path | None = None,
+        split_pattern: str = "",
+        json: Path | None = None,
+        picture: Path | None = None,
+    ) -> int:
+        """The passport of a tokenizer: what it is, its merges and special tokens, how it compresses each language.
+
+        Args:
+            file: A folder, tiktoken ranks, a tokenizer.json, a tekken.json or a SentencePiece model.
+            samples: A folder of text files, one for each language, in place of the sentences that come along.
+            split_pattern: For ranks that are no published vocabulary: llama3, o200k, gpt2, ... or an expression.
+            json: Also write everything as JSON here.
+            picture: Also write an SVG of the compression and the token lengths here.
+        """
+        from herdkern.engine import atomic_file
+        from herdkern.tokenizer.inspect import inspect
+
+        passport = inspect(file, samples=samples, split_pattern=split_pattern or None)
+        for path, content in ((json, passport.as_json), (picture, passport.as_svg)):
+            if path is not None:
+                with atomic_file(path, "w") as f:
+                    f.write(content())
+        print(passport.as_text(), end="")
+        return 0
+
+    return parse(inspect, args, "tokenizer inspect")
+
+
+def _export(args: list[str]) -> int:
+    def export(
+        tokenizer: Path,
+        /,
+        out: Path,
+        format: Literal["herdkern", "tiktoken", "huggingface", "sentencepiece", "tekken"] = "huggingface",
+        split_pattern: str = "",
+        skip_check: bool = False,
+    ) -> int:
+        """Write a tokenizer in another format. Before the file gets its name, the library that it is for reads it.
+
+        Args:
+            tokenizer: A tokenizer folder, or a file of any format.
+            out: The file to write; a folder for herdkern.
+            format: What to write.
+            split_pattern: For ranks that are no published vocabulary: llama3, o200k, gpt2, ... or an expression.
+            skip_check: Do not read the file again and compare ids.
+        """
+        from herdkern.tokenizer import Tokenizer
+
+        loaded = Tokenizer.load(tokenizer, split_pattern=split_pattern or None)
+        loaded.save(out, format=format, verify=not skip_check)
+        print(f"{out}: {loaded.n_vocab:,} entries")
+        return 0
+
+    return parse(export, args, "tokenizer export")
+
+
 ACTIONS: dict[str, Callable[[list[str]], int]] = {
     "count": _count,
     "merge": _merge,
     "train": _train,
     "encode": _encode,
+    "inspect": _inspect,
+    "export": _export,
 }
 
 

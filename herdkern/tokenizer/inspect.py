@@ -104,7 +104,7 @@ class Passport:
             ("normalizer", self.normalizer or "none"),
             ("special", _cut([f"{name} {i}" for name, i in self.special_tokens.items()])),
             ("first merges", _cut(self.first_merges)),
-            ("longest", _cut([repr(token) for token in self.longest_tokens])),
+            ("longest", _cut([repr(token[:40]) for token in self.longest_tokens])),
             (
                 "skipped",
                 f"{len(self.skipped):,}" + "".join(f"\n{'':14}{t!r} ({i}) {why}" for t, i, why in self.skipped[:5]),

@@ -55,6 +55,7 @@ _OTHERS = {
     "a trie vocabulary (id, token, length), which has no merges": rb"\d+ b?['\"]",
     "a gzip file; unpack it first": rb"\x1f\x8b",
     "a zip file; unpack it first": rb"PK\x03\x04",
+    "a file of word counts; train a tokenizer from it": rb"herdkern word counts ",
     "a list of merges without ids (vocab.bpe, merges.txt); its tokenizer.json has both": rb"#version",
 }
 
