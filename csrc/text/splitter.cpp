@@ -150,6 +150,16 @@ constexpr char kTiktokenCl100k[] =
     R"('(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s)";
 constexpr char kTiktokenR50k[] = R"('(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s)";
 
+// DeepSeek V3's sequence as one pattern: what its first two patterns set apart (numbers, CJK) begins and ends a word
+// wherever it is, so the parts of the third are told within CJK and without. Last comes what the third does not match.
+constexpr char kDeepseek3Word[] =
+    R"(\p{N}{1,3}|[!-/:-@\[-`{-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}\p{N}一-龥぀-ヿ]?[\p{L}\p{M}--[一-龥぀-ヿ]]+)"
+    R"(|[一-龥぀-ヿ--[\p{L}\p{P}\p{S}]]?[一-龥぀-ヿ&&[\p{L}\p{M}]]+)"
+    R"(| ?[\p{P}\p{S}--[一-龥぀-ヿ]]+[\r\n]*|[一-龥぀-ヿ&&[\p{P}\p{S}]]+)"
+    R"(|\s*[\r\n]+|\s+(?![^\s\p{N}一-龥぀-ヿ])|\s+)"
+    R"(|(?:[^\s\p{L}\p{M}\p{N}\p{P}\p{S}一-龥぀-ヿ](?![\p{L}\p{M}--[一-龥぀-ヿ]]))+)"
+    R"(|(?:[一-龥぀-ヿ--[\p{L}\p{M}\p{P}\p{S}]](?![一-龥぀-ヿ&&[\p{L}\p{M}]]))+)";
+
 std::optional<BlockPattern> block_pattern_of(const std::string& name, const std::string& pattern) {
   if (name == "llama3") return BlockPattern::kLlama3;
   if (name == "o200k") return BlockPattern::kO200k;
@@ -165,6 +175,7 @@ std::unique_ptr<Splitter> make_splitter(const std::string& name, const std::vect
     if (!block_pattern) return std::make_unique<PatternSplitter>(patterns[0]);
     return std::make_unique<BlockSplitter>(patterns[0], *block_pattern);
   }
+  if (name == "deepseek3") return std::make_unique<BlockSplitter>(kDeepseek3Word, BlockPattern::kDeepseek3);
   std::vector<std::shared_ptr<const Splitter>> parts;
   for (const std::string& pattern : patterns) parts.push_back(Splitter::from_patterns({pattern}));
   return std::make_unique<SequenceSplitter>(std::move(parts));

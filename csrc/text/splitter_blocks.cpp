@@ -1,21 +1,38 @@
 // The block scanners for any processor, and the choice among the levels.
 #define HK_BLOCK_LEVEL baseline
+#include <algorithm>
 #include <cstdlib>
 #include <string_view>
 #include <vector>
 
+#include "text/code_point_set.h"
 #include "text/splitter_blocks_kernel.h"
-#include "text/unicode_classes.h"
+#include "text/unicode_sets.h"
 
 namespace herdkern::text {
 
 const uint8_t* char_kinds() {
   static const std::vector<uint8_t> kinds = [] {
-    // by class of kClassRuns: other, letter, upper, lower, mark, number, space, newline (which is ASCII)
-    constexpr uint8_t kOfClass[8] = {0, kOtherLetterBit, kUpperBit, kLowerBit, kMarkBit, kNumberBit, kSpaceBit, 0};
     std::vector<uint8_t> result;
-    result.reserve(0x110000);
-    for (const uint16_t run : kClassRuns) result.insert(result.end(), run >> 3, kOfClass[run & 7]);
+    result.reserve(kNumCodePoints);
+    for (const uint16_t run : kCategoryRuns) {
+      const std::string_view category = kCategoryNames[run & 31];
+      uint8_t kind = 0;
+      if (category == "Lu" || category == "Lt") kind = kUpperBit;
+      if (category == "Ll") kind = kLowerBit;
+      if (category == "Lm" || category == "Lo") kind = kOtherLetterBit;
+      if (category[0] == 'M') kind = kMarkBit;
+      if (category[0] == 'N') kind = kNumberBit;
+      if (category[0] == 'P' || category[0] == 'S') kind = kSymbolBit;
+      result.insert(result.end(), run >> 5, kind);
+    }
+    const CodePointSet spaces = white_space();
+    for (const auto& range : spaces.ranges()) {
+      std::fill(result.begin() + range.first, result.begin() + range.last + 1, uint8_t(kSpaceBit));
+    }
+    for (const auto& [first, last] : {CodePointSet::Range{0x4E00, 0x9FA5}, {0x3040, 0x30FF}}) {
+      for (uint32_t c = first; c <= last; ++c) result[c] |= kCjkBit;
+    }
     return result;
   }();
   return kinds.data();

@@ -11,7 +11,7 @@
 
 namespace herdkern::text {
 
-enum class BlockPattern { kLlama3, kCl100k, kQwen2, kGpt2, kO200k };
+enum class BlockPattern { kLlama3, kCl100k, kQwen2, kGpt2, kO200k, kDeepseek3 };
 
 struct BlockJob {
   const uint8_t* place;  // starts a word; moved to the end of the last word found
@@ -22,14 +22,16 @@ struct BlockJob {
   uint64_t num_blocks = 0;
 };
 
-// What a code point above U+007F is, as one bit; none: anything else.
+// What a code point above U+007F is, in bits; none: anything else.
 enum CharKind : uint8_t {
   kUpperBit = 1,        // Lu, Lt
   kLowerBit = 2,        // Ll
   kOtherLetterBit = 4,  // Lm, Lo
   kMarkBit = 8,
   kNumberBit = 16,
-  kSpaceBit = 32,  // white space
+  kSpaceBit = 32,   // white space
+  kSymbolBit = 64,  // P, S
+  kCjkBit = 128,    // what DeepSeek V3 sets apart: U+4E00 to U+9FA5, U+3040 to U+30FF
 };
 const uint8_t* char_kinds();  // (0x110000,)
 

@@ -109,27 +109,32 @@ inline int first_bit(Mask mask) { return __builtin_ctzll(mask); }
 // Up to 64 code points from the start of a word; masks have one bit for each.
 struct Block {
   Mask upper = 0, lower = 0, other_letter = 0, mark = 0, number = 0;
+  Mask symbol = 0, cjk = 0;  // as kSymbolBit and kCjkBit
+  Mask ascii = 0, ascii_letter = 0;
   Mask newline = 0, space = 0;                // CR and LF; all other white space
   Mask blank = 0, apostrophe = 0, slash = 0;  // U+0020, U+0027, U+002F
   Mask valid = 0;
   bool at_end = false;  // the text ends behind the last code point
-  bool ascii = true;
+  bool is_ascii = true;
   size_t num_bytes = 0;
   const uint8_t *text, *end;  // the first code point; the end of the document
-  uint16_t offsets[65];       // where code point i begins, unless ascii
-  const uint8_t* place(int i) const { return text + (ascii ? size_t(i) : offsets[i]); }
+  uint16_t offsets[65];       // where code point i begins, unless is_ascii
+  const uint8_t* place(int i) const { return text + (is_ascii ? size_t(i) : offsets[i]); }
 };
 
 // The masks of ASCII characters among 64 bytes.
 inline void read_ascii(const Bytes64& bytes, Block& block) {
+  block.ascii = ~bytes.high();
   block.upper = bytes.within('A', 26);
   block.lower = bytes.within('a', 26);
+  block.ascii_letter = block.upper | block.lower;
   block.number = bytes.within('0', 10);
   block.newline = bytes.equal('\n') | bytes.equal('\r');
   block.blank = bytes.equal(' ');
   block.space = block.blank | bytes.equal('\t') | bytes.within(0x0B, 2);
   block.apostrophe = bytes.equal('\'');
   block.slash = bytes.equal('/');
+  block.symbol = bytes.within(0x21, 94) & ~(block.upper | block.lower | block.number);
 }
 
 // Decodes the next 64 code points, or as many as there are.
@@ -160,10 +165,12 @@ inline void read_any(const uint8_t* p, const uint8_t* end, const uint8_t* kinds,
   block.mark = bits.any(kMarkBit);
   block.number |= bits.any(kNumberBit);
   block.space |= bits.any(kSpaceBit);
+  block.symbol |= bits.any(kSymbolBit);
+  block.cjk = bits.any(kCjkBit);
   block.valid = below(size_t(count));
   block.num_bytes = size_t(p - start);
   block.at_end = p == end;
-  block.ascii = false;
+  block.is_ascii = false;
 }
 
 inline void read_block(const uint8_t* p, const uint8_t* end, const uint8_t* kinds, Block& block) {
@@ -185,11 +192,11 @@ inline void read_block(const uint8_t* p, const uint8_t* end, const uint8_t* kind
     count = size_t(first_bit(high));
   }
   read_ascii(bytes, block);
-  block.other_letter = block.mark = 0;
+  block.other_letter = block.mark = block.cjk = 0;
   block.valid = below(count);
   block.num_bytes = count;
   block.at_end = p + count == end;
-  block.ascii = true;
+  block.is_ascii = true;
 }
 
 // How many code points the contraction 's 't 're 've 'm 'll 'd at the apostrophe p takes; 0 if there is none. U+017F
@@ -218,9 +225,9 @@ inline Mask number_starts(Mask number) {
 
 // The starts within white space of \s*[\r\n]+|\s+(?!\S)|\s+, where `newline` and `space` are what no other part of the
 // pattern has taken: the first of a run; behind its last newline; and the last one before what is no white space.
-// With keep_tail white space at the end of the text is not cut behind a newline.
-inline Mask white_space_starts(const Block& block, Mask newline, bool keep_tail = false) {
-  const Mask space = block.space, white = space | newline, others = block.valid & ~(white | block.newline);
+// With keep_tail white space at the end of the text is not cut behind a newline. What is set apart does not follow.
+inline Mask white_space_starts(const Block& block, Mask newline, bool keep_tail = false, Mask apart = 0) {
+  const Mask space = block.space, white = space | newline, others = block.valid & ~(white | block.newline | apart);
   Mask starts = (white & ~(white << 1)) | (space & others >> 1);
   if (Mask behind = space & newline << 1) {
     Mask to_newline = space & newline >> 1;  // spaces from which only spaces lead to a newline
@@ -325,6 +332,29 @@ struct O200k {
   }
 };
 
+struct Deepseek3 {
+  static Mask starts(const Block& block, int&) {
+    const Mask ascii_letter = block.ascii_letter, letter = block.upper | block.lower | block.other_letter | block.mark;
+    const Mask white = block.space | block.newline, symbol = block.symbol;
+    const Mask rest = block.valid & ~(letter | block.number | white | symbol);  // controls, private ones and such
+    // Numbers and CJK are set apart first: what begins here knows nothing of what lies before it, nor the other way.
+    const Mask apart = number_starts(block.number) | ((block.number ^ block.number << 1) & ~block.number) |
+                       (block.cjk ^ block.cjk << 1);
+    const auto after = [apart](Mask kind) { return kind << 1 & ~apart; };
+    const auto before = [apart](Mask kind) { return (kind & ~apart) >> 1; };
+    const Mask hanging = block.newline & ~(block.newline + (block.newline & after(symbol)));
+    const Mask symbol_start = symbol & ~after(symbol | block.blank);
+    Mask starts = apart | white_space_starts(block, block.newline & ~hanging, false, apart);
+    starts |= symbol_start | (hanging << 1 & ~hanging);
+    // A sign of ASCII leads ASCII letters, and no others.
+    const Mask led = ascii_letter & (symbol_start & block.ascii) << 1;
+    starts |= letter & ~after(letter | block.space | rest) & ~led;
+    starts |= (ascii_letter + led) & ~ascii_letter & letter;
+    starts |= rest & (~after(rest) | before(letter));
+    return starts;
+  }
+};
+
 template <typename Pattern>
 size_t scan(BlockJob& job) {
   size_t num_ends = 0;
@@ -339,7 +369,7 @@ size_t scan(BlockJob& job) {
     if (starts == 0 && !whole) break;
     const uint8_t** out = job.ends + num_ends;
     num_ends += size_t(__builtin_popcountll(starts)) + whole;
-    if (block.ascii) {
+    if (block.is_ascii) {
       for (; starts != 0; starts &= starts - 1) *out++ = block.text + first_bit(starts);
     } else {
       for (; starts != 0; starts &= starts - 1) *out++ = block.text + block.offsets[first_bit(starts)];
@@ -364,6 +394,8 @@ BlockScan block_scan(BlockPattern pattern) {
       return scan<Gpt2>;
     case BlockPattern::kO200k:
       return scan<O200k>;
+    case BlockPattern::kDeepseek3:
+      return scan<Deepseek3>;
   }
   return nullptr;
 }

@@ -76,8 +76,10 @@ def check(name: str, text: str | bytes) -> None:
 
 
 def random_text(rng: random.Random) -> str:
-    """Short or a few blocks long, of few or many different critical characters."""
+    """Short or a few blocks long, of few or many different critical characters, some repeated beyond a block."""
     characters = rng.sample(CRITICAL, rng.choice([2, 4, 8, 30, len(CRITICAL)]))
+    if rng.random() < 0.05:
+        characters = [c * rng.choice([1, 31, 64, 70]) for c in characters[:6]]
     return "".join(rng.choices(characters, k=rng.randrange(rng.choice([4, 10, 40, 150]))))
 
 

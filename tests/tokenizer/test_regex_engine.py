@@ -239,7 +239,7 @@ HOSTILE_PATTERNS = [
 ]
 
 
-@pytest.mark.parametrize("pattern", [*SPLIT_PATTERNS, *HOSTILE_PATTERNS])
+@pytest.mark.parametrize("pattern", [*SPLIT_PATTERNS, *HOSTILE_PATTERNS, ("a*b|a", r"\s*x|\s", "[ab]*c")])
 def test_work_is_linear(pattern):
     splitter = _text.Splitter(SPLIT_PATTERNS.get(pattern, pattern))
     for unit in HOSTILE_TEXTS:
