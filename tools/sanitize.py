@@ -107,7 +107,7 @@ def main() -> int:
             "OMP_NUM_THREADS": "2",
         }
     )
-    tests = [str(ROOT / a) if (ROOT / a.partition("::")[0]).exists() else a for a in arguments]
+    tests = [str(ROOT / a) if os.path.exists(ROOT / a.partition("::")[0]) else a for a in arguments]
     pytest = [
         "-m",
         "pytest",
