@@ -21,14 +21,26 @@ const uint8_t* bytes_of(std::string_view text) { return reinterpret_cast<const u
 class IdSink {
  public:
   explicit IdSink(IdBuffer& ids) : ids_(ids) {}
-  void add(const WordCache::Entry& entry) {
-    static_assert(sizeof(entry.ids) + sizeof(entry.num_ids) == 16);
-    std::memcpy(ids_.room_for(4), entry.ids, 16);  // a fixed size is quicker than the right one
-    ids_.grow_by(entry.num_ids);
-  }
-  void add(WordCache::Ids ids) {
-    std::memcpy(ids_.room_for(ids.num_ids), ids.ids, ids.num_ids * sizeof(uint32_t));
-    ids_.grow_by(ids.num_ids);
+
+  // Adds what entries hold; in registers, so nothing else may be added to the sink meanwhile.
+  class Run {
+   public:
+    Run(IdSink& sink, size_t max_entries) : begin_(sink.ids_.room_for(4 * max_entries)), at_(begin_), sink_(sink) {}
+    void add(const WordCache::Entry& entry) {
+      static_assert(sizeof(entry.ids) + sizeof(entry.num_and_flags) == 16);
+      std::memcpy(at_, entry.ids, 16);  // a fixed size is quicker than the right one
+      at_ += entry.num_ids();
+    }
+    void close() { sink_.ids_.grow_by(size_t(at_ - begin_)); }
+
+   private:
+    uint32_t *begin_, *at_;
+    IdSink& sink_;
+  };
+
+  void add(const void* ids, size_t num_ids) {
+    std::memcpy(ids_.room_for(num_ids), ids, num_ids * sizeof(uint32_t));
+    ids_.grow_by(num_ids);
   }
   void push(uint32_t id) { ids_.push(id); }
   // A new word's ids are appended to this buffer, then taken note of.
@@ -42,8 +54,18 @@ class IdSink {
 // ... or only their number.
 class CountSink {
  public:
-  void add(const WordCache::Entry& entry) { total_ += entry.num_ids; }
-  void add(WordCache::Ids ids) { total_ += ids.num_ids; }
+  class Run {
+   public:
+    Run(CountSink& sink, size_t) : sink_(sink) {}
+    void add(const WordCache::Entry& entry) { num_ids_ += entry.num_ids(); }
+    void close() { sink_.total_ += num_ids_; }
+
+   private:
+    size_t num_ids_ = 0;
+    CountSink& sink_;
+  };
+
+  void add(const void*, size_t num_ids) { total_ += num_ids; }
   void push(uint32_t) { ++total_; }
   IdBuffer& buffer() {
     scratch_.clear();
@@ -58,6 +80,13 @@ class CountSink {
 };
 
 }  // namespace
+
+struct Encoder::Word {
+  ShortKey key;
+  uint64_t hash;
+  const uint8_t* begin;
+  size_t len;
+};
 
 struct Encoder::Worker {
   explicit Worker(size_t cache_bytes) : cache(cache_bytes) {}
@@ -191,57 +220,58 @@ void Encoder::encode_ordinary(std::string_view text, Worker& worker, Sink& sink)
   });
 }
 
+// A word that is not in its bucket of the cache with at most three ids.
+template <typename Sink>
+__attribute__((noinline)) void Encoder::encode_word(const Word& word, Worker& worker, Sink& sink) const {
+  WordCache& cache = worker.cache;
+  const bool is_cached = word.len <= WordCache::kMaxWord;
+  if (WordCache::Entry* entry = is_cached ? cache.find(word.key, word.hash) : nullptr) {
+    entry->mark_seen();
+    const auto found = cache.ids_of(*entry, word.begin, word.len);
+    if (found.ids != nullptr) return sink.add(found.ids, found.num_ids);
+  }
+  IdBuffer& ids = sink.buffer();
+  const size_t before = ids.size();
+  words_.encode(word.begin, word.len, word.key, word.hash, worker.scratch, ids);
+  const size_t num_ids = ids.size() - before;
+  sink.note(num_ids);
+  if (is_cached) cache.insert(word.key, word.hash, word.begin, word.len, ids.data() + before, num_ids);
+}
+
 // Words go through in groups: first all are cut and their cache lines asked for, then all are looked up.
 template <typename Cursor, typename Sink>
 void Encoder::encode_words(Cursor& cursor, const uint8_t* begin, const uint8_t* end, Worker& worker, Sink& sink) const {
-  struct Word {
-    const uint8_t* begin;
-    size_t len;
-    ShortKey key;
-    uint64_t hash;
-  };
-  constexpr size_t kGroup = 16;
+  constexpr size_t kGroup = 32;
   Word words[kGroup];
-  WordCache& cache = worker.cache;
-  const auto encode_new = [&](const Word& word) {
-    IdBuffer& ids = sink.buffer();
-    const size_t before = ids.size();
-    words_.encode(word.begin, word.len, word.key, word.hash, worker.scratch, ids);
-    const size_t num_ids = ids.size() - before;
-    sink.note(num_ids);
-    if (word.len <= WordCache::kMaxWord) {
-      cache.insert(word.key, word.hash, word.begin, word.len, ids.data() + before, num_ids);
-    }
-  };
   for (const uint8_t* stop = begin; stop != nullptr;) {
+    WordCache::View cache = worker.cache.view();
     size_t num_words = 0;
     for (; num_words < kGroup && (stop = cursor.next()) != nullptr; ++num_words, begin = stop) {
-      Word& word = words[num_words];
-      word.begin = begin;
-      word.len = size_t(stop - begin);
-      if (word.len <= kShortKey) {
-        word.key = short_key_before(begin, word.len, end);
-        word.hash = hash_short(word.key);
-      } else if (word.len <= WordCache::kMaxWord) {
-        word.hash = hash_long(begin, word.len);
-        word.key = WordCache::long_key(word.hash, word.len);
-      } else {
-        continue;
+      const size_t len = size_t(stop - begin);
+      ShortKey key{0, 0};
+      uint64_t hash = 0;
+      if (len <= kShortKey) {
+        key = short_key_before(begin, len, end);
+        hash = hash_short(key);
+      } else if (len <= WordCache::kMaxWord) {
+        hash = hash_long(begin, len);
+        key = WordCache::long_key(hash, len);
       }
-      cache.prefetch(word.hash);
+      cache.prefetch(hash);
+      words[num_words] = {key, hash, begin, len};
     }
-    for (size_t i = 0; i < num_words; ++i) {
-      const Word& word = words[i];
-      const WordCache::Entry* entry = word.len <= WordCache::kMaxWord ? cache.find(word.key, word.hash) : nullptr;
-      if (entry != nullptr && !(entry->num_ids & WordCache::kInRing)) {
-        sink.add(*entry);
-      } else if (entry == nullptr) {
-        encode_new(word);
-      } else if (const auto ids = cache.ids_of(*entry, word.begin, word.len); ids.ids != nullptr) {
-        sink.add(ids);
-      } else {
-        encode_new(word);
+    for (size_t i = 0; i < num_words;) {
+      typename Sink::Run run(sink, num_words - i);
+      for (; i < num_words; ++i) {
+        WordCache::Entry* entry = cache.find(words[i].key, words[i].hash);
+        if (entry == nullptr || !entry->is_inline() || words[i].key.high == 0) break;
+        entry->mark_seen();
+        run.add(*entry);
       }
+      run.close();
+      if (i == num_words) break;
+      encode_word(words[i++], worker, sink);
+      cache = worker.cache.view();
     }
   }
 }

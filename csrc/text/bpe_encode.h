@@ -18,7 +18,7 @@ namespace herdkern::text {
 
 class Encoder {
  public:
-  static constexpr size_t kCacheBytes = size_t(1) << 24;
+  static constexpr size_t kCacheBytes = size_t(1) << 26;
 
   // `tokens` must hold the 256 single bytes, each id once, each byte string once; the caller checks. cache_bytes: of
   // the word cache of each thread.
@@ -38,6 +38,7 @@ class Encoder {
 
  private:
   struct Worker;  // word cache and scratch of one thread
+  struct Word;    // with its key
   class BorrowedWorker;
 
   template <typename Sink>
@@ -46,6 +47,8 @@ class Encoder {
   void encode_ordinary(std::string_view text, Worker& worker, Sink& sink) const;
   template <typename Cursor, typename Sink>
   void encode_words(Cursor& cursor, const uint8_t* begin, const uint8_t* end, Worker& worker, Sink& sink) const;
+  template <typename Sink>
+  void encode_word(const Word& word, Worker& worker, Sink& sink) const;
   template <typename Task>
   void run_tasks(size_t num_tasks, int num_threads, Task&& task) const;
 

@@ -20,6 +20,10 @@ size_t count_short(const TokenList& tokens) {
 
 // Lines are filled to about two of three: fewer would cost cache, more would spill.
 TokenTable::TokenTable(const TokenList& tokens) : lines_(count_short(tokens) / 2 + 1) {
+  int filter_bits = 10;
+  while ((size_t(1) << filter_bits) < 8 * tokens.size()) ++filter_bits;
+  filter_.resize(size_t(1) << (filter_bits - 3));
+  filter_shift_ = 64 - filter_bits;
   uint32_t num_ids = 0;
   for (const auto& [token, id] : tokens) num_ids = std::max(num_ids, id + 1);
   lengths_.resize(num_ids);
@@ -33,7 +37,9 @@ TokenTable::TokenTable(const TokenList& tokens) : lines_(count_short(tokens) / 2
       continue;
     }
     const ShortKey key = short_key_before(bytes, token.size(), bytes + token.size());
-    size_t i = line_of(hash_short(key));
+    const uint64_t hash = hash_short(key);
+    filter_[hash >> filter_shift_ >> 3] |= uint8_t(1 << (hash >> filter_shift_ & 7));
+    size_t i = line_of(hash);
     for (; lines_[i].keys[2].high != 0; i = i + 1 == lines_.size() ? 0 : i + 1) lines_[i].spills = 1;
     Line& line = lines_[i];
     const size_t place = line.keys[0].high == 0 ? 0 : line.keys[1].high == 0 ? 1 : 2;

@@ -105,6 +105,8 @@ class TokenTable {
   // Each byte string once; the caller checks.
   explicit TokenTable(const TokenList& tokens);
 
+  // Most pairs that are asked for are no token: a filter that stays in the nearest caches says so of nine in ten.
+  bool may_hold(uint64_t hash) const { return filter_[hash >> filter_shift_ >> 3] >> (hash >> filter_shift_ & 7) & 1; }
   uint32_t find_short(ShortKey key, uint64_t hash) const {
     for (size_t i = line_of(hash);; i = i + 1 == lines_.size() ? 0 : i + 1) {
       const Line& line = lines_[i];
@@ -168,6 +170,8 @@ class TokenTable {
   std::pair<size_t, size_t> long_with_prefix(const uint8_t* text) const;
 
   HugeArray<Line> lines_;
+  std::vector<uint8_t> filter_;  // bit set: some short token's hash has these highest bits
+  int filter_shift_ = 0;
   std::vector<LongToken> long_;  // by their first 16 bytes, the longest first
   std::vector<uint8_t> long_bytes_;
   std::vector<std::pair<uint32_t, uint32_t>> long_slots_;  // hash of the first 16 bytes -> [begin, end) in long_

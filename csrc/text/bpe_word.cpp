@@ -31,6 +31,28 @@ int32_t lowest_of(const int32_t* values, size_t n) {
   return std::min(std::min(lowest[0], lowest[1]), std::min(lowest[2], lowest[3]));
 }
 
+// The search for one token in two steps. len 0: there is none.
+struct PairLookup {
+  PairLookup(const TokenTable& table, const uint8_t* at, size_t length) : bytes(at), len(length) {
+    if (len - 1 >= kShortKey) return;
+    key = short_key(bytes, len);
+    hash = hash_short(key);
+    if (table.may_hold(hash)) {
+      table.prefetch(hash);
+    } else {
+      len = 0;
+    }
+  }
+  uint32_t id(const TokenTable& table) const {
+    if (len == 0) return kNoToken;
+    return len <= kShortKey ? table.find_short(key, hash) : table.find_long(bytes, len);
+  }
+  const uint8_t* bytes;
+  size_t len;
+  ShortKey key{0, 0};
+  uint64_t hash = 0;
+};
+
 // Place of the next set bit behind `at`, or `none`.
 size_t next_bit(uint64_t bits, size_t at, size_t none) {
   const uint64_t rest = bits >> at >> 1;
@@ -102,17 +124,14 @@ void WordEncoder::merge_short(const uint8_t* word, size_t len, uint32_t limit, I
     starts ^= uint64_t(1) << gone;
     pairs[gone] = kNoMerge;
     ids[at] = uint32_t(lowest) >> 6;
+    // Ask for both new pairs before looking at either: their cache lines come together.
     const size_t end = next_bit(starts, at, len);
-    if (end == len) {
-      pairs[at] = kNoMerge;
-    } else {
-      const size_t end_of_next = next_bit(starts, end, len);
-      pairs[at] = value_of(table_.find(bytes + at, end_of_next - at), at);
-    }
-    if (at > 0) {
-      const size_t before = 63 - size_t(__builtin_clzll(starts & ((uint64_t(1) << at) - 1)));
-      pairs[before] = value_of(table_.find(bytes + before, end - before), before);
-    }
+    const size_t end_of_next = end == len ? at : next_bit(starts, end, len);
+    const size_t before = at == 0 ? 0 : 63 - size_t(__builtin_clzll(starts & ((uint64_t(1) << at) - 1)));
+    const PairLookup right(table_, bytes + at, end_of_next - at),
+        left(table_, bytes + before, at == 0 ? 0 : end - before);
+    pairs[at] = value_of(right.id(table_), at);
+    if (at > 0) pairs[before] = value_of(left.id(table_), before);
   }
   uint32_t* place = out.room_for(len);
   size_t n = 0;

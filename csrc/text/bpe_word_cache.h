@@ -2,9 +2,8 @@
 //
 // A bucket is one cache line of two entries. A short word (up to 15 bytes) is its own key; a longer one is found by its
 // hash and compared with the bytes in a ring, where its ids follow them, as do those of a word with more than three.
-// A new word enters a bucket's second place and moves to the first when it is seen again, so words that occur once
-// drive out none that occur often. The table starts small and grows with the number of words: a short text never
-// touches much memory.
+// The table starts small and grows with the number of words: a short text never touches much memory. At its full size a
+// new word takes the place of one that was not asked for since the last time a place was needed there.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -21,12 +20,21 @@ class WordCache {
  public:
   static constexpr size_t kMaxWord = 1024;  // bytes; longer words are encoded anew each time
   static constexpr size_t kInlineIds = 3;
-  static constexpr uint32_t kInRing = 1u << 31;  // flag of Entry::num_ids: ids[0], ids[1] are a place in the ring
+  // Flags beside the number of ids.
+  static constexpr uint32_t kInRing = 1u << 31;  // ids[0], ids[1] are a place in the ring
+  static constexpr uint32_t kSeen = 1u << 30;    // asked for since it came
+  static constexpr uint32_t kSpills = 1u << 29;  // of a first entry: words of this bucket lie in the next one
+  static constexpr uint32_t kNumIds = (1u << 16) - 1;
 
   struct Entry {
     ShortKey key;  // of a longer word: its hash and kLongWord | its length
     uint32_t ids[kInlineIds];
-    uint32_t num_ids;
+    uint32_t num_and_flags;
+    uint32_t num_ids() const { return num_and_flags & kNumIds; }
+    bool is_inline() const { return !(num_and_flags & kInRing); }
+    void mark_seen() {
+      if (!(num_and_flags & kSeen)) num_and_flags |= kSeen;
+    }
   };
   struct Ids {
     const void* ids;  // uint32_t each; null: not here
@@ -35,30 +43,46 @@ class WordCache {
 
   // max_bytes: of table and ring together; where the smallest do not fit, nothing is ever kept.
   explicit WordCache(size_t max_bytes)
-      : table_(ring_size(max_bytes / 4) != 0 ? kFirstBuckets : 1),
+      : table_(ring_size(max_bytes / 4) != 0 ? kFirstBuckets : 2),
         max_table_bytes_(max_bytes / 4 * 3),
         ring_bytes_(ring_size(max_bytes / 4)) {}
 
   static ShortKey long_key(uint64_t hash, size_t len) { return {hash, kLongWord | len}; }
 
-  void prefetch(uint64_t hash) const { __builtin_prefetch(&table_[hash & (table_.size() - 1)]); }
+  // A view of the table for a loop: good until the next insert.
+  struct View {
+    Entry* entries;
+    size_t mask;
+    void prefetch(uint64_t hash) const { __builtin_prefetch(entries + 2 * (hash & mask)); }
+    // The entry with this key in its own bucket, or null. It need not be marked as seen.
+    Entry* find(ShortKey key, uint64_t hash) const {
+      Entry* bucket = entries + 2 * (hash & mask);
+      const bool is_second = bucket[1].key == key;
+      return is_second || bucket[0].key == key ? bucket + is_second : nullptr;
+    }
+  };
+  View view() { return {table_[0].entries, table_.size() - 1}; }
 
-  // The entry with this key, or null.
-  const Entry* find(ShortKey key, uint64_t hash) {
-    Bucket& bucket = table_[hash & (table_.size() - 1)];
-    if (bucket.entries[0].key == key) return &bucket.entries[0];
-    if (!(bucket.entries[1].key == key)) return nullptr;
-    std::swap(bucket.entries[0], bucket.entries[1]);
-    return &bucket.entries[0];
+  // The entry with this key in any bucket, or null.
+  Entry* find(ShortKey key, uint64_t hash) {
+    size_t place = hash & (table_.size() - 1);
+    for (int step = 0; step < kMaxSteps; ++step) {
+      for (Entry& entry : table_[place].entries) {
+        if (entry.key == key) return &entry;
+      }
+      if (!(table_[place].entries[0].num_and_flags & kSpills)) return nullptr;
+      place = (place + 1) & (table_.size() - 1);
+    }
+    return nullptr;
   }
 
   // What the entry of the word holds; nothing where the ring has moved on or another word has the same hash.
   Ids ids_of(const Entry& entry, const uint8_t* word, size_t len) const {
-    if (!(entry.num_ids & kInRing)) return {entry.ids, entry.num_ids};
-    const uint64_t place = uint64_t(entry.ids[1]) << 32 | entry.ids[0];
+    if (entry.is_inline()) return {entry.ids, entry.num_ids()};
+    const uint64_t place = place_of(entry);
     if (head_ > place + ring_bytes_) return {nullptr, 0};
     const uint8_t* record = &ring_[place & (ring_bytes_ - 1)];
-    const size_t num_ids = entry.num_ids & ~kInRing;
+    const size_t num_ids = entry.num_ids();
     if (len > kShortKey && std::memcmp(record + num_ids * sizeof(uint32_t), word, len) != 0) return {nullptr, 0};
     return {record, num_ids};
   }
@@ -69,12 +93,12 @@ class WordCache {
     if (len > kShortKey || num_ids > kInlineIds) {
       const uint64_t place = write(word, len > kShortKey ? len : 0, ids, num_ids);
       entry.ids[0] = uint32_t(place), entry.ids[1] = uint32_t(place >> 32);
-      entry.num_ids |= kInRing;
+      entry.num_and_flags |= kInRing;
     } else {
       std::copy(ids, ids + num_ids, entry.ids);
     }
-    if (++num_inserted_ > table_.size()) grow();
-    table_[hash & (table_.size() - 1)].entries[1] = entry;
+    if (num_words_ > table_.size()) grow();
+    put(entry, hash);
   }
 
  private:
@@ -84,6 +108,7 @@ class WordCache {
   static_assert(sizeof(Bucket) == 64);
   static constexpr uint64_t kLongWord = 1ull << 63;
   static constexpr size_t kFirstBuckets = 1 << 11, kLeastRing = 1 << 16;
+  static constexpr int kMaxSteps = 4;  // buckets that a word may lie in
 
   // The largest power of two, or none: a record of the longest word must be a small part of the ring.
   static size_t ring_size(size_t max_bytes) {
@@ -91,6 +116,8 @@ class WordCache {
     while (2 * size <= max_bytes) size *= 2;
     return size <= max_bytes ? size : 0;
   }
+
+  static uint64_t place_of(const Entry& entry) { return uint64_t(entry.ids[1]) << 32 | entry.ids[0]; }
 
   uint64_t write(const uint8_t* word, size_t len, const uint32_t* ids, size_t num_ids) {
     if (!ring_) ring_.reset(new uint8_t[ring_bytes_]);  // unwritten pages cost nothing
@@ -105,20 +132,42 @@ class WordCache {
     return place;
   }
 
+  void put(const Entry& entry, uint64_t hash) {
+    const size_t home = hash & (table_.size() - 1);
+    size_t place = home;
+    for (int step = 0; step < kMaxSteps; ++step) {
+      for (Entry& old : table_[place].entries) {
+        if (old.key.high != 0) continue;
+        old.key = entry.key;
+        std::copy(entry.ids, entry.ids + kInlineIds, old.ids);
+        old.num_and_flags |= entry.num_and_flags;
+        ++num_words_;
+        return;
+      }
+      table_[place].entries[0].num_and_flags |= kSpills;
+      place = (place + 1) & (table_.size() - 1);
+    }
+    Bucket& bucket = table_[home];
+    turn_ ^= 1;
+    if (bucket.entries[turn_].num_and_flags & kSeen) {
+      bucket.entries[turn_].num_and_flags &= ~kSeen;
+      turn_ ^= 1;
+    }
+    const uint32_t spills = bucket.entries[turn_].num_and_flags & kSpills;
+    bucket.entries[turn_] = entry;
+    bucket.entries[turn_].num_and_flags |= spills;
+  }
+
   void grow() {
-    num_inserted_ = 0;
     const size_t bytes = table_.size() * sizeof(Bucket);
     if (2 * bytes > max_table_bytes_) return;
-    HugeArray<Bucket> old((4 * bytes > max_table_bytes_ ? 2 : 4) * table_.size());
+    HugeArray<Bucket> old((bytes < kLeastRing * 32 && 4 * bytes <= max_table_bytes_ ? 4 : 2) * table_.size());
     std::swap(old, table_);
+    num_words_ = 0;
     for (size_t i = 0; i < old.size(); ++i) {
-      for (size_t place : {1, 0}) {  // the first place last: it stays in front
-        const Entry& entry = old[i].entries[place];
-        if (entry.key.high == 0) continue;
-        const uint64_t hash = entry.key.high & kLongWord ? entry.key.low : hash_short(entry.key);
-        Bucket& bucket = table_[hash & (table_.size() - 1)];
-        bucket.entries[1] = bucket.entries[0];
-        bucket.entries[0] = entry;
+      for (Entry& entry : old[i].entries) {
+        entry.num_and_flags &= ~kSpills;
+        if (entry.key.high != 0) put(entry, entry.key.high & kLongWord ? entry.key.low : hash_short(entry.key));
       }
     }
   }
@@ -126,8 +175,8 @@ class WordCache {
   HugeArray<Bucket> table_;
   std::unique_ptr<uint8_t[]> ring_;
   size_t max_table_bytes_, ring_bytes_;
-  size_t num_inserted_ = 0;  // since the table grew
-  uint64_t head_ = 0;        // bytes ever written to the ring
+  size_t num_words_ = 0, turn_ = 0;
+  uint64_t head_ = 0;  // bytes ever written to the ring
 };
 
 }  // namespace herdkern::text

@@ -20,7 +20,7 @@ from herdkern.tokenizer.stream import StreamDecoder
 
 SpecialTokenSet = Literal["all"] | Collection[str]
 MAX_TOKENS = 1 << 21  # the kernel packs an id and a place into 32 bits
-DEFAULT_CACHE_BYTES = 1 << 24
+DEFAULT_CACHE_BYTES = 1 << 26
 
 
 class Tokenizer:
