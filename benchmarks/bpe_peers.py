@@ -193,7 +193,7 @@ def train_ours(texts: list[str], vocab_size: int, ties: Any = "huggingface") -> 
 
 
 def train_ours_by_rank(texts: list[str], vocab_size: int) -> dict[bytes, int]:
-    return train_ours(texts, vocab_size, "raw")
+    return train_ours(texts, vocab_size, "tiktoken")
 
 
 def train_tokenizers(texts: list[str], vocab_size: int) -> dict[bytes, int]:
