@@ -4,7 +4,7 @@ A truncated stream yields everything before the damage and only then raises, so 
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,9 +28,12 @@ class DamagedFileError(ValueError):
         self.path, self.offset, self.reason, self.detail = path, offset, reason, detail
 
 
-def read_chunks(path: Path, *, max_expansion: int = MAX_EXPANSION) -> Iterator[bytes]:
+def read_chunks(
+    path: Path, *, max_expansion: int = MAX_EXPANSION, on_position: Callable[[int], None] = lambda _: None
+) -> Iterator[bytes]:
     """The content of `path`, decompressed when its first bytes are those of gzip or zstd, in pieces of at most 256 KiB.
 
+    on_position: called with the bytes of the file that are read, before each piece.
     Raises: DamagedFileError after the last good piece.
     """
     path = Path(path)
@@ -43,10 +46,12 @@ def read_chunks(path: Path, *, max_expansion: int = MAX_EXPANSION) -> Iterator[b
             pieces = _unzstd(path, file)
         else:
             while piece := file.read(CHUNK_BYTES):
+                on_position(file.tell())
                 yield piece
             return
         total = 0
         for piece in pieces:
+            on_position(file.tell())
             total += len(piece)
             if total > BOMB_FLOOR_BYTES and total > max_expansion * max(1, file.tell()):
                 detail = f"expands more than {max_expansion} times, taken for a decompression bomb"

@@ -3,13 +3,17 @@
 tokenizer = train_bpe(texts, 32_000)         # train.py
 ids = tokenizer.encode("Hello world")        # tokenizer.py
 tokenizer.save("tokenizer")                  # export.py: tokenizer.model, tokenizer.json
+
+A name is imported when it is used, so that `herdkern tokenizer --help` answers at once.
 """
 
-from herdkern.tokenizer.counts import WordCounts, count_shards, iter_counts, merge_counts
-from herdkern.tokenizer.pretokenize import LLAMA3_SPLIT_PATTERN, split_words
-from herdkern.tokenizer.special_tokens import BEGIN_OF_TEXT, END_OF_TEXT, llama3_special_tokens
-from herdkern.tokenizer.tokenizer import Tokenizer
-from herdkern.tokenizer.train import train_bpe
+TYPE_CHECKING = False  # type checkers take it for true
+if TYPE_CHECKING:
+    from herdkern.tokenizer.counts import WordCounts, count_shards, iter_counts, merge_counts
+    from herdkern.tokenizer.pretokenize import LLAMA3_SPLIT_PATTERN, split_words
+    from herdkern.tokenizer.special_tokens import BEGIN_OF_TEXT, END_OF_TEXT, llama3_special_tokens
+    from herdkern.tokenizer.tokenizer import Tokenizer
+    from herdkern.tokenizer.train import train_bpe
 
 __all__ = [
     "BEGIN_OF_TEXT",
@@ -24,3 +28,25 @@ __all__ = [
     "split_words",
     "train_bpe",
 ]
+
+_HOMES = {
+    "BEGIN_OF_TEXT": "special_tokens",
+    "END_OF_TEXT": "special_tokens",
+    "LLAMA3_SPLIT_PATTERN": "pretokenize",
+    "Tokenizer": "tokenizer",
+    "WordCounts": "counts",
+    "count_shards": "counts",
+    "iter_counts": "counts",
+    "llama3_special_tokens": "special_tokens",
+    "merge_counts": "counts",
+    "split_words": "pretokenize",
+    "train_bpe": "train",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(f"herdkern.tokenizer.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'herdkern.tokenizer' has no attribute {name!r}")

@@ -7,8 +7,11 @@ files are merged. A task's table spills sorted runs when it reaches its share of
 import concurrent.futures
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,7 @@ class ShardCounter:
 
     max_memory: int | None
     num_threads: int | None
+    show: Callable[[Path, int], None] | None = None  # (file, bytes of it that are read), in this process alone
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "__qualname__", "ShardCounter")  # by which the journal knows a function
@@ -73,11 +77,13 @@ class ShardCounter:
         splitter = make_splitter(config.split_pattern, "count_shards")
         counter = _text.BudgetCounter(splitter, table_bytes, os.fspath(out), usable_threads(self.num_threads))
         max_line = min(table_bytes // MAX_LINE_SHARE, 1 << 31)
+        show = self.show or (lambda path, position: None)
         for path in inputs:
             if document_kind(path) == "jsonl":
-                _count_json_lines(counter, path, max_line)
+                _count_json_lines(counter, path, max_line, partial(show, path))
             else:
                 _count_texts(counter, path, max_line)
+            show(path, path.stat().st_size)
 
         def merge_bytes() -> int:
             return (64 << 20) if self.max_memory is None else bytes_left(self.max_memory, "count_shards")
@@ -89,10 +95,12 @@ class ShardCounter:
         return {"words": header.num_words, "occurrences": header.num_occurrences}
 
 
-def _count_json_lines(counter: _text.BudgetCounter, path: Path, max_line: int) -> None:
+def _count_json_lines(
+    counter: _text.BudgetCounter, path: Path, max_line: int, on_position: Callable[[int], None]
+) -> None:
     """The kernel reads the lines; what it does not understand is read, or refused, as read_documents does."""
 
-    def count(pieces: list[bytes], last: bool) -> None:
+    def count(pieces: list[bytes], last: bool = False) -> None:
         for number, line in counter.add_json_lines(pieces, "text", last):
             document = document_of_line(line, path, number)
             if isinstance(document, BadRecord):
@@ -103,18 +111,33 @@ def _count_json_lines(counter: _text.BudgetCounter, path: Path, max_line: int) -
             detail = f"{path}, line {number}: longer than {max_line} bytes; split it or raise max_memory"
             raise BadRecordError(BadRecord(f"{path.name}#{number}", "line_too_long", detail))
 
-    pieces: list[bytes] = []
-    size = 0
     try:
-        for piece in read_chunks(path, max_expansion=1 << 62):
-            pieces.append(piece)
-            size += len(piece)
-            if size >= LINES_BYTES:
-                count(pieces, False)
-                pieces, size = [], 0
+        for pieces in _read_ahead(_batches_of_pieces(path, on_position)):
+            count(pieces)
     except DamagedFileError as error:
         raise BadRecordError(BadRecord(f"{path.name}#{error.offset}", error.reason, str(error))) from error
-    count(pieces, True)
+    count([], last=True)
+
+
+def _batches_of_pieces(path: Path, on_position: Callable[[int], None]) -> Iterator[list[bytes]]:
+    pieces: list[bytes] = []
+    size = 0
+    for piece in read_chunks(path, max_expansion=1 << 62, on_position=on_position):
+        pieces.append(piece)
+        size += len(piece)
+        if size >= LINES_BYTES:
+            yield pieces
+            pieces, size = [], 0
+    yield pieces
+
+
+def _read_ahead(batches: Iterator[list[bytes]]) -> Iterator[list[bytes]]:
+    """The same batches; a thread reads and decompresses the next one while this one is counted."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = pool.submit(next, batches, None)
+            yield batch
 
 
 def _count_texts(counter: _text.BudgetCounter, path: Path, max_line: int) -> None:
@@ -158,6 +181,34 @@ def _parquet_texts(path: Path) -> Iterator[str]:
         yield document.text
 
 
+class _Bar:
+    """A bar over input bytes. Files that were counted before the first one shown are position, not speed."""
+
+    def __init__(self, groups: Sequence[Sequence[Path]]):
+        from tqdm import tqdm
+
+        self.before: dict[Path, int] = {}
+        total = 0
+        for path in (path for group in groups for path in group):
+            self.before[path] = total
+            total += path.stat().st_size
+        self.bar = tqdm(total=total, desc="count", unit="B", unit_scale=True, smoothing=0, leave=False)
+        self.started = False
+
+    def show(self, path: Path, position: int) -> None:
+        """Move to a position in a file."""
+        if not self.started:
+            self.bar.initial = self.bar.n = self.before[path]
+            self.started = True
+        self.bar.update(self.before[path] + position - self.bar.n)
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+
 def count_shards(
     paths: Sequence[Path | str],
     out: Path | str,
@@ -196,9 +247,11 @@ def count_shards(
     threads = num_threads if num_threads is not None or executor is None else 1
     folder = Path(f"{os.fspath(out)}.work") if work is None else Path(work)
     groups = group_files(files, factors)
-    with Run(folder, executor=executor) as run:
-        config = CountConfig(split_pattern=patterns, unicode=_text.unicode_version)
-        result = run.map("count", ShardCounter(max_memory, threads), [group for group, _ in groups], config=config)
+    config = CountConfig(split_pattern=patterns, unicode=_text.unicode_version)
+    inputs = [group for group, _ in groups]
+    bar = _Bar(inputs) if executor is None and sys.stderr.isatty() else None
+    with Run(folder, executor=executor, progress=False if executor is None else None) as run, bar or nullcontext():
+        result = run.map("count", ShardCounter(max_memory, threads, bar.show if bar else None), inputs, config=config)
         parts = [task / COUNTS for task in result.tasks]
         header = merge_weighted(parts, [factor for _, factor in groups], denominator, out, max_memory=max_memory)
     if work is None:
