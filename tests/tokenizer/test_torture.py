@@ -160,3 +160,19 @@ def test_strings_are_what_they_claim():
         assert all(json.loads(json.dumps(text)) == text for text in texts), name
     broken = torture_bytes(3000, 5)
     assert sum(data.decode("utf-8", "replace").encode() != data for data in broken) > 1000
+
+
+def test_claude_file_with_its_normalizer():
+    """The published tokenizer.json itself, which changes text by NFKC before it cuts it: ids of the changed text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    path = find("claude")
+    if path is None:
+        pytest.skip("needs the vocabulary claude: python tools/fetch_tokenizers.py --to DIR, HERDKERN_TOKENIZERS=DIR")
+    with pytest.raises(ValueError, match="NFKC"):
+        Tokenizer.load(path)
+    ours, theirs = Tokenizer.load(path, ignore_normalizer=True), tokenizers.Tokenizer.from_file(str(path))
+    texts = [text for text in torture_strings(30_000, 21) if not any(name in text for name in ours.special_tokens)]
+    changed = [theirs.normalizer.normalize_str(text) for text in texts]
+    assert changed != texts
+    ids, offsets = ours.encode_to_numpy(changed)
+    assert_same_ids("claude, NFKC", texts, ids, offsets, [e.ids for e in theirs.encode_batch_fast(texts)])
