@@ -96,6 +96,8 @@ def run_training(training: Training, options: argparse.Namespace) -> dict[str, A
                 failed[candidate] = f"failed: {one['failed']}"
             else:
                 found.setdefault(candidate, []).append(one)
+            said = failed.get(candidate) or f"{one['cpu_s']:.2f} s, {one['peak_mib']:.0f} MiB"
+            print(f"    {training.name} {candidate}: {said}", flush=True)
     if OURS not in found:
         print(f"\n{training.name}: no times: {failed[OURS]}", flush=True)
         return None
