@@ -37,7 +37,8 @@ class Program {
   uint32_t start = 0;
 
  private:
-  static constexpr size_t kMaxPlaces = 50000;
+  static constexpr size_t kMaxPlaces = 50000, kMaxSets = 2000;
+  size_t num_compiled_ = 0;
 
   uint32_t add(Place place) {
     if (places.size() == kMaxPlaces)
@@ -48,11 +49,15 @@ class Program {
   uint32_t set_index(const CodePointSet& set) {
     const auto found = std::find(sets.begin(), sets.end(), set);
     if (found != sets.end()) return uint32_t(found - sets.begin());
+    if (sets.size() == kMaxSets) refuse("has more than " + std::to_string(kMaxSets) + " different classes");
     sets.push_back(set);
     return uint32_t(sets.size() - 1);
   }
 
   uint32_t compile(const RegexNode& node, uint32_t next) {
+    if (++num_compiled_ > kMaxPlaces) {  // every call adds at most two places
+      refuse("has more than " + std::to_string(kMaxPlaces) + " parts, repeats written out");
+    }
     switch (node.kind) {
       case RegexNode::kEmpty:
         return next;
@@ -161,6 +166,7 @@ struct RegexDfa::Builder {
     while (!stack.empty()) {
       const uint32_t at = stack.back();
       stack.pop_back();
+      if (++work == kMaxWork) refuse("takes too long to make an automaton of");
       if (seen[at] == round) continue;
       seen[at] = round;
       const Place& place = program.places[at];
@@ -238,6 +244,8 @@ struct RegexDfa::Builder {
     }
   }
 
+  static constexpr uint64_t kMaxWork = 30'000'000;  // places visited: well below a second
+  uint64_t work = 0;
   static constexpr size_t kMaxEntries = 4 << 20;  // so that states take 22 bits of a memo's key
   RegexDfa& dfa;
   const Program& program;

@@ -13,6 +13,7 @@ namespace {
 using Node = std::unique_ptr<RegexNode>;
 
 constexpr int kMaxRepeat = 1000, kMaxDepth = 200;
+constexpr size_t kMaxLength = 20000;
 constexpr uint32_t kEnd = ~0u;  // behind the last code point of the pattern
 
 struct Flags {
@@ -43,6 +44,7 @@ class Parser {
   }
 
   Node parse() {
+    if (text_.size() > kMaxLength) fail("more than " + std::to_string(kMaxLength) + " characters", kMaxLength);
     Node node = alternatives(Flags(), 0);
     if (peek() == ')') fail("an unbalanced ')'", at_);
     return node;

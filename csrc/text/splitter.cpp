@@ -160,11 +160,17 @@ constexpr char kDeepseek3Word[] =
     R"(|(?:[^\s\p{L}\p{M}\p{N}\p{P}\p{S}一-龥぀-ヿ](?![\p{L}\p{M}--[一-龥぀-ヿ]]))+)"
     R"(|(?:[一-龥぀-ヿ--[\p{L}\p{M}\p{P}\p{S}]](?![一-龥぀-ヿ&&[\p{L}\p{M}]]))+)";
 
+// Mistral's tekken files: o200k without contractions, numbers one by one.
+constexpr char kTekken[] = R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+)"
+                           R"(|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*)"
+                           R"(|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
+
 std::optional<BlockPattern> block_pattern_of(const std::string& name, const std::string& pattern) {
   if (name == "llama3") return BlockPattern::kLlama3;
   if (name == "o200k") return BlockPattern::kO200k;
   if (name == "gpt2" || pattern == kTiktokenR50k) return BlockPattern::kGpt2;
   if (name == "qwen2") return BlockPattern::kQwen2;
+  if (pattern == kTekken) return BlockPattern::kTekken;
   if (pattern == kTiktokenCl100k) return BlockPattern::kCl100k;
   return std::nullopt;
 }
@@ -204,13 +210,26 @@ const std::vector<std::pair<std::string, std::vector<std::string>>>& Splitter::a
   return named;
 }
 
+namespace {
+
+// With \r and \n for the characters themselves, which some files hold.
+std::string escaped(const std::string& pattern) {
+  std::string result;
+  for (const char c : pattern) result += c == '\r' ? "\\r" : c == '\n' ? "\\n" : std::string(1, c);
+  return result;
+}
+
+}  // namespace
+
 std::shared_ptr<const Splitter> Splitter::from_patterns(const std::vector<std::string>& patterns) {
   if (patterns.empty()) throw std::invalid_argument("must be at least one pattern, got none");
+  std::vector<std::string> plain;
+  for (const std::string& pattern : patterns) plain.push_back(escaped(pattern));
   std::string name;
   for (const auto& [known, its_patterns] : all_named()) {
-    if (patterns == its_patterns) name = known;
+    if (plain == its_patterns) name = known;
   }
-  std::unique_ptr<Splitter> splitter = make_splitter(name, patterns);
+  std::unique_ptr<Splitter> splitter = make_splitter(name, plain);
   splitter->name_ = name;
   splitter->patterns_ = patterns;
   return splitter;

@@ -11,7 +11,7 @@
 
 namespace herdkern::text {
 
-enum class BlockPattern { kLlama3, kCl100k, kQwen2, kGpt2, kO200k, kDeepseek3 };
+enum class BlockPattern { kLlama3, kCl100k, kQwen2, kGpt2, kO200k, kTekken, kDeepseek3 };
 
 struct BlockJob {
   const uint8_t* place;  // starts a word; moved to the end of the last word found

@@ -295,7 +295,8 @@ struct Gpt2 {
   }
 };
 
-struct O200k {
+template <Numbers kNumbers, bool kContractions>
+struct O200kLike {
   static Mask starts(const Block& block, int& limit) {
     const Mask letter = block.upper | block.lower | block.other_letter | block.mark;
     Mask symbol = block.valid & ~(letter | block.number | block.space | block.newline);
@@ -303,7 +304,8 @@ struct O200k {
     Mask contracted = 0, after_contraction = 0;
     int last_end = -1;
     const Mask followed = letter >> 1 | ~(block.valid >> 1);  // by a letter, or by what lies behind the block
-    for (Mask marks = block.apostrophe & letter << 1 & followed; marks != 0; marks &= marks - 1) {
+    Mask marks = kContractions ? block.apostrophe & letter << 1 & followed : 0;
+    for (; marks != 0; marks &= marks - 1) {
       const int at = first_bit(marks);
       if (at == last_end) continue;
       const int length = contraction<true>(block.place(at), block.end);
@@ -319,7 +321,7 @@ struct O200k {
     symbol &= ~hanging;
     const Mask symbol_start = symbol & ~((symbol | block.blank) << 1);
     Mask starts = white_space_starts(block, block.newline & ~hanging);
-    starts |= symbol_start | number_starts(block.number);
+    starts |= symbol_start | (kNumbers == Numbers::kSingle ? block.number : number_starts(block.number));
     starts |= letter & ~((letter | block.space | symbol_start) << 1);
     starts |= block.upper & block.lower << 1;
     starts |= hanging << 1 & ~hanging;
@@ -331,6 +333,8 @@ struct O200k {
     return starts;
   }
 };
+using O200k = O200kLike<Numbers::kUpToThree, true>;
+using Tekken = O200kLike<Numbers::kSingle, false>;
 
 struct Deepseek3 {
   static Mask starts(const Block& block, int&) {
@@ -394,6 +398,8 @@ BlockScan block_scan(BlockPattern pattern) {
       return scan<Gpt2>;
     case BlockPattern::kO200k:
       return scan<O200k>;
+    case BlockPattern::kTekken:
+      return scan<Tekken>;
     case BlockPattern::kDeepseek3:
       return scan<Deepseek3>;
   }

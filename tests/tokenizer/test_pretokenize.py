@@ -19,7 +19,12 @@ TIKTOKEN_CL100K = (
     r"|\s+(?!\S)|\s"
 )
 TIKTOKEN_R50K = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-PATTERNS = {**SPLIT_PATTERNS, "tiktoken_cl100k": TIKTOKEN_CL100K, "tiktoken_r50k": TIKTOKEN_R50K}
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PATTERNS = {**SPLIT_PATTERNS, "tiktoken_cl100k": TIKTOKEN_CL100K, "tiktoken_r50k": TIKTOKEN_R50K, "tekken": TEKKEN}
 PATTERNS = {name: pattern if isinstance(pattern, tuple) else (pattern,) for name, pattern in PATTERNS.items()}
 del PATTERNS["cl100k"]  # is llama3
 for_each_pattern = pytest.mark.parametrize("name", list(PATTERNS))
@@ -222,6 +227,8 @@ def test_names_and_patterns_mean_the_same():
     assert resolve_pattern("[a-z]+") == (None, ("[a-z]+",))
     assert resolve_pattern(["[a-z]+", "b"]) == (None, ("[a-z]+", "b"))
     assert SPLIT_PATTERNS["llama3"] == LLAMA3_SPLIT_PATTERN
+    as_in_its_file = tuple(p.replace(r"\r", "\r").replace(r"\n", "\n") for p in SPLIT_PATTERNS["deepseek3"])
+    assert resolve_pattern(as_in_its_file) == ("deepseek3", as_in_its_file)
 
 
 def test_text_between_matches_is_a_word():

@@ -189,6 +189,9 @@ def test_anchors():
         ("(?:(?:(?:a{1000}){1000}){1000})", "has more than 50000 parts"),
         ("(" * 300 + "a" + ")" * 300, "groups nested too deeply"),
         ("\\", "a lone backslash at character 0"),
+        ("(?:(?:(?:(?:){1000}){1000}){1000}){1000}a", "has more than 50000 parts"),
+        ("a" * 20_001, "more than 20000 characters"),
+        ("(?:[^a]{0,1000}){20}b", "takes too long to make an automaton of"),
     ],
     ids=lambda value: value if len(value) < 20 else value[:20],
 )  # fmt: skip
