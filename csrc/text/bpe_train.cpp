@@ -18,7 +18,7 @@ constexpr int kPrefetch = 8;
 constexpr int kMaxThreads = 16;             // each holds two numbers a token
 constexpr size_t kParallelMerge = 1 << 14;  // occurrences from which a merge is worth more threads
 constexpr int64_t kFixedMemory = 48 << 20;  // pairs, heap, buckets: what does not grow with the words
-constexpr int64_t kThresholdStep = 64;
+constexpr int64_t kThresholdStep = 8;       // where a guess was too high
 
 // What one merge does to the pairs that its occurrences make with one neighbour.
 struct Change {
@@ -167,7 +167,7 @@ size_t Trainer::max_slots() const {
 
 // How many occurrences the index may hold.
 size_t Trainer::room() const {
-  const size_t most = words_.num_slots() + 64;
+  const size_t most = 2 * words_.num_slots() + 64;  // half for the pairs of a scan, half for theirs
   if (options_.max_memory == 0) return most;
   const auto left = std::max<int64_t>(0, options_.max_memory - kFixedMemory - int64_t(words_.memory()));
   return std::min(most, size_t(left) / sizeof(uint32_t));
@@ -186,7 +186,11 @@ bool Trainer::rebuild(bool lower) {
   if (!words_.fits(uint32_t(lengths_.size()))) words_.widen();
   int64_t threshold = index_.threshold();
   const int64_t top = index_.scan();
-  if (lower) threshold = std::max(min_frequency_, std::min(threshold - 1, top / kThresholdStep));
+  if (lower) {
+    // By Zipf's law the last merge's frequency is about top * done / wanted: with half of that one scan is enough.
+    const double share = std::max(1.0, double(num_new_tokens_)) / double(options_.max_new_tokens) / 2;
+    threshold = std::max(min_frequency_, std::min(threshold - 1, int64_t(double(top) * share)));
+  }
   for (;; threshold = std::max(min_frequency_, threshold / kThresholdStep)) {
     index_.build(threshold, room());
     if (!index_.empty() || threshold <= min_frequency_) return !index_.empty();

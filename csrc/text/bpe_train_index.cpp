@@ -76,8 +76,32 @@ void PairIndex::mark_frequent(int64_t threshold) {
   for (size_t i = 0; i < buckets_.size(); ++i) frequent_[i / 64] |= uint64_t(buckets_[i] >= threshold) << i % 64;
 }
 
+// The frequencies of byte pairs are in the buckets already.
+void PairIndex::tally_bytes(PairMap<Tally>& tallies) const {
+  std::vector<uint32_t> num_occurrences(buckets_.size());
+  words_.with_symbols([&](const auto* symbols) {
+    using Symbol = std::remove_const_t<std::remove_pointer_t<decltype(symbols)>>;
+    words_.for_each_group([&](uint32_t slot, uint32_t group_end, int64_t) {
+      for (; slot < group_end; ++slot) {
+        const Symbol left = symbols[slot], right = symbols[slot + 1];
+        const bool is_pair = (left != kBorder<Symbol>)&(right != kBorder<Symbol>);
+        num_occurrences[is_pair ? bucket_of(left, right) : 0] += is_pair;
+      }
+    });
+  });
+  for (size_t i = 0; i < buckets_.size(); ++i) {
+    const uint32_t left = uint32_t(i >> 8), right = uint32_t(i & 255);
+    if ((frequent_[i / 64] >> i % 64 & 1) == 0 || num_occurrences[i] == 0 || !allows(left, right)) continue;
+    tallies.at_or_new(pair_key(left, right)) = {buckets_[i], num_occurrences[i]};
+  }
+}
+
 std::vector<PairMap<PairIndex::Tally>> PairIndex::tally() const {
   std::vector<PairMap<Tally>> tallies(static_cast<size_t>(num_threads_));
+  if (by_bytes_) {
+    tally_bytes(tallies[0]);
+    return tallies;
+  }
   parallel_for(num_threads_, num_threads_, [&](int64_t thread) {
     PairMap<Tally>& own = tallies[size_t(thread)];
     for_each_frequent(int(thread), own, [&](uint64_t key, uint32_t, int64_t weight) {

@@ -133,6 +133,7 @@ class PairIndex {
   void for_each_frequent(int thread, const Map& map, Visit&& visit) const;
   void mark_frequent(int64_t threshold);
   std::vector<PairMap<Tally>> tally() const;
+  void tally_bytes(PairMap<Tally>& tallies) const;
   int64_t affordable(std::vector<PairMap<Tally>>& tallies, int64_t threshold) const;
 
   TrainWords& words_;
