@@ -10,6 +10,7 @@ A name is imported when it is used, so that `herdkern tokenizer --help` answers 
 TYPE_CHECKING = False  # type checkers take it for true
 if TYPE_CHECKING:
     from herdkern.tokenizer.counts import WordCounts, count_shards, iter_counts, merge_counts
+    from herdkern.tokenizer.extend import ExtensionReport, extend_vocabulary
     from herdkern.tokenizer.pretokenize import LLAMA3_SPLIT_PATTERN, split_words
     from herdkern.tokenizer.special_tokens import BEGIN_OF_TEXT, END_OF_TEXT, llama3_special_tokens
     from herdkern.tokenizer.tokenizer import Tokenizer
@@ -19,9 +20,11 @@ __all__ = [
     "BEGIN_OF_TEXT",
     "END_OF_TEXT",
     "LLAMA3_SPLIT_PATTERN",
+    "ExtensionReport",
     "Tokenizer",
     "WordCounts",
     "count_shards",
+    "extend_vocabulary",
     "iter_counts",
     "llama3_special_tokens",
     "merge_counts",
@@ -32,10 +35,12 @@ __all__ = [
 _HOMES = {
     "BEGIN_OF_TEXT": "special_tokens",
     "END_OF_TEXT": "special_tokens",
+    "ExtensionReport": "extend",
     "LLAMA3_SPLIT_PATTERN": "pretokenize",
     "Tokenizer": "tokenizer",
     "WordCounts": "counts",
     "count_shards": "counts",
+    "extend_vocabulary": "extend",
     "iter_counts": "counts",
     "llama3_special_tokens": "special_tokens",
     "merge_counts": "counts",

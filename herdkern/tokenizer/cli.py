@@ -1,8 +1,8 @@
-"""`herdkern tokenizer ACTION ...`: count, merge, train, encode, inspect, export. Each action is one function."""
+"""`herdkern tokenizer ACTION ...`: count, merge, train, extend, encode, inspect, export; each is one function."""
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,7 @@ USAGE = """usage: herdkern tokenizer ACTION [ARGUMENTS]
   count    count the words of JSONL, Parquet or text files, within a memory budget; goes on after a kill
   merge    sum word counts of any number of files, weighted if you like
   train    learn a vocabulary from word counts, JSONL, Parquet or text
+  extend   learn more tokens for other languages; the text of a guard keeps its ids
   encode   token ids of a text
   inspect  what a tokenizer file is: pattern, merges, special tokens, compression of each language
   export   write a tokenizer as tiktoken ranks, Hugging Face, SentencePiece or tekken file, proved by its library
@@ -118,15 +119,13 @@ def _train(args: list[str]) -> int:
             max_token_length: Longest token in bytes; 0 sets no limit.
             num_threads: 0 takes the usable cores; the result is the same for any number.
         """
-        from herdkern.data.document import read_documents
         from herdkern.tokenizer import train_bpe
 
         texts_or_counts: object
         if len(inputs) == 1 and is_counts_file(inputs[0]):
             texts_or_counts = inputs[0]
         else:
-            files = shard_files(inputs, "train")
-            texts_or_counts = (document.text for path in files for document in read_documents(path))
+            texts_or_counts = _texts(inputs, "train")
         with _merge_bar() as show:
             tokenizer = train_bpe(
                 texts_or_counts,
@@ -142,6 +141,60 @@ def _train(args: list[str]) -> int:
         return 0
 
     return parse(train, args, "tokenizer train")
+
+
+def _extend(args: list[str]) -> int:
+    def extend(
+        inputs: tuple[Path, ...],
+        /,
+        base: Path,
+        guard: tuple[Path, ...],
+        out: Path,
+        num_new: int = 28_000,
+        keep_ranks: int = 100_000,
+        share_exponent: float = 1.0,
+        num_threads: int = 0,
+    ) -> int:
+        """Add tokens for other languages to a vocabulary, as Llama 3 did. The words of the guard keep their ids.
+
+        Args:
+            inputs: One file or folder for each language: a counts file, or JSONL, Parquet or text files.
+            base: The tokenizer to extend, a file or folder that `tokenizer inspect` knows.
+            guard: Files of the language that must not change, English as a rule, as for inputs.
+            out: The folder to write.
+            num_new: Tokens to add.
+            keep_ranks: Ranks of the base that stay; those above are dropped.
+            share_exponent: A language of n words gets a share of n to this power; 0.3 favours small languages.
+            num_threads: 0 takes the usable cores; the result is the same for any number.
+        """
+        from herdkern.tokenizer import Tokenizer, WordCounts, extend_vocabulary
+
+        start = Tokenizer.load(base)
+
+        def counts_of(paths: tuple[Path, ...]) -> WordCounts:
+            if len(paths) == 1 and is_counts_file(paths[0]):
+                return WordCounts.load(paths[0])
+            return WordCounts(start.split_pattern).add(_texts(paths, "extend"), num_threads=num_threads or None)
+
+        with _merge_bar() as show:
+            extended, report = extend_vocabulary(
+                start, {path.name: counts_of((path,)) for path in inputs}, num_new, guard=counts_of(guard),
+                keep_ranks=keep_ranks, language_weights=share_exponent, num_threads=num_threads or None, progress=show,
+            )  # fmt: skip
+        extended.save(out)
+        print(f"{report}\n{out}: {extended.n_vocab:,} entries")
+        return 0
+
+    return parse(extend, args, "tokenizer extend")
+
+
+def _texts(inputs: tuple[Path, ...], action: str) -> Iterator[str]:
+    """The texts of document files."""
+    from herdkern.data.document import read_documents
+
+    for path in shard_files(inputs, action):
+        for document in read_documents(path):
+            yield document.text
 
 
 def _encode(args: list[str]) -> int:
@@ -228,6 +281,7 @@ ACTIONS: dict[str, Callable[[list[str]], int]] = {
     "count": _count,
     "merge": _merge,
     "train": _train,
+    "extend": _extend,
     "encode": _encode,
     "inspect": _inspect,
     "export": _export,

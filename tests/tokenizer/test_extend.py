@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from herdkern.tokenizer import Tokenizer, WordCounts, train_bpe
-from herdkern.tokenizer.extend import extend_vocabulary
+from herdkern import cli
+from herdkern.tokenizer import Tokenizer, WordCounts, extend_vocabulary, train_bpe
 
 ENGLISH = [
     "the theatre is there, and another thing gathers in the weather",
@@ -146,6 +146,20 @@ def test_counts_and_files(base, tmp_path):
     from_texts = extend_vocabulary(base, {"de": GERMAN}, 30, guard=ENGLISH, progress=progress)
     assert from_files == from_texts
     assert calls[-1] == (30, 30)
+
+
+def test_command_line(base, tmp_path, capsys):
+    base.save(tmp_path / "base")
+    (tmp_path / "german.txt").write_text("\n".join(GERMAN))
+    (tmp_path / "english.txt").write_text("\n".join(ENGLISH))
+    WordCounts().add(RUSSIAN).save(tmp_path / "russian.counts")
+    inputs = [str(tmp_path / "german.txt"), str(tmp_path / "russian.counts")]
+    options = ["--base", str(tmp_path / "base"), "--guard", str(tmp_path / "english.txt"), "--num-new", "40"]
+    assert cli.main(["tokenizer", "extend", *inputs, *options, "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert "100.00 % unchanged" in printed
+    assert "russian.counts: " in printed
+    assert Tokenizer.load(tmp_path / "out").n_vocab == base.n_vocab + 40
 
 
 def test_bad_arguments_are_refused(base):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from herdkern.tokenizer import Tokenizer, WordCounts, train_bpe
+from herdkern.tokenizer import Tokenizer, WordCounts, split_words, train_bpe
 from herdkern.tokenizer.export import byte_level_order
 
 ORDERS = {"huggingface": byte_level_order(), "tiktoken": list(range(256))}
@@ -191,6 +191,19 @@ def test_merges_of_many_words_on_many_threads(num_threads):
     counts = {b"ab" * (1 + i % 3) + b"%05x" % i + b"ab": 1 + i % 7 for i in range(30_000)}
     one = train_bpe(counts, 1500, special_tokens=(), num_threads=1)
     assert train_bpe(counts, 1500, special_tokens=(), num_threads=num_threads) == one
+
+
+def test_another_split_pattern(small_texts):
+    texts = small_texts[:60]
+    ours = train_bpe(texts, 1000, split_pattern="gpt2", special_tokens=())
+    assert ours == train_bpe(WordCounts("gpt2").add(texts), 1000, special_tokens=())
+    naive = NaiveTrainer(ORDERS["huggingface"])
+    counts = Counter(word for text in texts for word in split_words(text, "gpt2"))
+    assert ours.mergeable_ranks.items() >= naive.train(counts, 300).items()
+    with pytest.raises(ValueError, match="split_pattern"):
+        train_bpe(WordCounts("gpt2").add(texts), 1000, split_pattern="llama3")
+    with pytest.raises(ValueError, match="split pattern"):
+        train_bpe(texts, 1200, resume=ours, special_tokens=())
 
 
 def test_counts_above_two_to_the_33():
