@@ -11,6 +11,7 @@
 
 #include "text/bpe_special.h"
 #include "text/bpe_word.h"
+#include "text/bpe_word_cache.h"
 #include "text/id_buffer.h"
 #include "text/splitter.h"
 
@@ -48,7 +49,7 @@ class Encoder {
   template <typename Cursor, typename Sink>
   void encode_words(Cursor& cursor, const uint8_t* begin, const uint8_t* end, Worker& worker, Sink& sink) const;
   template <typename Sink>
-  void encode_word(const Word& word, Worker& worker, Sink& sink) const;
+  void encode_word(const Word& word, WordCache::Entry* entry, Worker& worker, Sink& sink) const;
   template <typename Task>
   void run_tasks(size_t num_tasks, int num_threads, Task&& task) const;
 

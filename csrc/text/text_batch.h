@@ -42,7 +42,6 @@ class TextBatch {
   TextBatch() = default;
 
   void add(py::object item, const char* where, Py_ssize_t place) {
-    const std::string name = place < 0 ? std::string(where) : std::string(where) + "[" + std::to_string(place) + "]";
     PyObject* object = item.ptr();
     if (PyUnicode_Check(object)) {
       if (PyUnicode_IS_COMPACT_ASCII(object)) {
@@ -50,14 +49,18 @@ class TextBatch {
                             size_t(PyUnicode_GET_LENGTH(object)));
       } else {
         item = py::reinterpret_steal<py::object>(PyUnicode_AsUTF8String(object));
-        if (!item) refuse_surrogates(name);
+        if (!item) refuse_surrogates(name_of(where, place));
         object = item.ptr();
       }
     } else if (!PyBytes_Check(object)) {
-      throw py::type_error(name + " must be str or bytes, got " + Py_TYPE(object)->tp_name);
+      throw py::type_error(name_of(where, place) + " must be str or bytes, got " + Py_TYPE(object)->tp_name);
     }
     if (PyBytes_Check(object)) views_.emplace_back(PyBytes_AS_STRING(object), size_t(PyBytes_GET_SIZE(object)));
     owners_.push_back(std::move(item));
+  }
+
+  static std::string name_of(const char* where, Py_ssize_t place) {
+    return place < 0 ? std::string(where) : std::string(where) + "[" + std::to_string(place) + "]";
   }
 
   [[noreturn]] static void refuse_surrogates(const std::string& name) {
