@@ -43,8 +43,14 @@ class WordCounts:
         """Count the words of documents; each is split by itself. Returns self.
 
         texts: one document or any iterable of them, which is read in batches.
-        Raises: ValueError if a str holds a lone surrogate; TypeError for other types. Earlier batches stay counted.
+        Raises: ValueError if a str holds a lone surrogate, or if the words in it were split by another Unicode version;
+        TypeError for other types. Earlier batches stay counted.
         """
+        if self.unicode != _text.unicode_version:
+            raise ValueError(
+                f"WordCounts.add: the words in it must be split by Unicode {_text.unicode_version} as new ones are, "
+                f"got {self.unicode}; count the texts again"
+            )
         threads = usable_threads(num_threads)
         num_texts = 0
         for batch in text_batches([texts] if isinstance(texts, str | bytes) else texts, BATCH_BYTES):

@@ -41,6 +41,7 @@ LINES_BYTES = 2 << 20  # JSON lines are counted in batches of about this size
 TEXTS_BYTES = 2 << 20  # other texts
 MAX_LINE_SHARE = 8  # a line may take this part of what the budget leaves for the table
 COUNTS = "counts"
+RUN_FILES = {".lock", "data", "journal.jsonl"}  # of a run's folder
 READER_BYTES = {"jsonl": 20 << 20, "text": 32 << 20, "parquet": 64 << 20}  # of the budget, for reading
 
 
@@ -232,7 +233,8 @@ def count_shards(
     work: folder of the groups' counts and of the journal. After a kill the same call goes on from there. None:
         `<out>.work`, which is removed in the end; a folder that is given is kept, and a later call with the same files
         and more counts only what is new, as long as the groups stay the same.
-    Raises: StageError naming the file and the cause if one cannot be read; OSError; ValueError for bad arguments.
+    Raises: StageError naming the file and the cause if one cannot be read; OSError, FileExistsError if `<out>.work` is
+    no such folder; ValueError for bad arguments.
     """
     files = [Path(path) for path in paths]
     if not files:
@@ -247,6 +249,10 @@ def count_shards(
     threads = num_threads if num_threads is not None or executor is None else 1
     folder = Path(f"{os.fspath(out)}.work") if work is None else Path(work)
     groups = group_files(files, factors)
+    if work is None and folder.exists() and not {path.name for path in folder.iterdir()} <= RUN_FILES:
+        raise FileExistsError(
+            f"count_shards: {folder} must not hold other files, as it is removed in the end; move it or pass work"
+        )
     config = CountConfig(split_pattern=patterns, unicode=_text.unicode_version)
     inputs = [group for group, _ in groups]
     bar = _Bar(inputs) if executor is None and sys.stderr.isatty() else None

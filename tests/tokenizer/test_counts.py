@@ -103,6 +103,16 @@ def test_bad_texts_are_refused():
         WordCounts().add(["a", None])
 
 
+def test_words_of_two_unicode_versions_do_not_mix(tmp_path):
+    counts = WordCounts().add("a")
+    counts.unicode = "15.0.0"
+    counts.save(tmp_path / "old")
+    loaded = WordCounts.load(tmp_path / "old")
+    with pytest.raises(ValueError, match=r"WordCounts\.add: .* got 15\.0\.0; count the texts again"):
+        loaded.add("a")
+    assert dict(loaded.items()) == {b"a": 1}
+
+
 def test_other_patterns():
     counts = WordCounts("gpt2").add("it's 12345")
     assert dict(counts.items()) == {b"it": 1, b"'s": 1, b" 12345": 1}

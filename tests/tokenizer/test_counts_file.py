@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from herdkern import _text
 from herdkern.tokenizer import LLAMA3_SPLIT_PATTERN, WordCounts, iter_counts, merge_counts
-from herdkern.tokenizer.counts_file import read_header, whole_weights, write_counts_file
+from herdkern.tokenizer.counts_file import MAGIC, MAGIC_1, read_header, whole_weights, write_counts_file
 
 
 def read_naively(path):
@@ -104,6 +104,17 @@ def test_format_1_is_read(tmp_path):
         with pytest.raises(ValueError, match="damaged") as error:
             WordCounts.load(old)
         assert str(old) in str(error.value)
+
+
+def test_hostile_headers_are_refused(tmp_path):
+    path, deep = tmp_path / "counts", b"[" * 100_000 + b"\n"
+    for content in (MAGIC_1 + deep, MAGIC + b"%08x " % zlib.crc32(deep) + deep):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="must be the header of a counts file"):
+            WordCounts.load(path)
+    path.write_bytes(MAGIC_1 + b'{"num_words": 0, "num_bytes": 0, "split_pattern": "llama3", "unicode": "x"}\n')
+    with pytest.raises(ValueError, match="does not match its checksum"):
+        WordCounts.load(path)
 
 
 @pytest.mark.parametrize("read", [WordCounts.load, lambda path: list(iter_counts(path))], ids=["load", "stream"])

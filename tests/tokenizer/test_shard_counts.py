@@ -219,3 +219,16 @@ def test_a_line_over_the_budget_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "ab " * 10_000_000}) + "\n")
     with pytest.raises(StageError, match=r"line_too_long.*line 1: longer than \d+ bytes; split it or raise max_memory"):
         count_shards([tmp_path / "a.jsonl"], tmp_path / "out", max_memory=resident_bytes() + (100 << 20))
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    text, work = tmp_path / "a.txt", tmp_path / "counts.work"
+    text.write_text("some words")
+    work.mkdir()
+    (work / "thesis").write_text("years of it")
+    with pytest.raises(FileExistsError, match=r"counts\.work must not hold other files"):
+        count_shards([text], tmp_path / "counts")
+    assert [path.name for path in work.iterdir()] == ["thesis"]
+    (work / "thesis").unlink()
+    assert count_shards([text], tmp_path / "counts").num_words == 2
+    assert not work.exists()
