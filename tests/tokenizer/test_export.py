@@ -197,6 +197,20 @@ def test_damaged_manifests_are_refused(trained, tmp_path, manifest, message):
         Tokenizer.load(tmp_path)
 
 
+def test_a_manifest_with_a_wrong_bit_is_refused(trained, tmp_path):
+    trained.save(tmp_path, verify=False)
+    path = tmp_path / "herdkern_tokenizer.json"
+    data, rng = path.read_bytes(), random.Random(5)
+    num_refused = 0
+    for at in rng.sample(range(len(data)), 300):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :])
+        try:
+            assert Tokenizer.load(tmp_path) == trained  # a space that became another one, say
+        except ValueError:
+            num_refused += 1
+    assert num_refused > 200
+
+
 def change(content, *path, to):
     target = content
     for key in path[:-1]:

@@ -215,6 +215,8 @@ def test_older_folders_still_load(trained, tmp_path):
     manifest = json.loads((tmp_path / "herdkern_tokenizer.json").read_text())
     assert isinstance(manifest["split_pattern"], str)
     assert list(manifest["files"]) == ["tokenizer.model", "tokenizer.json", "tokenizer_config.json"]
+    del manifest["sha256"]
+    (tmp_path / "herdkern_tokenizer.json").write_text(json.dumps(manifest))
     assert Tokenizer.load(tmp_path) == trained
 
 

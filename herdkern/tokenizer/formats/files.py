@@ -104,6 +104,8 @@ def _read_folder(path: Path) -> Contents:
         content = mapping(manifest, "the manifest")
         if (content.get("format"), content.get("version")) != ("herdkern-tokenizer", 1):
             raise ValueError(f"must be herdkern-tokenizer version 1, got {content.get('format')!r:.80}")
+        if "sha256" in content and content["sha256"] != _own_hash(content):
+            raise ValueError("is damaged: it must have the SHA-256 that it names")
         for name, record in mapping(content.get("files"), "files").items():
             if name not in (MODEL, JSON, CONFIG):
                 raise ValueError(f"must name the files {MODEL}, {JSON} and {CONFIG}, got {name!r:.80}")
@@ -119,7 +121,7 @@ def _read_folder(path: Path) -> Contents:
             text(name, "a special token"): integer(token_id, f"the id of {name!r}")
             for name, token_id in special.items()
         }
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"load: {path}: {e}") from e
     return Contents(
         format="herdkern",
@@ -198,6 +200,7 @@ def _save_folder(tokenizer: "Tokenizer", folder: Path, verify: bool) -> None:
         "special_tokens": dict(tokenizer.special_tokens),
         "files": {name: _record(data) for name, data in contents.items()},
     }
+    manifest["sha256"] = _own_hash(manifest)
     with ExitStack() as stack:  # leaves in the reverse order: the manifest gets its name last
         files = {name: stack.enter_context(atomic_file(folder / name)) for name in (MANIFEST, *contents)}
         for name, data in (*contents.items(), (MANIFEST, _json(manifest))):
@@ -205,6 +208,12 @@ def _save_folder(tokenizer: "Tokenizer", folder: Path, verify: bool) -> None:
         if verify:
             _prove_tiktoken(Path(files[MODEL].name), tokenizer)
             _prove_huggingface(Path(files[JSON].name), tokenizer)
+
+
+def _own_hash(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest without its own; folders of earlier versions have none."""
+    rest = json.dumps({key: value for key, value in manifest.items() if key != "sha256"}, sort_keys=True)
+    return hashlib.sha256(rest.encode()).hexdigest()
 
 
 def _tiktoken(tokenizer: "Tokenizer") -> bytes:
