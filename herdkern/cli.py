@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `herdkern ... | head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, OverflowError, MemoryError) as error:
         if os.environ.get("PYTHONDEVMODE") or sys.flags.dev_mode:
             raise
         print(f"herdkern: {error}", file=sys.stderr)

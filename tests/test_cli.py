@@ -155,6 +155,16 @@ def test_input_of_an_unknown_kind_is_named(capsys, tmp_path):
     assert "data.xyz" in capsys.readouterr().err
 
 
+def test_counts_that_overflow_are_told_without_a_traceback(capsys, tmp_path):
+    from herdkern.tokenizer import WordCounts
+
+    WordCounts().add_words({b"a": 1 << 62}).save(tmp_path / "a.counts")
+    assert (
+        cli.main(["tokenizer", "merge", str(tmp_path / "a.counts"), "--out", f"{tmp_path}/b", "--weights", "*=4"]) == 1
+    )
+    assert "must stay below 2**63" in capsys.readouterr().err
+
+
 def test_unwritable_run_folder_is_named(capsys, tmp_path):
     """A file where the folder should be cannot be written below, whoever asks (root included)."""
     (tmp_path / "run").write_text("in the way")

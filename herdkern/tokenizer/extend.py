@@ -108,6 +108,8 @@ def extend_vocabulary(
     Raises: ValueError if the ranks are not as keep_ranks needs them, or the counts are of another split pattern.
     """
     _check_not_negative(num_new=num_new, guard_tolerance=guard_tolerance)
+    if unknown := set(options) - set(ExtensionOptions.__annotations__):
+        raise TypeError(f"extend_vocabulary: got the unknown keywords {sorted(unknown)}")
     ranks = _kept_ranks(tokenizer, keep_ranks)
     threads = usable_threads(options.get("num_threads"))
     sources = texts_or_counts if isinstance(texts_or_counts, Mapping) else {"text": texts_or_counts}

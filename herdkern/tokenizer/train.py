@@ -17,7 +17,7 @@ from herdkern.tokenizer.counts_file import CountsHeader, bytes_left, read_header
 from herdkern.tokenizer.export import byte_level_order, merge_list
 from herdkern.tokenizer.pretokenize import resolve_pattern, split_words, usable_threads
 from herdkern.tokenizer.special_tokens import llama3_special_tokens
-from herdkern.tokenizer.tokenizer import Tokenizer
+from herdkern.tokenizer.tokenizer import MAX_TOKENS, Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -106,6 +106,8 @@ def _num_wanted(vocab_size: int, num_given: int, num_specials: int) -> int:
             f"train_bpe: vocab_size must be at least {num_given + num_specials} ({num_given} bytes and given tokens "
             f"and {num_specials} special tokens), got {vocab_size}"
         )
+    if vocab_size > MAX_TOKENS:
+        raise ValueError(f"train_bpe: vocab_size must be at most {MAX_TOKENS}, got {vocab_size}")
     return vocab_size - num_given - num_specials
 
 

@@ -171,6 +171,8 @@ def test_bad_arguments_are_refused(base):
         extend_vocabulary(base, GERMAN, 5, guard=ENGLISH, keep_ranks=100)
     with pytest.raises(ValueError, match="num_new must not be negative, got -1"):
         extend_vocabulary(base, GERMAN, -1, guard=ENGLISH)
+    with pytest.raises(TypeError, match=r"unknown keywords \['keep_rank'\]"):
+        extend_vocabulary(base, GERMAN, 5, guard=ENGLISH, keep_rank=270)
 
 
 def multilingual(num_chars):

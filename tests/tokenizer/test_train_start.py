@@ -156,8 +156,9 @@ def test_initial_tokens_are_reached(small_counts):
         ({"resume": [(b"a", b"b"), (b"ab", b"cd")]}, r"resume\[1\] must be of two tokens .* got \(b'ab', b'cd'\)"),
         ({"resume": [(b"a", b"b"), (b"ab", b"c")], "vocab_size": 257}, "vocab_size must be at least 258 .* got 257"),
         ({"initial_tokens": ["abc"], "vocab_size": 257}, "vocab_size must be at least 258"),
+        ({"vocab_size": 10**13}, "vocab_size must be at most 2097152, got 10000000000000"),
     ],
-    ids=["unknown", "resume", "initial_tokens"],
+    ids=["unknown", "resume", "initial_tokens", "too large"],
 )
 def test_bad_starts_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
