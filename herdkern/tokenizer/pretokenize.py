@@ -40,12 +40,6 @@ def _make_splitter(pattern: str | tuple[str, ...]) -> _text.Splitter:
     return _text.Splitter(pattern)
 
 
-def check_split_pattern(where: str, split_pattern: str) -> None:
-    """Refuse a pattern that the scanner does not speak. Raises: ValueError naming `where`."""
-    if split_pattern != LLAMA3_SPLIT_PATTERN:
-        raise ValueError(f"{where}: split_pattern must be LLAMA3_SPLIT_PATTERN, got {split_pattern!r}")
-
-
 def split_words(text: str | bytes, pattern: str | Sequence[str] = "llama3") -> list[bytes]:
     """The words of one document as UTF-8; joined they are the document.
 
