@@ -40,6 +40,8 @@ TASK_BYTES = 256 << 20  # of input files, as they lie on disk
 LINES_BYTES = 2 << 20  # JSON lines are counted in batches of about this size
 TEXTS_BYTES = 2 << 20  # other texts
 MAX_LINE_SHARE = 8  # a line may take this part of what the budget leaves for the table
+THREAD_BYTES = 1 << 20  # of the budget, for each thread
+LEAST_TABLE_BYTES = 16 << 20
 COUNTS = "counts"
 RUN_FILES = {".lock", "data", "journal.jsonl"}  # of a run's folder
 READER_BYTES = {"jsonl": 20 << 20, "text": 32 << 20, "parquet": 64 << 20}  # of the budget, for reading
@@ -70,13 +72,13 @@ class ShardCounter:
         if "parquet" in kinds:
             import pyarrow.parquet  # noqa: F401  # before memory is measured
 
-        table_bytes = (
-            (1 << 62)
-            if self.max_memory is None
-            else bytes_left(self.max_memory, "count_shards", max(READER_BYTES[kind] for kind in kinds), 16 << 20)
-        )
+        threads = usable_threads(self.num_threads)
+        table_bytes = 1 << 62
+        if self.max_memory is not None:
+            reserve = max(READER_BYTES[kind] for kind in kinds) + threads * THREAD_BYTES
+            table_bytes = bytes_left(self.max_memory, "count_shards", reserve, LEAST_TABLE_BYTES)
         splitter = make_splitter(config.split_pattern, "count_shards")
-        counter = _text.BudgetCounter(splitter, table_bytes, os.fspath(out), usable_threads(self.num_threads))
+        counter = _text.BudgetCounter(splitter, table_bytes, os.fspath(out), threads)
         max_line = min(table_bytes // MAX_LINE_SHARE, 1 << 31)
         show = self.show or (lambda path, position: None)
         for path in inputs:
@@ -234,7 +236,7 @@ def count_shards(
         `<out>.work`, which is removed in the end; a folder that is given is kept, and a later call with the same files
         and more counts only what is new, as long as the groups stay the same.
     Raises: StageError naming the file and the cause if one cannot be read; OSError, FileExistsError if `<out>.work` is
-    no such folder; ValueError for bad arguments.
+        no such folder; ValueError for bad arguments, a pool of threads with max_memory among them.
     """
     files = [Path(path) for path in paths]
     if not files:
@@ -242,6 +244,11 @@ def count_shards(
     if len(set(files)) < len(files):
         twice = sorted({str(path) for path in files if files.count(path) > 1})
         raise ValueError(f"count_shards: paths must name each file once, got {twice[:3]} more than once")
+    if max_memory is not None and isinstance(executor, concurrent.futures.ThreadPoolExecutor):
+        raise ValueError(
+            "count_shards: executor must not be a pool of threads where max_memory is given, its tasks would each take "
+            "all of it; use num_threads, which share one table"
+        )
     for path in files:
         document_kind(path)  # refuses what nobody can read
     factors, denominator = whole_weights(files, weights or {}, "count_shards")

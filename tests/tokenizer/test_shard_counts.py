@@ -211,6 +211,8 @@ def test_bad_arguments_are_refused(tmp_path):
         count_shards([tmp_path / "a.txt"], tmp_path / "out", max_memory=1 << 20)
     with pytest.raises(ValueError, match="leave a file"):
         count_shards([tmp_path / "a.txt"], tmp_path / "out", weights={"*": 0})
+    with make_executor("threads", 2) as pool, pytest.raises(ValueError, match="must not be a pool of threads"):
+        count_shards([tmp_path / "a.txt"], tmp_path / "out", max_memory=1 << 30, executor=pool)
     with pytest.raises(ValueError, match="f: max_memory must be at least"):
         bytes_left(1000, "f")
 
