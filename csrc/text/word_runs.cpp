@@ -300,20 +300,37 @@ RunTotals merge_once(const std::vector<Run>& runs, uint64_t denominator, const F
   return writer.finish();
 }
 
-constexpr size_t kReaderBytes = kBlockBytes + 4096;  // a block, a word, the reader itself
+// What a reader of the run holds: its largest block, a word, itself.
+size_t reader_bytes(const Run& run) {
+  const auto file = run.file ? run.file : File::open(run.path);
+  uint64_t largest = 0;
+  for (uint64_t place = run.begin; run.end - place >= 8;) {
+    uint8_t head[8];
+    file->read_at(place, head, 8);
+    const uint64_t size = load32(head);
+    if (size > run.end - place - 8) break;  // damaged: the reader says so
+    largest = std::max(largest, size);
+    place += 8 + size;
+  }
+  return std::max(kBlockBytes + 4096, size_t(2 * largest + 4096));
+}
 
 }  // namespace
 
 RunTotals merge_runs(std::vector<Run> runs, uint64_t denominator, const MergeLimits& limits, const File& file,
                      uint64_t begin, const std::function<void(uint64_t)>& tick) {
   Progress progress{tick};
-  const size_t max_runs = std::max<size_t>(limits.max_bytes / kReaderBytes, 2);
   const size_t max_files = std::max<size_t>(limits.max_files, 2);
-  const auto fits = [&](size_t num_runs, size_t num_files) { return num_runs <= max_runs && num_files <= max_files; };
+  for (Run& run : runs) run.reader_bytes = reader_bytes(run);
+  const auto fits = [&](const std::vector<Run>& some, size_t num_files) {
+    size_t num_bytes = 0;
+    for (const Run& run : some) num_bytes += run.reader_bytes;
+    return some.size() <= 2 || (num_bytes <= limits.max_bytes && num_files <= max_files);
+  };
   const auto num_files = [](const std::vector<Run>& all) {
     return size_t(std::count_if(all.begin(), all.end(), [](const Run& run) { return !run.file; }));
   };
-  while (!fits(runs.size(), num_files(runs))) {
+  while (!fits(runs, num_files(runs))) {
     std::stable_sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.weight < b.weight; });
     const auto between = File::unnamed(limits.folder);
     std::vector<Run> merged, group;
@@ -325,12 +342,13 @@ RunTotals merge_runs(std::vector<Run> runs, uint64_t denominator, const MergeLim
       for (Run& run : group) run.weight = 1;
       const RunTotals totals = merge_once(group, 1, *between, place, progress);
       merged.push_back({between, {}, place, place + totals.num_bytes, weight});
+      merged.back().reader_bytes = reader_bytes(merged.back());
       place += totals.num_bytes;
       group.clear();
     };
     for (Run& run : runs) {
       group.push_back(std::move(run));
-      const bool full = !fits(group.size(), num_files(group));
+      const bool full = !fits(group, num_files(group));
       if (!full && (group.size() == 1 || group[0].weight == group.back().weight)) continue;
       Run next = std::move(group.back());
       group.pop_back();

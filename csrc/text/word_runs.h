@@ -77,7 +77,8 @@ struct Run {
   std::shared_ptr<const File> file;  // empty: `path` is opened when it is read
   std::string path;
   uint64_t begin = 0, end = 0;
-  uint64_t weight = 1;  // counts are multiplied by it in a merge
+  uint64_t weight = 1;      // counts are multiplied by it in a merge
+  size_t reader_bytes = 0;  // filled in by a merge
 };
 
 class RunReader {

@@ -6,6 +6,8 @@ import os
 import random
 import resource
 import struct
+import subprocess
+import sys
 import zlib
 from collections import Counter
 from fractions import Fraction
@@ -293,3 +295,25 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sorted(os.listdir(tmp_path)) == ["part"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak of a process is in /proc/self/status")
+def test_long_words_are_merged_within_the_budget(tmp_path):
+    """24 files, each with one word of a megabyte; all of them at once would take 48 MiB and more."""
+    program = """
+import re, sys
+from pathlib import Path
+from herdkern.tokenizer import WordCounts, merge_counts
+from herdkern.tokenizer.counts_file import resident_bytes
+folder = Path(sys.argv[1])
+paths = [folder / str(i) for i in range(24)]
+for i, path in enumerate(paths):
+    WordCounts().add_words({b"a" * (1 << 20) + b"%d" % i: 1 + i}).save(path)
+budget = resident_bytes() + (24 << 20)
+print(merge_counts(paths, folder / "out", max_memory=budget).num_occurrences)
+print((int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) << 10) / budget)
+"""
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
+    total, share = done.stdout.split()
+    assert int(total) == sum(range(1, 25))
+    assert float(share) <= 1.1
