@@ -189,7 +189,7 @@ bool Trainer::rebuild(bool lower) {
   if (lower) {
     // By Zipf's law the last merge's frequency is about top * done / wanted: with half of that one scan is enough.
     const double share = std::max(1.0, double(num_new_tokens_)) / double(options_.max_new_tokens) / 2;
-    threshold = std::max(min_frequency_, std::min(threshold - 1, int64_t(double(top) * share)));
+    threshold = std::max(min_frequency_, std::min(threshold / 2, int64_t(double(top) * share)));
   }
   for (;; threshold = std::max(min_frequency_, threshold / kThresholdStep)) {
     index_.build(threshold, room());
