@@ -120,10 +120,12 @@ def test_merges_of_hugging_face(small_texts, small_counts, options, theirs):
 
 
 @pytest.mark.full
-def test_merges_of_hugging_face_at_32k(mixed_texts):
-    ours = train_bpe(mixed_texts, 32_768, special_tokens=())
+def test_merges_of_hugging_face_at_32k(full_texts):
+    """100 MB: 50 of them and their upper case, which has words of its own."""
+    texts = [*full_texts, *(text.upper() for text in full_texts)]
+    ours = train_bpe(texts, 32_768, special_tokens=())
     assert len(ours.mergeable_ranks) == 32_768
-    assert as_huggingface(ours) == train_huggingface(mixed_texts, 32_768)
+    assert as_huggingface(ours) == train_huggingface(texts, 32_768)
 
 
 def test_merges_of_rustbpe(small_texts, small_counts):
