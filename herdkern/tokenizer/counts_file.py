@@ -71,7 +71,7 @@ def read_header(path: Path | str, where: str = "read_header") -> CountsHeader:
         if int(digits, 16) != zlib.crc32(text):
             raise ValueError("it does not match its checksum")
         header = CountsHeader(path=path, begin=begin, **_checked(json.loads(text)))
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
         raise ValueError(f"{where}: {path}:2: must be the header of a counts file: {e}") from e
     if size != begin + header.num_bytes:
         raise ValueError(

@@ -6,8 +6,9 @@ import random
 from collections import Counter
 
 import pytest
+from torture import torture_strings
 
-from herdkern.tokenizer import Tokenizer, split_words, train_bpe
+from herdkern.tokenizer import Tokenizer, WordCounts, split_words, train_bpe
 from herdkern.tokenizer.formats import files, tekken, tiktoken, verify
 from herdkern.tokenizer.formats.sentencepiece_export import SENTENCEPIECE_PATTERN
 
@@ -81,6 +82,14 @@ def test_what_is_no_tokenizer_is_named(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         Tokenizer.load(path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("number", ["Infinity", "[" * 100_000])
+def test_impossible_headers_of_counts_are_refused(tmp_path, number):
+    path = tmp_path / "counts"
+    path.write_bytes(b'herdkern word counts 1\n{"num_words": ' + number.encode() + b', "num_bytes": 1}\n')
+    with pytest.raises(ValueError, match="must be the header of a counts file"):
+        WordCounts.load(path)
 
 
 def test_an_empty_folder_is_named(tmp_path):
@@ -322,3 +331,42 @@ def test_a_damaged_sentencepiece_export_gets_no_name(spaced, tmp_path, monkeypat
     with pytest.raises(ValueError, match=r"sentencepiece .* must give our ids, got others"):
         spaced.save(tmp_path / "x.model", format="sentencepiece")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(
+    scope="module",
+    params=[20_000, pytest.param(500_000, marks=pytest.mark.full)],
+    ids=["20 thousand", "half a million"],
+)
+def hostile(request):
+    return torture_strings(request.param, seed=7)
+
+
+def test_hugging_face_on_the_torture_corpus(trained, tmp_path, hostile):
+    tokenizers = pytest.importorskip("tokenizers")
+    trained.save(tmp_path / "t.json", format="huggingface")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "t.json"))
+    texts = [text for text in hostile if not any(name in text for name in trained.special_tokens)]
+    assert len(texts) > 0.9 * len(hostile)
+    ids = [encoding.ids for encoding in theirs.encode_batch(texts, add_special_tokens=False)]
+    verify.compare("tokenizers", texts, Tokenizer.load(tmp_path / "t.json").encode_ordinary_batch(texts), ids)
+    assert theirs.decode_batch(ids, skip_special_tokens=False) == texts
+
+
+def test_tiktoken_on_the_torture_corpus(trained, tmp_path, hostile):
+    load = pytest.importorskip("tiktoken.load")
+    trained.save(tmp_path / "ranks", format="tiktoken")
+    with verify.without_cache():
+        ranks = load.load_tiktoken_bpe(str(tmp_path / "ranks"))
+    verify.check_ranks("tiktoken", ranks, trained, hostile)
+
+
+def test_sentencepiece_on_the_torture_corpus(spaced, tmp_path, hostile):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    spaced.save(tmp_path / "s.model", format="sentencepiece")
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "s.model"))
+    ids = theirs.encode(hostile)
+    verify.compare("sentencepiece", hostile, Tokenizer.load(tmp_path / "s.model").encode_ordinary_batch(hostile), ids)
+    # Their strings end at a zero byte when they are mapped back.
+    kept = [i for i, text in enumerate(hostile) if "\0" not in text]
+    assert theirs.decode([ids[i] for i in kept]) == [hostile[i] for i in kept]

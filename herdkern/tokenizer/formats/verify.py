@@ -7,7 +7,8 @@ is not installed proves nothing; our own reader must then do (formats/files.py a
 
 import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,7 +138,7 @@ def check_tiktoken(path: Path, tokenizer: "Tokenizer") -> bool:
     except ImportError:
         return False
     what = f"tiktoken {tiktoken.__version__}"
-    with _without_cache():  # it would take an older file of the same name from there
+    with without_cache():  # it would take an older file of the same name from there
         ranks = opened(what, lambda: load_tiktoken_bpe(str(path)))
     if ranks != tokenizer.mergeable_ranks:
         raise ValueError(f"save: {what} must read our ranks from {path.name}, got others")
@@ -224,15 +225,15 @@ def _with_special(tokenizer: "Tokenizer") -> list[str]:
     return ["".join(names), *(f"Ab {name}\n{name}1 c" for name in names)] if names else []
 
 
-class _without_cache:
+@contextmanager
+def without_cache() -> Iterator[None]:
     """tiktoken without its folder of copies, which goes by the name of a file and not by its content."""
-
-    def __enter__(self) -> None:
-        self.before = os.environ.get("TIKTOKEN_CACHE_DIR")
-        os.environ["TIKTOKEN_CACHE_DIR"] = ""
-
-    def __exit__(self, *_: object) -> None:
-        if self.before is None:
+    before = os.environ.get("TIKTOKEN_CACHE_DIR")
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""
+    try:
+        yield
+    finally:
+        if before is None:
             os.environ.pop("TIKTOKEN_CACHE_DIR", None)
         else:
-            os.environ["TIKTOKEN_CACHE_DIR"] = self.before
+            os.environ["TIKTOKEN_CACHE_DIR"] = before
