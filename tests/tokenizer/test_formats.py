@@ -13,13 +13,13 @@ from herdkern.tokenizer.formats import files, tekken, tiktoken, verify
 from herdkern.tokenizer.formats.sentencepiece_export import SENTENCEPIECE_PATTERN
 
 BYTES = {bytes([b]): b for b in range(256)}
-SPECIAL = {"<s>": 0, "</s>": 1, "[INST]": 2}
+SPECIAL = ("<s>", "</s>", "[INST]")
 
 
 @pytest.fixture(scope="module")
 def renumbered(trained):
     """The trained vocabulary with the ids that tekken wants."""
-    return Tokenizer(*tekken.renumbered(trained.mergeable_ranks, SPECIAL))
+    return Tokenizer(*tekken.renumbered(trained.mergeable_ranks, SPECIAL, num_special=24))
 
 
 @pytest.mark.parametrize("format", ["tiktoken", "huggingface", "tekken"])
@@ -33,6 +33,18 @@ def test_round_trip(renumbered, trained, tmp_path, format):
     assert Tokenizer.load(path, **kwargs) == tokenizer
     tokenizer.save(tmp_path / "again", format=format, verify=False)
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
+
+
+def test_mistral_common_reads_our_tekken(trained, tmp_path):
+    """With the special tokens that it names itself, and as many as it wants."""
+    module = pytest.importorskip("mistral_common.tokens.tokenizers.tekken")
+    names = [*tekken.DEFAULT_NAMES, "<mine>"]
+    tokenizer = Tokenizer(*tekken.renumbered(trained.mergeable_ranks, names, num_special=40))
+    assert tokenizer.special_tokens["<SPECIAL_21>"] == 21
+    tokenizer.save(tmp_path / "tekken.json", format="tekken")
+    theirs = module.Tekkenizer.from_file(tmp_path / "tekken.json")
+    for text in verify.check_texts():
+        assert theirs.encode(text, bos=False, eos=False) == tokenizer.encode_ordinary(text)
 
 
 def test_renumbering_for_tekken_cuts_texts_alike(renumbered, trained, small_texts):

@@ -7,7 +7,7 @@ the vocabulary's default size has room for.
 import base64
 import binascii
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +152,17 @@ def _readable(token: bytes) -> str | None:
 
 
 def renumbered(
-    mergeable_ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]
+    mergeable_ranks: Mapping[bytes, int], special_tokens: Iterable[str], *, num_special: int = 0
 ) -> tuple[dict[bytes, int], dict[str, int]]:
     """The same vocabulary with ids as tekken wants them: special tokens, single bytes by value, the others in order.
 
+    special_tokens: in the order of their new ids. num_special: at least so many, filled up with <SPECIAL_i>;
+        mistral-common 1.5 wants more than 20, of which it names the first 20 as DEFAULT_NAMES, whatever the file says.
     Texts are cut into the same tokens. A model that was trained with the old ids needs the old ids.
     """
-    special = {name: i for i, name in enumerate(sorted(special_tokens, key=special_tokens.__getitem__))}
+    names = list(special_tokens)
+    names += [f"<SPECIAL_{i}>" for i in range(len(names), num_special)]
+    special = {name: i for i, name in enumerate(names)}
     ordered = sorted(
         mergeable_ranks, key=lambda token: (len(token) > 1, token if len(token) == 1 else b"", mergeable_ranks[token])
     )
