@@ -11,6 +11,7 @@ TYPE_CHECKING = False  # type checkers take it for true
 if TYPE_CHECKING:
     from herdkern.tokenizer.counts import WordCounts, count_shards, iter_counts, merge_counts
     from herdkern.tokenizer.extend import ExtensionReport, extend_vocabulary
+    from herdkern.tokenizer.formats.sentencepiece import SentencePieceTokenizer
     from herdkern.tokenizer.pretokenize import LLAMA3_SPLIT_PATTERN, split_words
     from herdkern.tokenizer.special_tokens import BEGIN_OF_TEXT, END_OF_TEXT, llama3_special_tokens
     from herdkern.tokenizer.tokenizer import Tokenizer
@@ -21,6 +22,7 @@ __all__ = [
     "END_OF_TEXT",
     "LLAMA3_SPLIT_PATTERN",
     "ExtensionReport",
+    "SentencePieceTokenizer",
     "Tokenizer",
     "WordCounts",
     "count_shards",
@@ -37,6 +39,7 @@ _HOMES = {
     "END_OF_TEXT": "special_tokens",
     "ExtensionReport": "extend",
     "LLAMA3_SPLIT_PATTERN": "pretokenize",
+    "SentencePieceTokenizer": "formats.sentencepiece",
     "Tokenizer": "tokenizer",
     "WordCounts": "counts",
     "count_shards": "counts",

@@ -6,6 +6,7 @@ import struct
 
 import pytest
 
+import herdkern.tokenizer
 from herdkern.tokenizer import Tokenizer
 from herdkern.tokenizer.formats import charsmap, files, sentencepiece_file, verify
 from herdkern.tokenizer.formats.sentencepiece import SentencePieceTokenizer
@@ -145,8 +146,9 @@ def test_a_damaged_model_gets_no_name(model, tmp_path, monkeypatch):
 
 def test_another_kind_of_tokenizer_is_named(model):
     _, _, path = model
-    with pytest.raises(ValueError, match=r"another kind of tokenizer.*SentencePieceTokenizer.load"):
+    with pytest.raises(ValueError, match=r"another kind of tokenizer.*herdkern.tokenizer.SentencePieceTokenizer.load"):
         Tokenizer.load(path)
+    assert herdkern.tokenizer.SentencePieceTokenizer is SentencePieceTokenizer
 
 
 @pytest.mark.parametrize("kind", ["unigram", "word", "char"])
