@@ -65,8 +65,10 @@ class WordCounts:
         """
         words = [word.encode() if isinstance(word, str) else word for word in counts]
         for word, count in zip(words, counts.values()):
-            if not word or not 0 < count < 1 << 63:
-                raise ValueError(f"WordCounts.add_words: counts must be in [1, 2**63), got {count} for {word!r}")
+            if not word or not isinstance(count, int | np.integer) or not 0 < count < 1 << 63:
+                raise ValueError(
+                    f"WordCounts.add_words: counts must be whole numbers in [1, 2**63), got {count} for {word!r}"
+                )
         lengths = np.array([len(word) for word in words], np.int64)
         self._table.add_words(b"".join(words), lengths, np.array(list(counts.values()), np.int64))
         return self

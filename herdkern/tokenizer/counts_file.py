@@ -15,6 +15,7 @@ import resource
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -290,11 +291,14 @@ def whole_weights(paths: Sequence[Path | str], weights: Mapping[str, Weight], wh
 
 def _fraction(key: str, weight: Weight, where: str) -> Fraction:
     try:
-        fraction = Fraction(str(weight) if isinstance(weight, float) else weight)
-    except (ValueError, TypeError, ZeroDivisionError, OverflowError):
+        text = str(weight)
+        if "/" not in text and abs(Decimal(text).adjusted()) > 400:  # 1e999999999 would be computed digit by digit
+            raise ValueError
+        fraction = Fraction(text if isinstance(weight, float) else weight)
+    except (ValueError, TypeError, ArithmeticError):
         fraction = Fraction(-1)
     if fraction < 0:
-        raise ValueError(f"{where}: a weight must be a number of at least 0, got {weight!r} for {key!r}")
+        raise ValueError(f"{where}: a weight must be a number in [0, 2**63), got {weight!r} for {key!r}")
     return fraction
 
 

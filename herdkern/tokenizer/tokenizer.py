@@ -43,8 +43,8 @@ class Tokenizer:
         cache_bytes: int = DEFAULT_CACHE_BYTES,
     ) -> None:
         _, patterns = resolve_pattern(split_pattern, "Tokenizer")
-        if cache_bytes < 0:
-            raise ValueError(f"Tokenizer: cache_bytes must not be negative, got {cache_bytes}; 0 turns the cache off")
+        if not 0 <= cache_bytes <= 1 << 40:
+            raise ValueError(f"Tokenizer: cache_bytes must be in [0, 2**40], got {cache_bytes}; 0 turns the cache off")
         self.mergeable_ranks = by_id(mergeable_ranks)
         self.special_tokens = by_id(special_tokens)
         check_tokens(self.mergeable_ranks, self.special_tokens)

@@ -90,9 +90,9 @@ def test_counts_are_64_bit():
         counts.merge(counts)
 
 
-@pytest.mark.parametrize("counts", [{b"": 1}, {b"a": 0}, {b"a": -1}, {b"a": 1 << 63}], ids=str)
+@pytest.mark.parametrize("counts", [{b"": 1}, {b"a": 0}, {b"a": -1}, {b"a": 1 << 63}, {b"a": 1.5}], ids=str)
 def test_bad_counts_are_refused(counts):
-    with pytest.raises(ValueError, match=r"WordCounts\.add_words: counts must be in"):
+    with pytest.raises(ValueError, match=r"WordCounts\.add_words: counts must be whole numbers in"):
         WordCounts().add_words(counts)
 
 

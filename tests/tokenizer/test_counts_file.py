@@ -248,7 +248,8 @@ def test_weights_by_path_name_and_pattern():
     for bad, message in [
         ({"c": 1}, r"weights must fit a file each, got \['c'\]"),
         ({"a/*": 1, "*/de/*": 2}, "one factor to a file"),
-        ({"b.counts": -1}, "a weight must be a number of at least 0, got -1"),
+        ({"b.counts": -1}, r"a weight must be a number in \[0, 2\*\*63\), got -1"),
+        ({"b.counts": "1e999999999"}, r"a weight must be a number in \[0, 2\*\*63\), got '1e999999999'"),
         ({"b.counts": "x"}, "got 'x' for 'b.counts'"),
         ({"b.counts": float("nan")}, "got nan"),
         ({"b.counts": float("inf")}, "got inf"),

@@ -146,5 +146,8 @@ def test_words_that_end_with_zeros(trained):
 
 
 def test_negative_cache_is_refused():
-    with pytest.raises(ValueError, match="Tokenizer: cache_bytes must not be negative, got -1; 0 turns the cache off"):
-        Tokenizer(BYTES, {}, cache_bytes=-1)
+    for cache_bytes in (-1, 1 << 62):
+        with pytest.raises(
+            ValueError, match=rf"Tokenizer: cache_bytes must be in \[0, 2\*\*40\], got {cache_bytes}; 0"
+        ):
+            Tokenizer(BYTES, {}, cache_bytes=cache_bytes)
