@@ -1,6 +1,7 @@
 """Writes the tables of README.md and of the pages in docs/ from benchmarks/results/*.json.
 
-README has one row for each benchmark, the pages (attention, ops, tokenizer) one for each of their cases.
+README has one row for each benchmark, the pages (attention, ops, tokenizer) one for each of their cases. The cases that
+an op loses also go to herdkern/ops/faster_peers.json, from which `herdkern.ops.faster_peers` and `herdkern env` tell.
 
     python benchmarks/collect.py --run             runs every benchmark in full first and keeps its JSON report
     python benchmarks/collect.py --run --quick     the same in the short form; the table says so
@@ -26,6 +27,7 @@ README = HERE.parent / "README.md"
 ATTENTION = HERE.parent / "docs/attention.md"
 TOKENIZER = HERE.parent / "docs/tokenizer.md"
 OPS = HERE.parent / "docs/ops.md"
+FASTER_PEERS = HERE.parent / "herdkern/ops/faster_peers.json"
 OP_BENCHES = ("rms_norm", "swiglu", "rope", "cross_entropy", "adamw")
 MARKERS = re.compile(r"(<!-- benchmarks -->\n).*?(<!-- /benchmarks -->)", re.S)
 
@@ -120,6 +122,25 @@ def ops_page(folder: Path, text: str) -> str:
     return MARKERS.sub(lambda m: m[1] + "\n".join(parts) + m[2], text)
 
 
+def faster_peers(folder: Path) -> str:
+    """The cases of every op in which a peer is faster, as JSON: {op: [{case, peer, times_faster, measured_on}]}."""
+    lost: dict[str, list[dict[str, Any]]] = {}
+    for report in load_reports(folder):
+        if report["bench"] in OP_BENCHES:
+            machine = report["machine"]
+            lost[report["bench"]] = [
+                {
+                    "case": case["case"],
+                    "peer": case["best_peer"],
+                    "times_faster": round(1 / case["ratio"], 2),
+                    "measured_on": f"{machine['cpu']}, {machine['isa']}, torch {machine['versions']['torch']}",
+                }
+                for case in report["cases"]
+                if case["ratio"] < 1
+            ]
+    return json.dumps(lost, indent=2, sort_keys=True) + "\n"
+
+
 def is_peer(name: str, reports: list[dict[str, Any]]) -> bool:
     """Whether a package is torch or named by some implementation of some case."""
     implementations = {key for report in reports for case in report["cases"] for key in case.get("spread", {})}
@@ -144,6 +165,7 @@ def main() -> int:
     README.write_text(MARKERS.sub(lambda m: m[1] + table(load_reports(folder)) + m[2], text), encoding="utf-8")
     for page, write in ((ATTENTION, attention_page), (OPS, ops_page), (TOKENIZER, tokenizer_page)):
         page.write_text(write(folder, page.read_text(encoding="utf-8")), encoding="utf-8")
+    FASTER_PEERS.write_text(faster_peers(folder), encoding="utf-8")
     return 1 if failed else 0
 
 

@@ -213,6 +213,15 @@ def _minhash_faults() -> list[str]:
     return faults if labels == [0, 1, 1, 3, 3, 1, 6] else [*faults, f"components: wrong labels {labels}"]
 
 
+def _slower(op: str) -> list[str]:
+    from herdkern.ops import faster_peers
+
+    return [
+        f"{op} {row['case']}: {row['peer']}, {row['times_faster']:.2f} x ({row['measured_on']})"
+        for row in faster_peers(op)
+    ]
+
+
 def report() -> int:
     """Print the environment, the backend table and the self-test; returns the exit status."""
     started = time.perf_counter()
@@ -238,6 +247,11 @@ def report() -> int:
         print(line)
     if reasons:
         print("\nrefused:\n" + "\n".join(f"  {reason}" for reason in reasons))
+    slower = [
+        line for name in ("rms_norm", "swiglu", "rope", "linear_cross_entropy", "adamw") for line in _slower(name)
+    ]
+    if slower:
+        print("\ntorch was faster in these recorded benchmark cases:\n" + "\n".join(f"  {line}" for line in slower))
     faults += text_faults()
     for fault in faults:
         print(f"FAULT {fault}")

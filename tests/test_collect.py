@@ -10,6 +10,8 @@ import bpe_table
 import collect
 import harness
 
+from herdkern.ops import faster_peers
+
 MACHINE = {
     "cpu": "some",
     "cores": 2,
@@ -55,6 +57,21 @@ def test_short_runs_are_named_and_empty_reports_left_out(tmp_path):
 def test_page_on_attention_holds_the_table_of_the_recorded_report():
     page = collect.ATTENTION.read_text(encoding="utf-8")
     assert collect.attention_page(collect.HERE / "results", page) == page, "run python benchmarks/collect.py"
+
+
+def test_ops_tell_the_cases_that_a_peer_wins():
+    assert collect.FASTER_PEERS.read_text(encoding="utf-8") == collect.faster_peers(collect.HERE / "results")
+    lost = {op: collect.json.loads(collect.FASTER_PEERS.read_text(encoding="utf-8"))[op] for op in collect.OP_BENCHES}
+    assert faster_peers("adamw") == lost["adamw"]
+    assert faster_peers("linear_cross_entropy") == lost["cross_entropy"]
+    assert faster_peers("no_such_op") == []
+
+
+def test_faster_peers_are_the_cases_below_one(tmp_path):
+    report = {"bench": "rope", "machine": MACHINE, "cases": [case("a", 1, 4), case("b", 2, 1)]}
+    (tmp_path / "rope.json").write_text(collect.json.dumps(report))
+    (row,) = collect.json.loads(collect.faster_peers(tmp_path))["rope"]
+    assert (row["case"], row["peer"], row["times_faster"]) == ("b", "rensa", 2.0)
 
 
 def test_page_on_ops_holds_the_tables_of_the_recorded_reports():

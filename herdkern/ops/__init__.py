@@ -2,6 +2,7 @@
 
 from herdkern.ops.adamw import AdamwSettings, adamw_reference, adamw_step, grad_norm
 from herdkern.ops.attention import attention, attention_reference
+from herdkern.ops.backend import faster_peers
 from herdkern.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from herdkern.ops.linear_cross_entropy_parallel import vocab_parallel_linear_cross_entropy
 from herdkern.ops.paged_attention import paged_attention, paged_attention_reference
@@ -16,6 +17,7 @@ __all__ = [
     "adamw_step",
     "attention",
     "attention_reference",
+    "faster_peers",
     "grad_norm",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",

@@ -3,11 +3,13 @@
 import contextlib
 import importlib
 import importlib.util
+import json
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -85,6 +87,17 @@ def native_module() -> ModuleType:
 def num_threads(requested: int | None = None) -> int:
     """Return the threads a kernel may use: `requested`, else torch.get_num_threads()."""
     return torch.get_num_threads() if requested is None else requested
+
+
+def faster_peers(op: str) -> list[dict[str, Any]]:
+    """Recorded benchmark cases of `op` that a torch path won: dicts of case, peer, times_faster and measured_on.
+
+    `choose` does not look at shapes, because a time holds for one machine: where such a case is yours, measure, and
+    call the peer yourself (torch.compile is `backend="reference"` inside a compiled function).
+    op: a name of benchmarks/bench_<op>.py, as "rms_norm", "linear_cross_entropy" or "adamw"; unknown ones have none.
+    """
+    text = (Path(__file__).parent / "faster_peers.json").read_text(encoding="utf-8")
+    return list(json.loads(text).get(op.removeprefix("linear_"), []))
 
 
 def active_isa() -> str | None:
