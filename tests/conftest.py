@@ -17,3 +17,14 @@ def _deterministic_torch():
     if torch is not None:
         torch.use_deterministic_algorithms(True)
         torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    """One torch thread: models too small to share are not slowed down by a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -3,26 +3,10 @@
 #pragma once
 #include <cstring>
 
+#include "cpu/amx_session.h"
 #include "cpu/attention_dot.h"
 
 namespace herdkern::cpu::HK_ISA {
-
-// The tile shapes of this thread while it lives: all eight are 16 rows of 64 bytes.
-class AmxSession {
- public:
-  AmxSession() {
-    struct alignas(64) Config {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    };
-    const Config config;
-    _tile_loadconfig(&config);
-  }
-  ~AmxSession() { _tile_release(); }
-  AmxSession(const AmxSession&) = delete;
-  AmxSession& operator=(const AmxSession&) = delete;
-};
 
 // C (32 x 32) (+)= A (32 x depth) B.
 template <bool kAccumulate>

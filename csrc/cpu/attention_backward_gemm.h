@@ -7,7 +7,6 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
 #include "common/attention_tiles.h"
 #include "cpu/attention_gemm.h"
@@ -26,27 +25,11 @@ template <typename Elem>
 struct GradMath;
 
 template <>
-struct GradMath<float> {
-  static constexpr int kPair = 1;
-  static HK_INLINE Vec load(const float* p) { return Vec::load(p); }
-  static HK_INLINE Vec broadcast(const float* p) { return Vec(*p); }
-  static HK_INLINE Vec multiply_add(const Vec& a, const Vec& b, const Vec& c) { return fma(a, b, c); }
-};
+struct GradMath<float> : FloatMath {};
 
 #ifdef HK_VEC_AVX512
 template <>
-struct GradMath<bf16> {  // for sources that may use AVX512_BF16
-  static constexpr int kPair = 2;
-  static HK_INLINE Vec load(const bf16* p) { return _mm512_loadu_ps(p); }
-  static HK_INLINE Vec broadcast(const bf16* p) {  // two neighbours in depth
-    float pair;
-    std::memcpy(&pair, p, sizeof pair);
-    return _mm512_set1_ps(pair);
-  }
-  static HK_INLINE Vec multiply_add(const Vec& a, const Vec& b, const Vec& c) {
-    return _mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v);
-  }
-};
+struct GradMath<bf16> : DotMath {};
 #endif
 
 // Steps in which an engine cuts: an engine with a row step multiplies whole tiles only.

@@ -7,20 +7,6 @@
 
 namespace herdkern::cpu::HK_ISA {
 
-struct DotMath {
-  using Elem = bf16;
-  static constexpr int kPair = 2;
-  static HK_INLINE Vec load(const bf16* p) { return _mm512_loadu_ps(p); }
-  static HK_INLINE Vec broadcast(const bf16* p) {  // two neighbours in depth
-    float pair;
-    std::memcpy(&pair, p, sizeof pair);
-    return _mm512_set1_ps(pair);
-  }
-  static HK_INLINE Vec multiply_add(const Vec& a, const Vec& b, const Vec& c) {
-    return _mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v);
-  }
-};
-
 struct DotEngine {
   using Elem = bf16;
   static constexpr int kPair = 2;

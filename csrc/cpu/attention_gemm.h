@@ -5,6 +5,7 @@
 // An engine is a way to multiply: FloatEngine anywhere; for bf16 those of attention_dot.h and attention_amx.h.
 #pragma once
 #include <cstdint>
+#include <cstring>
 
 #include "common/simd.h"
 
@@ -113,6 +114,23 @@ struct FloatMath {
   static HK_INLINE Vec broadcast(const float* p) { return Vec(*p); }
   static HK_INLINE Vec multiply_add(const Vec& a, const Vec& b, const Vec& c) { return fma(a, b, c); }
 };
+
+#if defined(HK_VEC_AVX512)
+// bf16 by vdpbf16ps: 32 products an instruction. Only for sources that may use AVX512_BF16.
+struct DotMath {
+  using Elem = bf16;
+  static constexpr int kPair = 2;
+  static HK_INLINE Vec load(const bf16* p) { return _mm512_loadu_ps(p); }
+  static HK_INLINE Vec broadcast(const bf16* p) {  // two neighbours in depth
+    float pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return _mm512_set1_ps(pair);
+  }
+  static HK_INLINE Vec multiply_add(const Vec& a, const Vec& b, const Vec& c) {
+    return _mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v);
+  }
+};
+#endif
 
 // fp32 products at every level; bf16 storage is widened when a tile is loaded.
 struct FloatEngine {

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "common/simd.h"
+#include "cpu/amx_session.h"
 #include "cpu/workspace.h"
 
 namespace herdkern::cpu::HK_ISA {
@@ -117,21 +118,7 @@ struct Bf16Tiles {
   static constexpr int kDepthPerWord = 2;
   static constexpr bool kTiles = true;
 
-  // Gives the calling thread eight tiles of 16 rows of 64 bytes.
-  struct Session {
-    Session() {
-      struct alignas(64) Config {
-        uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-      };
-      const Config config;
-      _tile_loadconfig(&config);
-    }
-    ~Session() { _tile_release(); }
-    Session(const Session&) = delete;
-    Session& operator=(const Session&) = delete;
-  };
+  using Session = AmxSession;
 
   static void multiply(const uint32_t* a, int64_t a_row, int64_t rows, const uint32_t* panel, int64_t depth, float* c,
                        int64_t c_row, bool accumulate);

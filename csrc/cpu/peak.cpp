@@ -8,7 +8,7 @@
 #include "common/simd.h"
 #include "cpu/threads.h"
 #ifdef HK_ISA_AMX
-#include "cpu/attention_amx.h"
+#include "cpu/amx_session.h"
 #endif
 
 namespace herdkern::cpu::HK_ISA {

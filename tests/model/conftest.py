@@ -1,7 +1,6 @@
 """A small model whose sizes are all different, so that a swapped one shows."""
 
 import pytest
-import torch
 
 from herdkern.model.config import ModelConfig
 from herdkern.model.transformer import Transformer
@@ -20,12 +19,8 @@ SMALL = ModelConfig(
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """These models are too small to share; one thread keeps a busy machine from slowing them down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread):
+    """Of every test here."""
 
 
 @pytest.fixture

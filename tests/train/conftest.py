@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 from herdkern.data.mix import TokenSampler
 from herdkern.model.config import ModelConfig
@@ -34,12 +33,8 @@ class ArrayDataset:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """These models are too small to share; one thread keeps a busy machine from slowing them down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread):
+    """Of every test here."""
 
 
 @pytest.fixture
