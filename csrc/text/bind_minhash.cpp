@@ -147,19 +147,6 @@ py::tuple shingle_texts(const py::sequence& objects, const Array<uint64_t>& word
   return join(lists);
 }
 
-py::tuple key_lines(const py::sequence& objects, int num_threads, const std::string& level) {
-  const Texts texts(objects);
-  const MinHashKernels& kernels = kernels_of(level);
-  std::vector<std::vector<uint64_t>> lists(texts.count());
-  {
-    py::gil_scoped_release release;
-    for_each_text(texts, num_threads, [&](int64_t doc, Scratch& scratch) {
-      kernels.line_keys(texts[doc].data, texts[doc].size, scratch, lists[doc]);
-    });
-  }
-  return join(lists);
-}
-
 void check_pairs(const std::string& function, const Array<int64_t>& pairs, int64_t num_docs) {
   if (pairs.ndim() != 2 || pairs.shape(1) != 2)
     throw py::value_error(function + ": pairs must have shape (num_pairs, 2)");
@@ -260,7 +247,6 @@ void bind_minhash(py::module_& m) {
   });
   m.def("minhash_sign", &sign_texts);
   m.def("minhash_shingle", &shingle_texts);
-  m.def("line_keys", &key_lines);
   m.def("jaccard_of_pairs", &jaccard_of_pairs);
   m.def("band_keys", &key_bands);
   m.def("candidate_pairs", &pair_candidates);

@@ -59,8 +59,6 @@ struct MinHashKernels {
   // Appends the hash of every shingle, in text order, with repeats.
   void (*shingle)(const uint8_t* text, int64_t size, const SignPlan& plan, Scratch& scratch,
                   std::vector<uint64_t>& out);
-  // Appends one key per line (cut at '\n'): its folded words with digits as 0; 0 for a line without words.
-  void (*line_keys)(const uint8_t* text, int64_t size, Scratch& scratch, std::vector<uint64_t>& out);
 };
 
 // Levels that this build has and this processor runs, best first; "baseline" is always last.

@@ -142,22 +142,8 @@ void shingle(const uint8_t* text, int64_t size, const SignPlan& plan, Scratch& s
   scan_windows(text, size, plan, scratch, window, take);
 }
 
-void line_keys(const uint8_t* text, int64_t size, Scratch& scratch, std::vector<uint64_t>& out) {
-  const WordTable& table = word_table();
-  for (const uint8_t *line = text, *end = text + size; line <= end;) {
-    const void* found = line < end ? std::memchr(line, '\n', end - line) : nullptr;
-    const uint8_t* stop = found ? static_cast<const uint8_t*>(found) : end;
-    uint64_t key = 0;
-    scan_words<true>(line, stop - line, scratch, table, [&](const uint8_t* word, int64_t bytes) {
-      key = multiply_fold(key ^ hash_bytes(word, bytes), 0xD1B54A32D192ED03u) + kGolden;
-    });
-    out.push_back(key);
-    line = stop + 1;
-  }
-}
-
 #define HK_STRING_OF(x) #x
 #define HK_STRING(x) HK_STRING_OF(x)
-MinHashKernels minhash_kernels() { return {HK_STRING(HK_MINHASH_LEVEL), sign, shingle, line_keys}; }
+MinHashKernels minhash_kernels() { return {HK_STRING(HK_MINHASH_LEVEL), sign, shingle}; }
 
 }  // namespace herdkern::text::HK_MINHASH_LEVEL

@@ -4,14 +4,19 @@ Source: The Llama 3 Herd of Models, section 3.1.1 (arXiv:2407.21783). What makes
 (arXiv:1911.00359): case (of the letters that minhash.py names), punctuation and spacing do not count and every digit 0
 to 9 is 0. Lines without a letter or digit are never counted. Counts are exact. Buckets are formed by a hash of the
 document id, each language has its own.
-1. keys: one key per line.  2. count: the keys above the limit, by bucket.  3. the lines are removed.
+1. keys: 8 bytes per line.  2. count: the keys of each partition of all shards are counted in a table of at most 16
+bytes per distinct line; more keys than max_memory has room for are counted in several passes. What comes back to a
+shard is which of its lines are too frequent, not the table.  3. the lines are removed.
 """
 
 import hashlib
 import json
-import re
+import math
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,22 +25,22 @@ from numpy.typing import NDArray
 
 from herdkern import _text
 from herdkern.data.document import Document, DocumentWriter, read_documents, with_meta
-from herdkern.dedup.minhash import on_texts
+from herdkern.dedup.line_files import (
+    CHUNK_DOCUMENTS,
+    DOCUMENT_ROW,
+    ShardLines,
+    batches,
+    join_marks,
+    read_chunks,
+    write_marks,
+)
+from herdkern.dedup.minhash import on_texts, usable_threads
 from herdkern.engine import Run, StageResult
 
 MAX_REPORTED_LINES = 200
-_BATCH_CHARS = 16 << 20
-_KEY_COUNT = np.dtype([("key", "<u8"), ("count", "<u8")])
-_CODE = re.compile(
-    r"^    |\t"  # indented, as prose that was taken from a page is not; or the row of a table
-    r"|[;{}]\s*$|^\s*[\])}]+[,;:]?\s*$"
-    r"|^\s*(?:import [\w.]+(?: as \w+)?(?:,|\s*$)|from [\w.]+ import |def \w+\(|class \w+[(:]|@\w)"
-    r"|^\s*(?:#include|#!|//|/\*|\*/|<\?|<!--)"
-    r"|^\s*(?:>>>|\.\.\.|\$) \w"
-    r"|^\s*(?:return|elif|except|raise|assert|yield|print)\b.*[():=]|^\s*(?:if|for|while|with|try|else)\b.*:\s*$"
-    r"|==|!=|->|=>|::|\+=|-=|&&|\|\||\w\(\)|\w\[\w*\]|\w = \w"
-)
-_FORMULA = re.compile(r"\$[^$\\^_={}+<>]*[\\^_={}+<>][^$]*\$|\\[a-zA-Z]{2,}|\\[(\[]")
+TABLE_BYTES_PER_LINE = 16  # at most: a slot has 8 bytes, a segment is more than half full
+_CANDIDATE = np.dtype([("key", "<u8"), ("id_hash", "<u8"), ("line", "<u8"), ("place", "<u8")])
+_CANDIDATES = 1 << 18  # held at least before those that cannot be first are dropped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,27 +49,40 @@ class LineDedupConfig:
 
     max_count: a line that occurs more often in its bucket is removed.  bucket_size: documents in a bucket.
     count: every occurrence, or every document that holds the line.
+    keep_first: so many of them (occurrences or documents, as counted) keep the line: those whose document's id has the
+    smallest BLAKE2b-64 hash, of one document the upper ones; which these are does not depend on the order of shards.
     code_aware: lines that look like code, formulas or table rows stay.  exempt_sources: documents of these sources are
     neither counted nor changed.  min_kept_share: a document that loses more of its characters is dropped (0: never).
+    max_memory: bytes that a task may use for its tables.
     """
 
     max_count: int = 6
     bucket_size: int = 30_000_000
     count: Literal["occurrence", "document"] = "occurrence"
+    keep_first: int = 0
     within_language: bool = True
     code_aware: bool = True
     exempt_sources: tuple[str, ...] = ("code",)
     min_kept_share: float = 0.0
     num_partitions: int = 4
+    max_memory: int = 1 << 30
 
     def __post_init__(self) -> None:
         for name in ("max_count", "bucket_size", "num_partitions"):
             if getattr(self, name) < 1:
                 raise ValueError(f"LineDedupConfig: {name} must be at least 1, got {getattr(self, name)}")
+        if self.num_partitions > 256:
+            raise ValueError(f"LineDedupConfig: num_partitions must be at most 256, got {self.num_partitions}")
         if self.count not in ("occurrence", "document"):
             raise ValueError(f"LineDedupConfig: count must be 'occurrence' or 'document', got {self.count!r}")
+        if not 0 <= self.keep_first <= self.max_count:
+            raise ValueError(
+                f"LineDedupConfig: keep_first must lie in [0, max_count={self.max_count}], got {self.keep_first}"
+            )
         if not 0.0 <= self.min_kept_share <= 1.0:
             raise ValueError(f"LineDedupConfig: min_kept_share must lie in [0, 1], got {self.min_kept_share}")
+        if self.max_memory < 1 << 20:
+            raise ValueError(f"LineDedupConfig: max_memory must be at least 1 MiB in bytes, got {self.max_memory}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +94,7 @@ class _CountConfig(LineDedupConfig):
 
 def is_code_or_formula(line: str) -> bool:
     """Whether a line looks like code, a formula or the row of a table: frequent ones of these are no boilerplate."""
-    return _CODE.search(line) is not None or _FORMULA.search(line) is not None
+    return bool(_text.is_code_or_formula([line.encode("utf-8", "surrogatepass")])[0])
 
 
 def num_buckets(num_documents: int, bucket_size: int) -> int:
@@ -84,194 +102,223 @@ def num_buckets(num_documents: int, bucket_size: int) -> int:
     return max(1, num_documents // bucket_size + (2 * (num_documents % bucket_size) >= bucket_size))
 
 
-def _language(document: Document, config: LineDedupConfig) -> str:
-    return document.lang if config.within_language else ""
-
-
-def line_keys(texts: Sequence[str], *, num_threads: int = 1) -> list[NDArray[np.uint64]]:
+def line_keys(texts: Sequence[str | bytes], *, num_threads: int = 1) -> list[NDArray[np.uint64]]:
     """A key for every line of each text (cut at "\\n"), uint64: equal for lines that count as equal, 0 for no words."""
     values, begins = on_texts("line_keys", _text.line_keys, texts, num_threads, "auto")
     return np.split(values, begins[1:-1]) if len(texts) else []
 
 
-def _hash_id(document: Document) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(document.id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
-    )
+def remove_frequent_lines(
+    texts: Sequence[str],
+    *,
+    max_count: int = 6,
+    count: Literal["occurrence", "document"] = "occurrence",
+    code_aware: bool = True,
+    num_threads: int | None = None,
+) -> list[str]:
+    """`texts` without the lines that occur more than max_count times in all of them: one bucket, in memory.
+
+    num_threads: that take the keys, None for all usable cores; the result is the same.
+    """
+    values, begins = on_texts("remove_frequent_lines", _text.line_keys, texts, usable_threads(num_threads), "auto")
+    salts = np.zeros(len(texts), np.uint64)
+    salted, origins, _ = _text.partition_lines(values, begins, salts, count == "document", 1)
+    table = _text.LineCounts(0, 1, 1, len(salted))
+    table.add(salted)
+    places, counts = table.find_frequent(salted, max_count)
+    marks = np.zeros(len(values), np.uint64)
+    marks[origins[places]] = counts
+    new_texts, _ = _text.remove_lines(texts, begins, marks, values, code_aware, _text.RemovedLines(1))
+    return [text if new is None else new for text, new in zip(texts, new_texts, strict=True)]
+
+
+def _counted_texts(documents: list[Document], config: LineDedupConfig) -> list[str]:
+    """The texts; an exempt one is empty: a single line that is not counted."""
+    return ["" if document.source in config.exempt_sources else document.text for document in documents]
+
+
+def _hash_text(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def _make_keys(inputs: list[Path], out: Path, config: LineDedupConfig) -> dict[str, Any]:
-    """keys.npy (a key per line, 0 for lines that do not count), begins.npy, id_hashes.npy and languages.json."""
-    keys: list[NDArray[np.uint64]] = []
-    id_hashes: list[int] = []
-    languages: list[str] = []
-    texts: list[str] = []
-    batch_chars = 0
-    for document in read_documents(inputs[0]):
-        id_hashes.append(_hash_id(document))
-        languages.append(_language(document, config))
-        texts.append("" if document.source in config.exempt_sources else document.text)
-        batch_chars += len(document.text)
-        if batch_chars >= _BATCH_CHARS:
-            keys += line_keys(texts)
-            texts, batch_chars = [], 0
-    keys += line_keys(texts)
-    np.save(out / "keys.npy", np.concatenate(keys) if keys else np.zeros(0, np.uint64))
-    np.save(out / "begins.npy", np.cumsum([0, *(len(k) for k in keys)], dtype=np.int64))
-    np.save(out / "id_hashes.npy", np.array(id_hashes, dtype=np.uint64))
-    (out / "languages.json").write_text(json.dumps(languages))
-    counts = {lang: languages.count(lang) for lang in sorted(set(languages))}
-    return {"documents_by_language": counts, "lines": int(sum((k != 0).sum() for k in keys))}
+    """keys.bin (a key per line, 0 for lines that do not count), documents.bin and languages.json."""
+    languages: dict[str, int] = {}
+    by_language: Counter[str] = Counter()
+    num_lines = 0
+    with open(out / "keys.bin", "wb") as key_file, open(out / "documents.bin", "wb") as document_file:
+        for documents in batches(read_documents(inputs[0])):
+            texts = _counted_texts(documents, config)
+            keys, begins = on_texts("line_keys", _text.line_keys, texts, 1, "auto")
+            rows = np.zeros(len(documents), DOCUMENT_ROW)
+            rows["id_hash"] = [_hash_text(document.id) for document in documents]
+            rows["lines"] = np.diff(begins)
+            names = [document.lang if config.within_language else "" for document in documents]
+            rows["language"] = [languages.setdefault(name, len(languages)) for name in names]
+            by_language.update(names)
+            key_file.write(keys.data)
+            document_file.write(rows.tobytes())
+            num_lines += int(np.count_nonzero(keys))
+    (out / "languages.json").write_text(json.dumps(list(languages)))
+    return {"documents_by_language": dict(sorted(by_language.items())), "lines": num_lines}
 
 
-def _salted_keys(folder: Path, config: _CountConfig) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """(keys mixed with language and bucket of their document, 0 kept; begin of every document's lines)."""
-    keys, begins = np.load(folder / "keys.npy"), np.load(folder / "begins.npy")
-    id_hashes = np.load(folder / "id_hashes.npy")
-    languages = json.loads((folder / "languages.json").read_text())
+def _salts(folder: Path, rows: NDArray[Any], config: _CountConfig) -> NDArray[np.uint64]:
+    """What language and bucket of each document add to the keys of its lines."""
+    names = json.loads((folder / "languages.json").read_text())
     buckets = dict(config.num_buckets)
-    salts = np.zeros(len(id_hashes), np.uint64)
-    for lang in sorted(set(languages)):
-        ours = np.array([name == lang for name in languages])
-        digest = hashlib.blake2b(lang.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        bucket = id_hashes[ours] % np.uint64(buckets[lang])
-        salts[ours] = np.uint64(int.from_bytes(digest, "little")) + bucket * np.uint64(0x9E3779B97F4A7C15)
-    salted = (keys ^ np.repeat(salts, np.diff(begins))) * np.uint64(0xD6E8FEB86659FD93)
-    salted ^= salted >> np.uint64(32)
-    return np.where(keys == 0, np.uint64(0), np.maximum(salted, np.uint64(1))), begins
+    sizes = np.array([buckets[name] for name in names] or [1], np.uint64)[rows["language"]]
+    salts = np.array([_hash_text(name) for name in names] or [0], np.uint64)[rows["language"]]
+    return salts + rows["id_hash"] % sizes * np.uint64(0x9E3779B97F4A7C15)
 
 
 def _partition(inputs: list[Path], out: Path, config: _CountConfig, num_partitions: int) -> dict[str, Any]:
-    """part-<p>: the distinct keys of a shard that fall there, sorted, with their counts."""
-    keys, begins = _salted_keys(inputs[0], config)
-    if config.count == "document":
-        documents = np.repeat(np.arange(len(begins) - 1), np.diff(begins))
-        order = np.lexsort((documents, keys))
-        keys, documents = keys[order], documents[order]
-        keys = keys[np.append(True, (keys[1:] != keys[:-1]) | (documents[1:] != documents[:-1]))[: len(keys)]]
-    distinct, counts = np.unique(keys[keys != 0], return_counts=True)
-    places = (distinct >> np.uint64(40)) % np.uint64(num_partitions)
-    for partition in range(num_partitions):
-        ours = places == partition
-        _save_counts(out / f"part-{partition:05d}", distinct[ours], counts[ours])
-    return {"distinct_lines_in_shards": len(distinct)}
-
-
-def _save_counts(path: Path, keys: NDArray[np.uint64], counts: NDArray[np.int64]) -> None:
-    table = np.zeros(len(keys), _KEY_COUNT)
-    table["key"], table["count"] = keys, counts
-    with open(path, "wb") as f:
-        np.save(f, table)
+    """part-<p>: the keys of the shard's lines that fall there, in order, as uint64 of which bit 0 means a repeat."""
+    num_lines = 0
+    with ShardLines(inputs[0]) as lines, ExitStack() as stack:
+        files = [stack.enter_context(open(out / f"part-{p:05d}", "wb")) for p in range(num_partitions)]
+        while len(rows := lines.next_rows(CHUNK_DOCUMENTS)):
+            keys, begins = lines.keys_of(rows)
+            salts = _salts(inputs[0], rows, config)
+            keys, _, parts = _text.partition_lines(keys, begins, salts, config.count == "document", num_partitions)
+            num_lines += len(keys)
+            for file, (begin, end) in zip(files, pairwise(parts), strict=True):
+                file.write(keys[begin:end].data)
+    return {"counted_lines": num_lines}
 
 
 def _find_frequent(inputs: list[Path], out: Path, config: _CountConfig) -> dict[str, Any]:
-    """frequent.npy: the keys of one partition that occur more than max_count times over all shards, sorted."""
-    tables = [np.load(path) for path in inputs]
-    table = np.concatenate(tables) if tables else np.zeros(0, _KEY_COUNT)
-    keys, places = np.unique(table["key"], return_inverse=True)
-    counts = np.bincount(places, weights=table["count"], minlength=len(keys)).astype(np.int64)  # exact below 2^53
-    frequent = counts > config.max_count
-    _save_counts(out / "frequent.npy", keys[frequent], counts[frequent])
-    return {"distinct_lines": len(keys), "frequent_lines": int(frequent.sum())}
+    """Marks of one partition: for every shard which of its keys here occur too often, and how often."""
+    num_keys = sum(path.stat().st_size for path in inputs) // 8
+    num_passes = max(1, math.ceil(num_keys * TABLE_BYTES_PER_LINE / config.max_memory))
+    part = int(inputs[0].name.removeprefix("part-")) if inputs else 0
+    totals: Counter[str] = Counter()
+    for number in range(num_passes):
+        first = part * num_passes + number
+        table = _text.LineCounts(first, first + 1, config.num_partitions * num_passes, num_keys // num_passes)
+        for path in inputs:
+            for _, keys in read_chunks(path, np.uint64):
+                table.add(keys)
+        totals["distinct_lines"] += table.num_keys()
+        totals["frequent_lines"] += table.num_frequent(config.max_count)
+        for shard, path in enumerate(inputs):
+            found = (
+                (begin, table.find_frequent(keys, config.max_count)) for begin, keys in read_chunks(path, np.uint64)
+            )
+            marks = ((places + begin, counts) for begin, (places, counts) in found)
+            totals["marked_lines"] += write_marks(out / f"shard-{shard:05d}.{number}", marks)
+    for shard in range(len(inputs)):
+        join_marks(out / f"shard-{shard:05d}", [out / f"shard-{shard:05d}.{number}" for number in range(num_passes)])
+    return {name: totals[name] for name in ("distinct_lines", "frequent_lines", "marked_lines")}
 
 
-def _remove_lines(text: str, remove: NDArray[np.bool_], config: LineDedupConfig) -> tuple[str, list[int]]:
-    """(`text` without the lines marked in `remove`, which they were). Blank lines that meet at a gap become one."""
-    kept: list[str] = []
-    removed: list[int] = []
-    gap = False
-    for number, line in enumerate(text.split("\n")):
-        if remove[number] and not (config.code_aware and is_code_or_formula(line)):
-            removed.append(number)
-            gap = True
-            continue
-        if gap and not line.strip() and (not kept or not kept[-1].strip()):
-            continue
-        gap = False
-        kept.append(line)
-    while gap and kept and not kept[-1].strip():
-        kept.pop()
-    return ("\n".join(kept), removed) if removed else (text, removed)
+def _first_of_each(candidates: NDArray[Any], config: _CountConfig) -> NDArray[Any]:
+    """Those that keep their line, sorted by key, hash of the document id and line."""
+    candidates = candidates[
+        np.lexsort((candidates["place"], candidates["line"], candidates["id_hash"], candidates["key"]))
+    ]
+    if not len(candidates):
+        return candidates
+    is_new_key = np.append(True, candidates["key"][1:] != candidates["key"][:-1])
+    is_counted = np.ones(len(candidates), bool)
+    if config.count == "document":
+        is_counted[1:] = is_new_key[1:] | (candidates["id_hash"][1:] != candidates["id_hash"][:-1])
+    number = np.cumsum(is_counted)
+    first = number[is_new_key][np.cumsum(is_new_key) - 1]
+    return candidates[number - first < config.keep_first]
 
 
-class _Marks:
-    """Which lines of a shard are too frequent, and how often they occur."""
+def _find_first(inputs: list[Path], out: Path, config: _CountConfig, num_partitions: int) -> dict[str, Any]:
+    """part-<p>: of a shard's lines that are too frequent those that may be among the first of all shards."""
+    held = np.zeros(0, _CANDIDATE)
+    first_line = 0
+    limit = _CANDIDATES
+    with ShardLines(inputs[0], inputs[1:]) as lines:
+        while len(rows := lines.next_rows(CHUNK_DOCUMENTS)):
+            keys, begins, counts = lines.marks_of(rows, _salts(inputs[0], rows, config))
+            marked = np.flatnonzero(counts)
+            document = np.searchsorted(begins, marked, side="right") - 1
+            more = np.zeros(len(marked), _CANDIDATE)
+            more["key"], more["id_hash"] = keys[marked], rows["id_hash"][document]
+            more["line"], more["place"] = marked - begins[document], marked + first_line
+            held = np.concatenate([held, more])
+            if len(held) > limit:
+                held = _first_of_each(held, config)
+                limit = max(_CANDIDATES, 2 * len(held))
+            first_line += len(keys)
+    held = _first_of_each(held, config)
+    parts = (held["key"] >> np.uint64(1)) % np.uint64(num_partitions)
+    for part in range(num_partitions):
+        (out / f"part-{part:05d}").write_bytes(held[parts == part].tobytes())
+    return {}
 
-    def __init__(self, keys_folder: Path, tables: list[Path], config: _CountConfig):
-        frequent = np.concatenate([np.load(path) for path in tables])
-        frequent = frequent[np.argsort(frequent["key"])]
-        self.keys, self.begins = _salted_keys(keys_folder, config)
-        places = np.searchsorted(frequent["key"], self.keys)
-        places[places == len(frequent)] = 0
-        found = frequent["key"][places] == self.keys if len(frequent) else np.zeros(len(self.keys), bool)
-        self.counts = np.zeros(len(self.keys), np.int64)
-        self.counts[found] = frequent["count"][places[found]]
-        self.examples: dict[int, tuple[int, str]] = {}  # key -> (count, the line as it stood)
 
-    def of_document(self, row: int) -> NDArray[np.bool_]:
-        """One flag per line of the document."""
-        return self.counts[self.begins[row] : self.begins[row + 1]] > 0
-
-    def note(self, row: int, removed: list[int], text: str) -> None:
-        """Remember removed lines for the report: of equal keys the line that sorts first."""
-        lines = text.split("\n")
-        for number in removed:
-            place = self.begins[row] + number
-            entry = (int(self.counts[place]), lines[number].strip())
-            key = int(self.keys[place])
-            self.examples[key] = min(self.examples.get(key, entry), entry)
+def _choose_first(inputs: list[Path], out: Path, config: _CountConfig) -> dict[str, Any]:
+    """first-<shard>: places of the lines of a shard that stay although they are too frequent, uint64, sorted."""
+    pieces = [np.fromfile(path, _CANDIDATE) for path in inputs]
+    shards = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
+    candidates = np.concatenate(pieces) if pieces else np.zeros(0, _CANDIDATE)
+    candidates["place"] |= shards.astype(np.uint64) << np.uint64(40)  # the last to decide: ids are one then
+    chosen = _first_of_each(candidates, config)["place"]
+    for shard in range(len(pieces)):
+        ours = chosen[chosen >> np.uint64(40) == shard] & np.uint64((1 << 40) - 1)
+        (out / f"first-{shard:05d}").write_bytes(np.sort(ours).tobytes())
+    return {"lines_kept_as_first": len(chosen)}
 
 
 def _drop_lines(inputs: list[Path], out: Path, config: _CountConfig) -> dict[str, Any]:
-    """Stage function. inputs: a shard of documents, its keys, and the frequent keys of every partition."""
-    marks = _Marks(inputs[1], inputs[2:], config)
-    num_documents = num_removed = num_changed = bytes_in = 0
+    """Stage function. inputs: a shard of documents, its keys, the marks of every partition, places that stay."""
+    marks, firsts = inputs[2 : 2 + config.num_partitions], inputs[2 + config.num_partitions :]
+    stays = np.concatenate([np.zeros(0, np.uint64), *(np.fromfile(path, np.uint64) for path in firsts)])
+    removed = _text.RemovedLines(MAX_REPORTED_LINES)
+    counters = dict.fromkeys(("docs_in", "docs_out", "bytes_in", "bytes_out", "docs_changed", "lines_removed"), 0)
+    first_line = 0
     with (
+        ShardLines(inputs[1], marks) as lines,
         DocumentWriter(out / "documents.jsonl.zst") as kept_writer,
         DocumentWriter(out / "dropped.jsonl.zst") as dropped_writer,
     ):
-        for row, document in enumerate(read_documents(inputs[0])):
-            num_documents += 1
-            bytes_in += len(document.text.encode())
-            marked = marks.of_document(row)
-            text, removed = _remove_lines(document.text, marked, config) if marked.any() else (document.text, [])
-            if not removed:
-                kept_writer.write(document)
-                continue
-            marks.note(row, removed, document.text)
-            num_removed += len(removed)
-            num_changed += 1
-            if text.strip() and len(text) >= config.min_kept_share * len(document.text):
-                kept_writer.write(with_meta(replace(document, text=text), lines_removed=len(removed)))
-            else:
-                share = round(1 - len(text) / len(document.text), 6)
-                document = with_meta(document, lines_removed=len(removed), share_removed=share)
-                dropped_writer.write(document, reason="duplicate_lines")
-    _write_removed(out / "removed_lines.jsonl", marks.examples)
+        for documents in batches(read_documents(inputs[0])):
+            rows = lines.next_rows(len(documents))
+            keys, begins, counts = lines.marks_of(rows, _salts(inputs[1], rows, config))
+            if len(stays):
+                ours = stays[(stays >= first_line) & (stays < first_line + len(keys))]
+                counts[ours.astype(np.int64) - first_line] = 0
+            first_line += len(keys)
+            texts = _counted_texts(documents, config)
+            new_texts, num_removed = _text.remove_lines(texts, begins, counts, keys, config.code_aware, removed)
+            counters["docs_in"] += len(documents)
+            counters["lines_removed"] += int(num_removed.sum())
+            counters["docs_changed"] += int(np.count_nonzero(num_removed))
+            for document, text, number in zip(documents, new_texts, num_removed.tolist(), strict=True):
+                if text is None:
+                    kept_writer.write(document)
+                elif text.strip() and len(text) >= config.min_kept_share * len(document.text):
+                    counters["bytes_in"] += len(document.text.encode()) - len(text.encode())
+                    kept_writer.write(with_meta(replace(document, text=text), lines_removed=number))
+                else:
+                    share = round(1 - len(text) / len(document.text), 6)
+                    document = with_meta(document, lines_removed=number, share_removed=share)
+                    dropped_writer.write(document, reason="duplicate_lines")
+    _write_removed(out / "removed_lines.jsonl", removed.entries())
+    counters["docs_out"] = kept_writer.num_documents
+    counters["bytes_out"] = kept_writer.text_bytes
+    counters["bytes_in"] += kept_writer.text_bytes + dropped_writer.text_bytes
     num_dropped = dropped_writer.num_documents
-    return {
-        "docs_in": num_documents,
-        "docs_out": kept_writer.num_documents,
-        "bytes_in": bytes_in,
-        "bytes_out": kept_writer.text_bytes,
-        "dropped": {"duplicate_lines": num_dropped} if num_dropped else {},
-        "docs_changed": num_changed,
-        "lines_removed": num_removed,
-    }
+    return {**counters, "dropped": {"duplicate_lines": num_dropped} if num_dropped else {}}
 
 
-def _write_removed(path: Path, removed_lines: dict[int, tuple[int, str]]) -> None:
+def _write_removed(path: Path, entries: list[tuple[int, str]]) -> None:
     """The most frequent removed lines with their count in the bucket, one JSON object a line."""
-    entries = sorted(removed_lines.values(), key=lambda entry: (-entry[0], entry[1]))
     with open(path, "w", encoding="utf-8", newline="\n") as f:
-        for count, line in entries[:MAX_REPORTED_LINES]:
+        for count, line in entries:
             f.write(json.dumps({"line": line[:500], "count": count}, ensure_ascii=True) + "\n")
 
 
 def dedup_lines(
     run: Run, inputs: Sequence[Path], config: LineDedupConfig | None = None, *, name: str = "dedup_lines"
 ) -> StageResult:
-    """Remove the lines that occur more than `max_count` times in their bucket, all of their occurrences.
+    """Remove the lines that occur more than `max_count` times in their bucket, all but the first `keep_first` of them.
 
     inputs: document files.  The result's task folders hold documents.jsonl.zst (meta.lines_removed where text changed),
     dropped.jsonl.zst (reason "duplicate_lines": nothing was left) and removed_lines.jsonl, one task per input.
@@ -286,6 +333,20 @@ def dedup_lines(
     frequent = run.exchange(
         f"{name}.count", _partition, _find_frequent, keyed.tasks, num_partitions=config.num_partitions, config=counting
     )
-    tables = frequent.files("frequent.npy")
-    shards = [[path, task, *tables] for path, task in zip(files, keyed.tasks, strict=True)]
+    first: list[Path] = []
+    if config.keep_first:
+        needed = math.ceil(frequent.counters.get("marked_lines", 0) * 3 * _CANDIDATE.itemsize / config.max_memory)
+        groups = [[task, *_marks_of_shard(frequent, shard)] for shard, task in enumerate(keyed.tasks)]
+        num_partitions = min(256, max(config.num_partitions, needed))
+        first = run.exchange(
+            f"{name}.first", _find_first, _choose_first, groups, num_partitions=num_partitions, config=counting
+        ).tasks
+    shards = [
+        [path, task, *_marks_of_shard(frequent, shard), *(folder / f"first-{shard:05d}" for folder in first)]
+        for shard, (path, task) in enumerate(zip(files, keyed.tasks, strict=True))
+    ]
     return run.map(name, _drop_lines, shards, config=counting)
+
+
+def _marks_of_shard(frequent: StageResult, shard: int) -> list[Path]:
+    return [task / f"shard-{shard:05d}" for task in frequent.tasks]

@@ -3,19 +3,24 @@
 Source: The Llama 3 Herd of Models, section 3.1.1 (arXiv:2407.21783). What counts as the same URL is decided here.
 """
 
-import contextlib
-import hashlib
-import json
+import math
 import re
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, unquote_plus, urlsplit, urlunsplit
 
-from herdkern.data.document import read_documents
+import numpy as np
+from numpy.typing import NDArray
+
+from herdkern import _text
+from herdkern.data.document import Document, read_documents
 from herdkern.dedup.drop import Decision, drop_documents, write_decisions
+from herdkern.dedup.line_files import batches, read_chunks
 from herdkern.engine import Run, StageResult
 
 TRACKING_PARAMETERS = (
@@ -25,6 +30,14 @@ TRACKING_PARAMETERS = (
 )  # fmt: skip
 _SESSION_IN_PATH = re.compile(r";(jsessionid|phpsessid|sid)=[^/?#]*", re.IGNORECASE)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
+TABLE_BYTES_PER_URL = 22  # 16 bytes a slot, at most 3/4 full
+# What is exchanged: 48 bytes, csrc/text/url_table.h. name: where id and URL lie in names.bin.
+_RECORD = np.dtype(
+    [("low", "<u8"), ("high", "<u8"), ("timestamp", "<i8"), ("length", "<u4"), ("row", "<u4"), ("id_prefix", "<u8"),
+     ("name", "<u8")]
+)  # fmt: skip
+_CHUNK_RECORDS = 1 << 16
+_ASK, _HAS_KEY = 0, 1  # of _text.url_keys; 2 is an empty URL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +45,22 @@ class UrlDedupConfig:
     """What makes two URLs one.
 
     ignored_parameters: query parameters that do not count, in lower case, `*` matches anything.
+    max_memory: bytes that a task may use for its table.
     """
 
     ignored_parameters: tuple[str, ...] = TRACKING_PARAMETERS
     merge_schemes: bool = True  # http and https are one
     merge_trailing_slash: bool = True
     num_partitions: int = 4
+    max_memory: int = 1 << 30
 
     def __post_init__(self) -> None:
         if self.num_partitions < 1:
             raise ValueError(f"UrlDedupConfig: num_partitions must be at least 1, got {self.num_partitions}")
+        if self.num_partitions > 256:
+            raise ValueError(f"UrlDedupConfig: num_partitions must be at most 256, got {self.num_partitions}")
+        if self.max_memory < 1 << 20:
+            raise ValueError(f"UrlDedupConfig: max_memory must be at least 1 MiB in bytes, got {self.max_memory}")
 
 
 def canonical_url(url: str, config: UrlDedupConfig | None = None) -> str:
@@ -62,7 +81,8 @@ def canonical_url(url: str, config: UrlDedupConfig | None = None) -> str:
         return ""
     if config.merge_trailing_slash and urlsplit(plain).path not in ("", "/"):
         head, mark, query = plain.partition("?")
-        plain = head.rstrip("/") + mark + query
+        host, _, path = head.partition("://")[2].partition("/")
+        plain = f"{plain[: plain.index('://')]}://{host}/{path.rstrip('/')}{mark}{query}"
     return plain
 
 
@@ -83,52 +103,152 @@ def _is_ignored(field: str, config: UrlDedupConfig) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in config.ignored_parameters)
 
 
-def _key(url: str) -> str:
-    return hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
+def native_rules(config: UrlDedupConfig) -> Any:
+    """The rules as the native path knows them, None if a pattern asks for more than equality or a prefix."""
+    names = [name for name in config.ignored_parameters if "*" not in name]
+    prefixes = [name[:-1] for name in config.ignored_parameters if "*" in name]
+    if any(re.search(r"[^a-z0-9_.-]", name) or len(name) > 64 for name in names + prefixes):
+        return None
+    return _text.UrlRules(config.merge_schemes, config.merge_trailing_slash, names, prefixes)
+
+
+def url_keys(
+    urls: Sequence[str], config: UrlDedupConfig | None = None, *, num_threads: int = 1
+) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+    """(keys uint64 (n, 2), whether each is a web address): equal keys for equal canonical forms; 128 bits.
+
+    URLs that need only simple rules never become Python objects; canonical_url has the last word on all others.
+    """
+    config = config or UrlDedupConfig()
+    rules = native_rules(config)
+    if rules is None:
+        keys, found = np.zeros((len(urls), 2), np.uint64), np.zeros(len(urls), np.uint8)
+    else:
+        keys, found = _text.url_keys(urls, rules, num_threads)
+    asked = np.flatnonzero(found == _ASK)
+    if len(asked):
+        forms = [canonical_url(urls[place], config) for place in asked.tolist()]
+        keys[asked] = _text.hash_urls(forms)
+        found[asked] = [bool(form) for form in forms]
+    return keys, found == _HAS_KEY
+
+
+def _records_of(documents: list[Document], first_row: int, config: UrlDedupConfig) -> tuple[NDArray[Any], list[bytes]]:
+    """(records of the documents with a web address, but for `name`; what names.bin holds of each)."""
+    keys, is_web = url_keys([document.url for document in documents], config)
+    places = np.flatnonzero(is_web)
+    chosen = [documents[place] for place in places.tolist()]
+    ids = [document.id.encode("utf-8", "surrogatepass") for document in chosen]
+    records = np.zeros(len(chosen), _RECORD)
+    records["low"], records["high"] = keys[places, 0], keys[places, 1]
+    records["timestamp"] = [document.timestamp for document in chosen]
+    records["length"] = [len(document.text) for document in chosen]
+    records["row"] = places + first_row
+    records["id_prefix"] = np.array([id_[:8] for id_ in ids] or [b""], "S8").view(">u8")[: len(ids)]
+    names = []
+    for id_, document in zip(ids, chosen, strict=True):
+        url = document.url.encode("utf-8", "surrogatepass")
+        names.append(struct.pack("<II", len(id_), len(url)) + id_ + url)
+    return records, names
 
 
 def _partition(inputs: list[Path], out: Path, config: UrlDedupConfig, num_partitions: int) -> dict[str, Any]:
-    """One line [key, timestamp, length, id, row, URL] per document with a web address, by key."""
-    num_urls = num_others = 0
-    with contextlib.ExitStack() as stack:
-        names = [out / f"part-{p:05d}" for p in range(num_partitions)]
-        files = [stack.enter_context(open(name, "w", encoding="utf-8", newline="\n")) for name in names]
-        for row, document in enumerate(read_documents(inputs[0])):
-            url = canonical_url(document.url, config)
-            if not url:
-                num_others += 1
-                continue
-            num_urls += 1
-            key = _key(url)
-            record = [key, document.timestamp, len(document.text), document.id, row, document.url]
-            files[int(key[:8], 16) % num_partitions].write(json.dumps(record) + "\n")
-    return {"urls": num_urls, "documents_without_url": num_others}
+    """part-<p>/records.bin and names.bin: one record for each document with a web address, by key, in row order."""
+    num_urls = num_documents = 0
+    ends = [0] * num_partitions
+    with ExitStack() as stack:
+        files = []
+        for p in range(num_partitions):
+            folder = out / f"part-{p:05d}"
+            folder.mkdir()
+            files.append([stack.enter_context(open(folder / name, "wb")) for name in ("records.bin", "names.bin")])
+        for documents in batches(read_documents(inputs[0])):
+            records, names = _records_of(documents, num_documents, config)
+            num_documents += len(documents)
+            num_urls += len(records)
+            parts = (records["low"] >> np.uint64(32)) * np.uint64(num_partitions) >> np.uint64(32)
+            for p, (record_file, name_file) in enumerate(files):
+                ours = np.flatnonzero(parts == p)
+                our_names = [names[place] for place in ours.tolist()]
+                some = records[ours]
+                sizes = np.array([0, *map(len, our_names)], np.uint64)
+                some["name"] = np.cumsum(sizes)[:-1] + np.uint64(ends[p])
+                ends[p] += int(sizes.sum())
+                record_file.write(some.tobytes())
+                name_file.write(b"".join(our_names))
+    return {"urls": num_urls, "documents_without_url": num_documents - num_urls}
+
+
+class _Pieces:
+    """The records of one partition, shard after shard, numbered through."""
+
+    def __init__(self, folders: Sequence[Path]):
+        self.folders = folders
+        sizes = [(folder / "records.bin").stat().st_size // _RECORD.itemsize for folder in folders]
+        self.firsts = [0, *np.cumsum(sizes, dtype=np.int64).tolist()]
+        self.num_records = self.firsts[-1]
+        if self.num_records >= 1 << 32:
+            raise ValueError(
+                f"dedup_urls: a partition must hold fewer than 2^32 URLs, got {self.num_records}; raise num_partitions"
+            )
+
+    def table(self, num_records: int, part: int, num_parts: int) -> Any:
+        """An empty native table for the records of one part of all keys."""
+        pieces = [
+            (str(folder / "records.bin"), str(folder / "names.bin"), first, end)
+            for folder, first, end in zip(self.folders, self.firsts[:-1], self.firsts[1:], strict=True)
+        ]
+        return _text.UrlTable(pieces, num_records, part, part + 1, num_parts)
+
+    def chunks(self, shard: int) -> Iterator[tuple[int, NDArray[Any]]]:
+        """(number of the first, records) of a shard, in pieces."""
+        for begin, records in read_chunks(self.folders[shard] / "records.bin", _RECORD, _CHUNK_RECORDS):
+            yield self.firsts[shard] + begin, records
 
 
 def _keep_newest(inputs: list[Path], out: Path, config: UrlDedupConfig) -> dict[str, Any]:
-    """For each shard, drop-<shard>: its documents of which a newer, longer or smaller-id version exists."""
-    best: dict[str, tuple[int, int, str, int, int, str]] = {}
-    for shard, path in enumerate(inputs):
-        for key, timestamp, length, id_, row, url in _read_records(path):
-            entry = (-timestamp, -length, id_, shard, row, url)
-            if key not in best or entry < best[key]:
-                best[key] = entry
-    num_dropped = 0
-    for shard, path in enumerate(inputs):
-        decisions = []
-        for key, _, _, _, row, _ in _read_records(path):
-            kept = best[key]
-            if kept[3:5] != (shard, row):
-                meta = {"kept_id": kept[2], "kept_url": kept[5], "kept_timestamp": -kept[0]}
-                decisions.append(Decision(row=row, reason="duplicate_url", meta=meta))
-        num_dropped += len(decisions)
-        write_decisions(out / f"drop-{shard:05d}", decisions)
-    return {"distinct_urls": len(best), "duplicate_urls": num_dropped}
+    """For each shard, drop-<shard>: its documents of which a newer, longer or smaller-id version exists.
+
+    More records than max_memory has room for are taken in several ranges of keys; for each the files are read anew.
+    """
+    part = int(inputs[0].name.removeprefix("part-")) if inputs else 0
+    pieces = _Pieces(inputs)
+    num_passes = max(1, math.ceil(pieces.num_records * TABLE_BYTES_PER_URL / config.max_memory))
+    share = pieces.num_records / num_passes
+    room = pieces.num_records if num_passes == 1 else int(share + 10 * math.sqrt(share) + 100)
+    num_urls = num_dropped = 0
+    for number in range(num_passes):
+        table = pieces.table(room, part * num_passes + number, config.num_partitions * num_passes)
+        for shard in range(len(inputs)):
+            for first, records in pieces.chunks(shard):
+                table.add(records.view(np.uint8), first)
+        num_urls += table.num_urls()
+        for shard in range(len(inputs)):
+            with open(out / f"drop-{shard:05d}.{number}", "wb") as file:
+                for first, records in pieces.chunks(shard):
+                    winners = table.find(records.view(np.uint8), first)
+                    lost = np.flatnonzero(winners != np.arange(first, first + len(records), dtype=np.uint32))
+                    file.write(np.stack([records["row"][lost], winners[lost]], axis=1).tobytes())
+                    num_dropped += len(lost)
+    names = pieces.table(0, 0, 1)
+    for shard in range(len(inputs)):
+        files = [out / f"drop-{shard:05d}.{number}" for number in range(num_passes)]
+        lost = np.concatenate([np.fromfile(path, np.uint32) for path in files]).reshape(-1, 2)
+        lost = lost[np.argsort(lost[:, 0])]
+        write_decisions(out / f"drop-{shard:05d}", (_decision(names, row, winner) for row, winner in lost.tolist()))
+        for path in files:
+            path.unlink()
+    return {"distinct_urls": num_urls, "duplicate_urls": num_dropped}
 
 
-def _read_records(path: Path) -> list[list[Any]]:
-    with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
+def _decision(names: Any, row: int, winner: int) -> Decision:
+    timestamp, id_, url = names.describe(winner)
+    meta = {
+        "kept_id": id_.decode("utf-8", "surrogatepass"),
+        "kept_url": url.decode("utf-8", "surrogatepass"),
+        "kept_timestamp": timestamp,
+    }
+    return Decision(row=row, reason="duplicate_url", meta=meta)
 
 
 def dedup_urls(

@@ -105,13 +105,3 @@ def signature(data, num_slots, ngram_size, seed):
         min(((a | 1) * x + b) & 0xFFFFFFFF for x in reduced) if reduced else 0xFFFFFFFF
         for a, b in zip(values[0::2], values[1::2], strict=True)
     ]
-
-
-def line_keys(data):
-    keys = []
-    for line in data.split(b"\n"):
-        key = 0
-        for word in words(line, zero_digits=True):
-            key = (multiply_fold(key ^ hash_bytes(word), 0xD1B54A32D192ED03) + GOLDEN) & MASK
-        keys.append(key)
-    return keys

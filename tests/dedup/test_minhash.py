@@ -107,9 +107,6 @@ def test_any_bytes_give_the_same_on_every_level(data):
     results = [signatures([data], num_bands=4, rows_per_band=4, num_threads=1, level=level) for level in LEVELS]
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
-    keys = [_text.line_keys([data], 1, level)[0] for level in LEVELS]
-    for other in keys[1:]:
-        np.testing.assert_array_equal(other, keys[0])
 
 
 def library_texts(max_bytes):
@@ -140,11 +137,9 @@ def test_a_long_document_is_the_sum_of_its_windows():
 
 
 @pytest.mark.parametrize("text", [*NASTY, " ".join(WORDS)], ids=range(len(NASTY) + 1))
-def test_shingles_and_line_keys_equal_the_plain_definition(text):
+def test_shingles_equal_the_plain_definition(text):
     for level in LEVELS:
         assert shingle_hashes([text], level=level)[0].tolist() == twin.shingles(as_bytes(text), 5)
-        lines = text + "\n" + text.upper() + "\n\n 12:30, 7 files\n"
-        assert _text.line_keys([lines], 1, level)[0].tolist() == twin.line_keys(as_bytes(lines))
 
 
 def test_every_kind_of_white_space_separates_words():

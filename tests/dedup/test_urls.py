@@ -1,10 +1,14 @@
+import itertools
 import random
 from collections import defaultdict
 
+import numpy as np
 import pytest
 
+from herdkern import _text
 from herdkern.data.document import Document, read_documents, write_documents
 from herdkern.dedup import UrlDedupConfig, canonical_url, dedup_urls
+from herdkern.dedup.urls import native_rules, url_keys
 from herdkern.engine import Run
 
 SAME = [
@@ -149,3 +153,255 @@ def test_order_shards_and_partitions_do_not_matter(tmp_path, num_partitions):
 def test_a_bad_setting_is_named():
     with pytest.raises(ValueError, match="num_partitions must be at least 1, got 0"):
         UrlDedupConfig(num_partitions=0)
+
+
+SCHEMES = ["http://", "https://", "HTTP://", "hTTps://", "http:/", "http:", "ftp://", "//", "", "http:///", "httpx://",
+           " http://", "\thttp://", "http://\t"]  # fmt: skip
+HOSTS = [
+    "example.com", "EXAMPLE.Com", "h", "h.", "h..", "a..b", "a-b_c.d", "xn--bcher-kva.de", "bücher.de",
+    "1.2.3.4", "0x7f.1", "[::1]", "user@h", "u:p@h", "", "-", ".h", "h:80", "h:443", "h:8080", "h:", "h:0",
+    "h:080", "h:99999", "h:65535", "h:65536", "h:80a", "h%41", "x" * 70 + ".com", "h\\x", "h,x", "h!", " h",
+    "h ", "ＨＯＳＴ.com",
+]  # fmt: skip
+PIECES = [
+    "/", "//", "/.", "/..", "/./", "/../", "a", "B", "%41", "%7e", "%7E", "%2e", "%2E", "%2f", "%3F", "%25",
+    "%2525", "%C3%A9", "%c3%a9", "é", "中", "~", "-", "_", ".", "!", "$", "&", "'", "(", ")", "*", "+", ",", ";",
+    "=", ":", "@", "%20", " ", "%", "%4", "%zz", '"', "<", ">", "[", "]", "^", "`", "{", "|", "}", "\\", "%22",
+    "%3C", "%5B", "%5D", "%7C", "%5C", "%23", "%00", "%0A", "\t", "\n", "\x7f", "\x00", "%7F", ";jsessionid=12",
+    "index.html", "?", "#", "\u2003", "\xa0", "\u212a", "\ud800", "😀", "%F0%9F%98%80", "%E9", "..", ".hidden",
+    "/...", "%2F", "%3b", "%3B",
+]  # fmt: skip
+FIELDS = [
+    "=", "&", "&&", "a=1", "b=2", "a=", "=v", "utm_source=x", "UTM_Medium=y", "%75tm_x=1", "fbclid=1", "FBCLID",
+    "fbclid", "ref_src", "sid=3", "PHPSESSID=2", "aspsessionidX=1", "a=2", "a=10", "A=1", "q=a+b", "q=a%20b",
+    "q=%E9", "utm_=", "utm", "xutm_a=1", "\u0130=1", "mkt_to\u212a=1", "a;b=1", "x=%26%3D", *PIECES,
+]  # fmt: skip
+CONFIGS = [
+    UrlDedupConfig(),
+    UrlDedupConfig(merge_schemes=False, merge_trailing_slash=False, ignored_parameters=()),
+    UrlDedupConfig(ignored_parameters=("a", "utm_*", "b")),
+]
+
+
+def torture_url(rng):
+    url = rng.choice(SCHEMES if rng.random() < 0.2 else SCHEMES[:4])
+    url += rng.choice(HOSTS if rng.random() < 0.4 else HOSTS[:7])
+    if rng.random() < 0.8:
+        url += "/" + "".join(rng.choice(PIECES) for _ in range(rng.randint(0, 4)))
+    if rng.random() < 0.6:
+        url += "?" + "".join(rng.choice(FIELDS) + rng.choice(["", "&", "&"]) for _ in range(rng.randint(0, 5)))
+    if rng.random() < 0.2:
+        url += "#" + "".join(rng.choice(PIECES) for _ in range(rng.randint(0, 3)))
+    return url + rng.choice([" ", "\n", "\u3000", "\x1f", "\x85"]) if rng.random() < 0.05 else url
+
+
+def torture(seed, number):
+    """Share of the URLs that the native path takes; it agrees with canonical_url on each of these."""
+    rng, taken = random.Random(seed), 0
+    for config in CONFIGS:
+        urls = [torture_url(rng) for _ in range(number)]
+        for url, form in zip(urls, _text.canonicalise_urls(urls, native_rules(config)), strict=True):
+            if form is not None:
+                taken += 1
+                assert form == canonical_url(url, config), repr(url)
+    return taken / number / len(CONFIGS)
+
+
+def test_the_native_path_equals_the_library_or_hands_back():
+    assert torture(1, 4000) > 0.2
+
+
+@pytest.mark.full
+def test_the_native_path_equals_the_library_or_hands_back_at_length():
+    for seed in range(10):
+        assert torture(10 + seed, 100_000) > 0.2
+
+
+def test_every_byte_and_escape_at_every_place_equals_the_library():
+    places = [
+        "http://h{}",
+        "http://h{}x/",
+        "http://h/{}",
+        "http://h/a{}b/",
+        "http://h/?{}",
+        "http://h/?a{}=1&b",
+        "http://h/?a={}&a=0",
+    ]
+    texts = [chr(c) for c in range(256)] + [f"%{c:02x}" for c in range(256)] + [f"%{c:02X}" for c in range(256)]
+    urls = [place.format(text) for place in places for text in texts]
+    for config in CONFIGS:
+        forms = _text.canonicalise_urls(urls, native_rules(config))
+        for url, form in zip(urls, forms, strict=True):
+            assert form is None or form == canonical_url(url, config), repr(url)
+        assert sum(form is not None for form in forms) > len(urls) // 2
+
+
+def test_keys_are_those_of_the_canonical_form():
+    rng = random.Random(4)
+    urls = [torture_url(rng) for _ in range(3000)] + ["", "no url", *NOT_WEB, *itertools.chain(*SAME)]
+    forms = [canonical_url(url) for url in urls]
+    for config in (UrlDedupConfig(), UrlDedupConfig(ignored_parameters=(*UrlDedupConfig().ignored_parameters, "z[x]"))):
+        keys, is_web = url_keys(urls, config, num_threads=2)
+        assert is_web.tolist() == [bool(form) for form in forms]
+        by_form = {form: tuple(key) for form, key in zip(forms, keys.tolist(), strict=True) if form}
+        assert all(by_form[form] == tuple(key) for form, key in zip(forms, keys.tolist(), strict=True) if form)
+        assert len(set(by_form.values())) == len(by_form)
+
+
+def test_keys_of_similar_urls_differ_in_half_of_their_bits():
+    urls = [f"http://h.org/{'x' * (i % 60)}{i}" for i in range(20_000)]
+    keys, _ = url_keys(urls)
+    assert len({tuple(key) for key in keys.tolist()}) == len(urls)
+    bits = np.unpackbits((keys[1:] ^ keys[:-1]).view(np.uint8), axis=1)
+    share = bits.mean(axis=0)
+    assert abs(share - 0.5).max() < 5 * 0.5 / len(share) ** 0.5 / (len(urls) / len(share)) ** 0.5
+
+
+def test_slashes_alone_are_the_root():
+    assert canonical_url("http://h//") == canonical_url("http://h/") == "http://h/"
+    assert canonical_url("http://h///?a=1") == "http://h/?a=1"
+
+
+def real_urls(rng, number):
+    """Addresses as they stand in crawls: (class, URL); a class has the variants that one page is met by."""
+    words = [
+        "news",
+        "Artikel",
+        "2024",
+        "index.html",
+        "caf%C3%A9",
+        "wiki",
+        "Straße",
+        "view.php",
+        "p",
+        "über-uns",
+        "tag",
+        "a_b",
+        "x.y",
+    ]
+    found = []
+    for page in range(number):
+        host = f"{rng.choice(['www.', '', 'm.'])}site{rng.randrange(number // 20 + 1)}.{rng.choice(['com', 'org', 'de', 'co.uk'])}"
+        path = "/".join(rng.choice(words) for _ in range(rng.randint(0, 4))) + f"/{page}"
+        query = [
+            f"{rng.choice('abcdq')}={rng.choice(words)}{rng.randrange(99)}"
+            for _ in range(rng.choice([0, 0, 0, 1, 2, 3]))
+        ]
+        query.sort()
+        for _ in range(rng.choice([1, 1, 1, 2, 3])):
+            fields = [*query, *rng.choice([[], [], ["utm_source=feed"], ["fbclid=Iw" + str(rng.random())]])]
+            rng.shuffle(fields)
+            scheme, name = rng.choice(["http", "https", "HTTP"]), rng.choice([host, host, host.upper()])
+            port = rng.choice(["", "", "", ":443" if scheme == "https" else ":80"])
+            end = rng.choice(["", "", "/", "#top", "#"])
+            url = f"{scheme}://{name}{port}/{path}"
+            if end == "/":
+                url += "/"
+            url += "?" * bool(fields) + "&".join(fields) + (end if "#" in end else "")
+            found.append((page, url))
+    return found
+
+
+def check_million(tmp_path, number, max_memory):
+    rng = random.Random(7)
+    found = real_urls(rng, number)
+    rng.shuffle(found)
+    documents, best = [], {}
+    for i, (page, url) in enumerate(found):
+        document = Document(
+            id=f"{rng.getrandbits(64):016x}", text="x" * rng.randint(0, 2), url=url, timestamp=rng.choice([0, 3, 3, 8])
+        )
+        documents.append(document)
+        order = (-document.timestamp, -len(document.text), document.id)
+        if page not in best or order < best[page][0]:
+            best[page] = (order, i)
+    wanted = {documents[i].id for _, i in best.values()}
+    results = []
+    for shards in (1, 4):
+        folder = tmp_path / str(shards)
+        folder.mkdir()
+        inputs = shards_of(documents, folder, [len(documents) // shards + 1] * shards)
+        documents.reverse()
+        with Run(folder / "run") as run:
+            result = dedup_urls(run, inputs, UrlDedupConfig(max_memory=max_memory, num_partitions=2))
+        assert set(ids_of(result)) == wanted
+        assert result.counters["docs_out"] == len(best) == len(wanted)
+        results.append(ids_of(result))
+    assert results[0] == results[1]
+    share = np.mean(
+        [form is not None for form in _text.canonicalise_urls([u for _, u in found], native_rules(UrlDedupConfig()))]
+    )
+    assert share > 0.95
+
+
+def test_real_shaped_urls_leave_one_of_each_class_and_it_is_the_newest(tmp_path):
+    check_million(tmp_path, 3000, 1 << 30)
+
+
+@pytest.mark.full
+def test_a_million_real_shaped_urls_leave_one_of_each_class_and_it_is_the_newest(tmp_path):
+    check_million(tmp_path, 650_000, 8 << 20)  # the tables are filled in several passes
+
+
+def records_file(folder, records, names=b"", shard=0):
+    part = folder / f"shard-{shard}"
+    part.mkdir(parents=True, exist_ok=True)
+    (part / "records.bin").write_bytes(records.tobytes())
+    (part / "names.bin").write_bytes(names)
+    return str(part / "records.bin"), str(part / "names.bin")
+
+
+def test_passes_and_a_small_table_find_the_same_winners(tmp_path):
+    from herdkern.dedup.urls import _RECORD
+
+    rng = np.random.default_rng(2)
+    number = 30_000
+    records = np.zeros(number, _RECORD)
+    classes = rng.integers(0, 12_000, number)
+    records["low"], records["high"] = rng.integers(0, 1 << 63, (2, 12_000), dtype=np.uint64)[:, classes]
+    records["timestamp"], records["length"] = rng.integers(-3, 3, number), rng.integers(0, 3, number)
+    records["id_prefix"] = rng.permutation(number)
+    order = np.lexsort((records["id_prefix"], -records["length"].astype(np.int64), -records["timestamp"], classes))
+    first = order[np.append(True, np.diff(classes[order]) != 0)]
+    wanted = np.zeros(12_000, np.int64)
+    wanted[classes[first]] = first
+    paths = records_file(tmp_path, records)
+    for num_parts in (1, 5):
+        winners = np.arange(number)
+        for part in range(num_parts):
+            table = _text.UrlTable([(*paths, 0, number)], number, part, part + 1, num_parts)
+            for begin in range(0, number, 7000):
+                table.add(records[begin : begin + 7000].view(np.uint8), begin)
+            found = table.find(records.view(np.uint8), 0)
+            winners = np.where(found != np.arange(number), found, winners)
+        np.testing.assert_array_equal(winners, wanted[classes])
+    table = _text.UrlTable([(*paths, 0, number)], number, 0, 1, 1)
+    assert table.table_bytes() <= 24 * number
+
+
+def test_a_table_names_the_file_that_it_cannot_read(tmp_path):
+    from herdkern.dedup.urls import _RECORD
+
+    records = np.zeros(2, _RECORD)  # one key, and ids of which only names.bin knows more
+    paths = records_file(tmp_path, records)
+    table = _text.UrlTable([(*paths, 0, 2)], 2, 0, 1, 1)
+    with pytest.raises(RuntimeError, match=r"cannot read .*names\.bin: it is too short"):
+        table.add(records.view(np.uint8), 0)
+    table = _text.UrlTable([(str(tmp_path / "gone"), paths[1], 0, 2)], 2, 0, 1, 1)
+    with pytest.raises(RuntimeError, match=r"cannot read .*gone: No such file"):
+        table.add(records.view(np.uint8), 0)
+    with pytest.raises(ValueError, match="records must be whole records of 48 bytes, got 5"):
+        table.add(np.zeros(5, np.uint8), 0)
+
+
+def test_long_ids_decide_beyond_their_first_bytes(tmp_path):
+    documents = [Document(id=f"same-first-bytes-{i}", text="x", url="http://h/") for i in (3, 1, 2)]
+    with Run(tmp_path / "run") as run:
+        result = dedup_urls(run, shards_of(documents, tmp_path, [1, 1, 1]))
+    assert ids_of(result) == ["same-first-bytes-1"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_memory", 5), ("num_partitions", 300)])
+def test_bad_limits_are_named(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be at .* got {value}"):
+        UrlDedupConfig(**{name: value})

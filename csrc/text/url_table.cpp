@@ -1,0 +1,150 @@
+#include "text/url_table.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <stdexcept>
+
+namespace herdkern::text {
+
+namespace {
+
+constexpr int kAhead = 16;  // records whose slots are fetched while earlier ones are worked on
+
+std::vector<std::string> paths_of(const std::vector<UrlPiece>& pieces) {
+  std::vector<std::string> paths;
+  for (const UrlPiece& piece : pieces) {
+    paths.push_back(piece.records);
+    paths.push_back(piece.names);
+  }
+  return paths;
+}
+
+}  // namespace
+
+FileReader::~FileReader() {
+  for (const Open& open : open_)
+    if (open.descriptor >= 0) close(open.descriptor);
+}
+
+void FileReader::read(size_t file, void* to, size_t size, uint64_t offset) {
+  Open& open = open_[file % open_.size()];
+  const auto fail = [&](const char* why) {
+    throw std::runtime_error("dedup_urls: cannot read " + paths_[file] + ": " + why);
+  };
+  if (open.descriptor < 0 || open.file != file) {
+    if (open.descriptor >= 0) close(open.descriptor);
+    open.descriptor = ::open(paths_[file].c_str(), O_RDONLY | O_CLOEXEC);
+    if (open.descriptor < 0) fail(std::strerror(errno));
+    open.file = file;
+  }
+  for (auto* next = static_cast<char*>(to); size > 0;) {
+    const ssize_t got = pread(open.descriptor, next, size, static_cast<off_t>(offset));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) fail(std::strerror(errno));
+    if (got == 0) fail("it is too short");
+    next += got;
+    offset += static_cast<uint64_t>(got);
+    size -= static_cast<size_t>(got);
+  }
+}
+
+UrlTable::UrlTable(const std::vector<UrlPiece>& pieces, uint64_t num_records, int64_t first_part, int64_t last_part,
+                   int64_t num_parts)
+    : files_(paths_of(pieces)),
+      slots_(num_records / 3 * 4 + 8),
+      known_(kKnown),
+      first_part_(first_part),
+      last_part_(last_part),
+      num_parts_(num_parts) {
+  for (const UrlPiece& piece : pieces) numbers_.emplace_back(piece.first, piece.end);
+}
+
+void UrlTable::add(const UrlRecord* records, int64_t size, uint32_t first) {
+  for (int64_t i = 0; i < size; ++i) {
+    if (i + kAhead < size) __builtin_prefetch(&slots_[home_of(records[i + kAhead])], 1);
+    const UrlRecord& record = records[i];
+    if (!is_mine(record)) continue;
+    const uint32_t number = first + static_cast<uint32_t>(i);
+    for (uint64_t at = home_of(record);; at = at + 1 == slots_.size() ? 0 : at + 1) {
+      Slot& slot = slots_[at];
+      if (slot.number_plus_1 == 0) {
+        if (static_cast<uint64_t>(++num_urls_) * 4 > slots_.size() * 3) throw std::runtime_error("too many URLs");
+        slot = {number + 1,
+                {static_cast<uint32_t>(record.low), static_cast<uint32_t>(record.high),
+                 static_cast<uint32_t>(record.high >> 32)}};
+        break;
+      }
+      if (!has_key(slot, record)) continue;
+      const uint32_t best = slot.number_plus_1 - 1;
+      if (is_better(record, number, read_record(best), best)) {
+        slot.number_plus_1 = number + 1;
+        known_[number % kKnown] = {number + 1, record};
+      }
+      break;
+    }
+  }
+}
+
+void UrlTable::find(const UrlRecord* records, int64_t size, uint32_t first, uint32_t* winners) const {
+  for (int64_t i = 0; i < size; ++i) {
+    if (i + kAhead < size) __builtin_prefetch(&slots_[home_of(records[i + kAhead])]);
+    winners[i] = first + static_cast<uint32_t>(i);
+    if (!is_mine(records[i])) continue;
+    for (uint64_t at = home_of(records[i]); slots_[at].number_plus_1; at = at + 1 == slots_.size() ? 0 : at + 1) {
+      if (!has_key(slots_[at], records[i])) continue;
+      winners[i] = slots_[at].number_plus_1 - 1;
+      break;
+    }
+  }
+}
+
+size_t UrlTable::piece_of(uint32_t number) const {
+  const auto after = std::upper_bound(numbers_.begin(), numbers_.end(), number,
+                                      [](uint32_t n, const auto& piece) { return n < piece.second; });
+  if (after == numbers_.end() || number < after->first)
+    throw std::out_of_range("UrlTable: number must be that of a record, got " + std::to_string(number));
+  return static_cast<size_t>(after - numbers_.begin());
+}
+
+const UrlRecord& UrlTable::read_record(uint32_t number) {
+  Known& known = known_[number % kKnown];
+  if (known.number_plus_1 != number + 1) {
+    const size_t piece = piece_of(number);
+    known.number_plus_1 = 0;  // should reading fail
+    files_.read(2 * piece, &known.record, sizeof(UrlRecord),
+                uint64_t{number - numbers_[piece].first} * sizeof(UrlRecord));
+    known.number_plus_1 = number + 1;
+  }
+  return known.record;
+}
+
+std::pair<std::string, std::string> UrlTable::read_name(uint32_t number, uint64_t name, bool with_url) {
+  const size_t file = 2 * piece_of(number) + 1;
+  uint32_t sizes[2];
+  files_.read(file, sizes, sizeof(sizes), name);
+  std::string id(sizes[0], '\0'), url(with_url ? sizes[1] : 0, '\0');
+  files_.read(file, id.data(), id.size(), name + sizeof(sizes));
+  files_.read(file, url.data(), url.size(), name + sizeof(sizes) + id.size());
+  return {id, url};
+}
+
+UrlTable::Description UrlTable::describe(uint32_t number) {
+  const UrlRecord& record = read_record(number);
+  auto [id, url] = read_name(number, record.name, true);
+  return {record.timestamp, std::move(id), std::move(url)};
+}
+
+// Newer, then longer, then of smaller id; the order of the shards decides between documents of one id alone.
+bool UrlTable::is_better(const UrlRecord& a, uint32_t a_number, const UrlRecord& b, uint32_t b_number) {
+  if (a.timestamp != b.timestamp) return a.timestamp > b.timestamp;
+  if (a.length != b.length) return a.length > b.length;
+  if (a.id_prefix != b.id_prefix) return a.id_prefix < b.id_prefix;
+  const int order = read_name(a_number, a.name, false).first.compare(read_name(b_number, b.name, false).first);
+  return order ? order < 0 : a_number < b_number;
+}
+
+}  // namespace herdkern::text
