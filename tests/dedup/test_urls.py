@@ -281,7 +281,7 @@ def real_urls(rng, number):
     ]
     found = []
     for page in range(number):
-        host = f"{rng.choice(['www.', '', 'm.'])}site{rng.randrange(number // 20 + 1)}.{rng.choice(['com', 'de', 'co.uk'])}"
+        host = f"{rng.choice(['www.', '', 'm.'])}site{rng.randrange(number // 20 + 1)}.{rng.choice(['com', 'co.uk'])}"
         path = "/".join(rng.choice(words) for _ in range(rng.randint(0, 4))) + f"/{page}"
         query = [
             f"{rng.choice('abcdq')}={rng.choice(words)}{rng.randrange(99)}"
