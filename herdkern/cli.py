@@ -22,6 +22,7 @@ USAGE = """usage: herdkern COMMAND [ARGUMENTS]
   tokenizer encode  token ids of a text
   extract           clean documents from WARC, HTML, JSONL, Parquet or text
   dedup             drop URL, near-duplicate and repeated-line copies from documents
+  pipeline show     an interleaved pipeline schedule: order, bubble, memory, picture
   env               versions, processor, backends and a self-test
 
 `herdkern COMMAND --help` tells more; `herdkern run RECIPE --help` lists every setting. Version: herdkern --version"""
@@ -266,6 +267,12 @@ def _tokenizer(args: list[str]) -> int:
     return tokenizer_main(args)
 
 
+def _pipeline(args: list[str]) -> int:
+    from herdkern.parallel.cli import main as pipeline_main
+
+    return pipeline_main(args)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     "report": _report,
@@ -274,6 +281,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "extract": _extract,
     "dedup": _dedup,
     "env": _env,
+    "pipeline": _pipeline,
 }
 
 
