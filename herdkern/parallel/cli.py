@@ -29,7 +29,6 @@ def show(
     v: int = 1,
     n: int | None = None,
     layers: int | None = None,
-    forward_time: float = 1.0,
     backward_time: float = 2.0,
     p2p_latency: float = 0.0,
     out: Path | None = None,
@@ -42,8 +41,7 @@ def show(
         v: Chunks (virtual stages) on each rank.
         n: Consecutive micro-batches of a stage; by default the number with the smallest bubble.
         layers: Also list which of so many layers each stage holds.
-        forward_time: Time of one micro-batch through one stage.
-        backward_time: Time of its backward pass.
+        backward_time: Time of the backward pass of a micro-batch through a stage; its forward pass takes 1.
         p2p_latency: Time of a send.
         out: Write the picture to this SVG file.
     """
@@ -52,7 +50,7 @@ def show(
     from herdkern.parallel.pipeline_simulation import simulate
 
     schedule = interleaved_schedule(pp, v, m, n)
-    found = simulate(schedule, forward_time=forward_time, backward_time=backward_time, p2p_latency=p2p_latency)
+    found = simulate(schedule, backward_time=backward_time, p2p_latency=p2p_latency)
     width = max(20, min(160, shutil.get_terminal_size((120, 24)).columns - 45)) if sys.stdout.isatty() else 80
     print(as_text(schedule, found, width=width))
     print("digits: forward passes of the micro-batch that ends in it; letters: backward (a is 0); dots: waiting")

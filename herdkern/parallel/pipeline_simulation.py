@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class PipelineDeadlock(RuntimeError):
     """No rank can go on. `waiting`: for every rank that has not finished, its next action and the one it waits for."""
 
-    def __init__(self, waiting: "dict[int, tuple[Action, Action]]") -> None:
+    def __init__(self, waiting: "dict[int, tuple[Action, Action | None]]") -> None:
         self.waiting = waiting
         stuck = "; ".join(f"rank {rank} at {action} waits for {need}" for rank, (action, need) in waiting.items())
         super().__init__(f"the schedule cannot end: {stuck}")
@@ -108,13 +108,11 @@ def simulate(
                 sends = action.stage < num_stages - 1 if action.kind == "F" else action.stage > 0
                 free[rank] = end if overlap_p2p or not sends else end + latency
                 moved = True
-    waiting = {}
-    for rank in ranks:
-        if len(ends[rank]) < len(schedule.actions[rank]):
-            action = schedule.actions[rank][len(ends[rank])]
-            need = needed_by(action, num_stages)
-            assert need is not None
-            waiting[rank] = (action, need)
+    waiting = {
+        rank: (actions[len(done)], needed_by(actions[len(done)], num_stages))
+        for rank, (actions, done) in enumerate(zip(schedule.actions, ends, strict=True))
+        if len(done) < len(actions)
+    }
     if waiting:
         raise PipelineDeadlock(waiting)
     return Simulation(
