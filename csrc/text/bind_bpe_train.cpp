@@ -98,11 +98,13 @@ MergeArray train(const py::object& words, bool keep_words, std::vector<std::stri
     py::gil_scoped_release release;
     Reporter report(progress);
     if (run != nullptr) {
-      result = train_merges([&](const WordVisitor& visit) { run->for_each(visit); }, options, report);
+      result = train_merges([&](const WordVisitor& visit, bool) { run->for_each(visit); }, options, report);
     } else {
       result = table->with_words([&](WordCounts& counts) {
-        if (!keep_words) options.words_are_read = [&] { counts = WordCounts(); };
-        return train_merges([&](const WordVisitor& visit) { counts.for_each(visit); }, options, report);
+        const auto words = [&](const WordVisitor& visit, bool is_last) {
+          is_last && !keep_words ? counts.give_away(visit) : counts.for_each(visit);
+        };
+        return train_merges(words, options, report);
       });
     }
   }

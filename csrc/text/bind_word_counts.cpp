@@ -54,13 +54,25 @@ class BudgetCounter {
   BudgetCounter(std::shared_ptr<const Splitter> splitter, size_t max_bytes, const std::string& folder, int num_threads)
       : splitter_(std::move(splitter)),
         runs_(folder),
+        max_bytes_(max_bytes),
         counts_(new WordCounts(max_bytes, &runs_)),
         threads_(num_threads) {}
 
+  // Sets room for so much of lines aside, untouched: a buffer that grows is held twice for a moment.
+  void expect_lines(size_t num_bytes) { lines_.reserve(num_bytes); }
   void add_texts(const py::object& texts, int64_t first_index) {
-    const TextBatch batch(texts, "count_shards: texts", first_index);
+    const PythonTexts batch(texts, "count_shards: texts", first_index);
     py::gil_scoped_release release;
-    count_words(batch.views(), *splitter_, threads_, *counts_);
+    count_words(batch.refs(), *splitter_, threads_, *counts_,
+                [&](size_t text, size_t place) { batch.refuse_surrogate(text, place); });
+  }
+  // Writes the table to disk and gives its memory back: something large is coming that needs it.
+  void spill() {
+    py::gil_scoped_release release;
+    counts_->drain();
+    counts_.reset();
+    give_back_memory();
+    counts_.reset(new WordCounts(max_bytes_, &runs_));
   }
   // Pieces of a file of JSON lines, wherever they are cut. `last` ends the file. Returns (number from 1, line) of the
   // lines that Python has to read; their words are not counted.
@@ -97,7 +109,7 @@ class BudgetCounter {
       py::gil_scoped_release release;
       counts_->drain();
       counts_.reset();
-      lines_ = {};
+      std::string().swap(lines_);
       give_back_memory();
     }
     const MergeLimits limits = make_limits(merge_bytes(), 2, folder);  // asked now that the table is gone
@@ -115,6 +127,7 @@ class BudgetCounter {
  private:
   const std::shared_ptr<const Splitter> splitter_;
   RunFile runs_;
+  const size_t max_bytes_;
   std::unique_ptr<WordCounts> counts_;
   const int threads_;
   std::string lines_;  // from the last line border on
@@ -195,6 +208,8 @@ void bind_word_counts(py::module_& m) {
            }),
            py::arg("splitter"), py::arg("max_bytes"), py::arg("folder"), py::arg("num_threads"))
       .def("add_texts", &BudgetCounter::add_texts, py::arg("texts"), py::arg("first_index"))
+      .def("expect_lines", &BudgetCounter::expect_lines, py::arg("num_bytes"))
+      .def("spill", &BudgetCounter::spill)
       .def("add_json_lines", &BudgetCounter::add_json_lines, py::arg("pieces"), py::arg("key"), py::arg("last"))
       .def("finish", &BudgetCounter::finish, py::arg("descriptor"), py::arg("name"), py::arg("begin"),
            py::arg("merge_bytes"), py::arg("folder"), py::arg("progress"))

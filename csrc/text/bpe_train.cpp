@@ -17,7 +17,7 @@ namespace {
 constexpr int kPrefetch = 8;
 constexpr int kMaxThreads = 16;             // each holds two numbers a token
 constexpr size_t kParallelMerge = 1 << 14;  // occurrences from which a merge is worth more threads
-constexpr int64_t kFixedMemory = 48 << 20;  // pairs, heap, buckets: what does not grow with the words
+constexpr int64_t kFixedMemory = 48 << 20;  // pairs, heap, buckets and the scratch of one thread
 constexpr int64_t kThresholdStep = 8;       // where a guess was too high
 
 // What one merge does to the pairs that its occurrences make with one neighbour.
@@ -86,6 +86,11 @@ class Progress {
   double recent_ = 0;  // mean replaced by the last merges
 };
 
+size_t num_symbols(const TrainOptions& options) { return options.tokens.size() + size_t(options.max_new_tokens) + 1; }
+
+// Scratch of a thread.
+int64_t thread_memory(const TrainOptions& options) { return int64_t(2 * sizeof(Change) * num_symbols(options)); }
+
 class Trainer {
  public:
   Trainer(const WordStream& words, const TrainOptions& options);
@@ -106,6 +111,8 @@ class Trainer {
   const std::string& spelling(uint32_t token) const {
     return token < options_.tokens.size() ? options_.tokens[token] : spellings_[token - options_.tokens.size()];
   }
+  static int affordable_threads(const TrainOptions& options);
+  int64_t fixed_memory() const;
   size_t max_slots() const;
   size_t room() const;
 
@@ -128,7 +135,7 @@ class Trainer {
 
 Trainer::Trainer(const WordStream& words, const TrainOptions& options)
     : options_(options),
-      num_threads_(std::clamp(options.num_threads, 1, kMaxThreads)),
+      num_threads_(affordable_threads(options)),
       min_frequency_(std::max<int64_t>(1, options.min_frequency)),
       spells_(options.segment != nullptr || !options.vetoed.empty()),
       words_(words, options.tokens.size() >= kInside<uint16_t>, max_slots()),
@@ -136,7 +143,6 @@ Trainer::Trainer(const WordStream& words, const TrainOptions& options)
       index_(words_, lengths_, options.max_token_length ? options.max_token_length : UINT32_MAX, num_threads_),
       sides_(size_t(num_threads_)),
       progress_(words_.num_slots(), options.max_new_tokens) {
-  if (options.words_are_read) options.words_are_read();
   uint32_t byte_ids[256] = {};
   for (size_t id = 0; id < options.tokens.size(); ++id) {
     const std::string& token = options.tokens[id];
@@ -150,12 +156,22 @@ Trainer::Trainer(const WordStream& words, const TrainOptions& options)
   } else {
     words_.name_bytes(byte_ids);
   }
-  const size_t num_symbols = options.tokens.size() + size_t(options.max_new_tokens) + 1;
   for (Sides& sides : sides_) {
-    sides.before.changes.resize(num_symbols);
-    sides.after.changes.resize(num_symbols);
+    sides.before.changes.resize(num_symbols(options));
+    sides.after.changes.resize(num_symbols(options));
   }
 }
+
+// Those whose scratch takes at most a sixteenth of the memory; one is always there. Which words fit does not depend on
+// it.
+int Trainer::affordable_threads(const TrainOptions& options) {
+  const int wanted = std::clamp(options.num_threads, 1, kMaxThreads);
+  if (options.max_memory == 0) return wanted;
+  return int(std::clamp<int64_t>(1 + options.max_memory / 16 / thread_memory(options), 1, wanted));
+}
+
+// What does not grow with the words.
+int64_t Trainer::fixed_memory() const { return kFixedMemory + (num_threads_ - 1) * thread_memory(options_); }
 
 // Symbols and borders that max_memory has room for: each needs two or four bytes and as much as an occurrence.
 size_t Trainer::max_slots() const {
@@ -169,7 +185,7 @@ size_t Trainer::max_slots() const {
 size_t Trainer::room() const {
   const size_t most = 2 * words_.num_slots() + 64;  // half for the pairs of a scan, half for theirs
   if (options_.max_memory == 0) return most;
-  const auto left = std::max<int64_t>(0, options_.max_memory - kFixedMemory - int64_t(words_.memory()));
+  const auto left = std::max<int64_t>(0, options_.max_memory - fixed_memory() - int64_t(words_.memory()));
   return std::min(most, size_t(left) / sizeof(uint32_t));
 }
 

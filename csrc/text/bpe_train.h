@@ -26,7 +26,6 @@ struct TrainOptions {
   uint32_t max_token_length = 0;           // bytes; 0: no limit
   int64_t max_memory = 0;                  // bytes beyond the input; 0: no limit
   int num_threads = 1;                     // changes the speed alone
-  std::function<void()> words_are_read;    // called when the words are no longer needed; may be null
   std::vector<std::string> tokens;         // by id: those that exist, all single bytes among them
   Segmenter segment;                       // how a word starts; null: as its bytes
   std::unordered_set<std::string> vetoed;  // never become tokens

@@ -84,7 +84,7 @@ TrainWords::TrainWords(const WordStream& words, bool wide, size_t max_slots) : w
   with_symbols([&](auto* symbols) {
     using Symbol = std::remove_pointer_t<decltype(symbols)>;
     symbols[0] = kBorder<Symbol>;
-    words([&](std::string_view word, int64_t count) {
+    const auto lay_out = [&](std::string_view word, int64_t count) {
       if (word.size() < 2) return;
       uint64_t& slot = cursor[count];
       if (slot == 0 || slot + word.size() >= num_slots_) {
@@ -92,7 +92,8 @@ TrainWords::TrainWords(const WordStream& words, bool wide, size_t max_slots) : w
       }
       for (const char c : word) symbols[slot++] = uint8_t(c);
       symbols[slot++] = kBorder<Symbol>;
-    });
+    };
+    words(lay_out, true);
   });
 }
 
@@ -100,7 +101,7 @@ TrainWords::TrainWords(const WordStream& words, bool wide, size_t max_slots) : w
 PerCount TrainWords::plan(const WordStream& words, size_t max_slots) {
   PerCount place;
   int64_t total = 0;  // of all pair frequencies
-  words([&](std::string_view word, int64_t count) {
+  const auto add = [&](std::string_view word, int64_t count) {
     if (word.size() < 2) return;
     place[count] += word.size() + 1;
     num_slots_ += word.size() + 1;
@@ -109,7 +110,8 @@ PerCount TrainWords::plan(const WordStream& words, size_t max_slots) {
         __builtin_add_overflow(total, windows, &total)) {
       throw std::overflow_error("train_bpe: the sum of word count times word length must stay below 2**63");
     }
-  });
+  };
+  words(add, false);
   const auto groups = place.falling();
   if (num_slots_ > max_slots) refuse_size(groups, num_slots_, max_slots);
   uint64_t begin = 1;

@@ -16,9 +16,10 @@
 
 namespace herdkern::text {
 
-// Calls visit(word, count) for every distinct word, in any order; can be called again and visits the same words.
+// Calls visit(word, count) for every distinct word, in any order; can be called again and visits the same words, but
+// not after is_last: then it may drop them as it goes.
 using WordVisitor = std::function<void(std::string_view word, int64_t count)>;
-using WordStream = std::function<void(const WordVisitor& visit)>;
+using WordStream = std::function<void(const WordVisitor& visit, bool is_last)>;
 
 // The ids that a word starts as, written over `ids`: at most as many as bytes. Called from several threads.
 using Segmenter = std::function<void(std::string_view word, std::vector<uint32_t>& ids)>;

@@ -8,8 +8,9 @@
 #include <mutex>
 #include <utility>
 
+#include "text/fork_safe_lock.h"
+#include "text/python_texts.h"
 #include "text/splitter.h"
-#include "text/text_batch.h"
 #include "text/word_counts.h"
 #include "text/word_runs.h"
 
@@ -24,10 +25,11 @@ class CountTable {
   explicit CountTable(std::shared_ptr<const Splitter> splitter) : splitter_(std::move(splitter)) {}
 
   void add_texts(const py::object& texts, int64_t first_index, int num_threads) {
-    const TextBatch batch(texts, "WordCounts.add: texts", first_index);
+    const PythonTexts batch(texts, "WordCounts.add: texts", first_index);
     py::gil_scoped_release release;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    count_words(batch.views(), *splitter_, num_threads, counts_);
+    const std::lock_guard<ForkSafeLock> lock(mutex_);
+    count_words(batch.refs(), *splitter_, num_threads, counts_,
+                [&](size_t text, size_t place) { batch.refuse_surrogate(text, place); });
   }
   void add_words(const py::bytes& blob, const Int64Array& lengths, const Int64Array& counts) {
     const auto bytes = std::string_view(blob);
@@ -37,7 +39,7 @@ class CountTable {
     const int64_t *length = lengths.data(), *count = counts.data();
     const int64_t num_words = lengths.size();
     py::gil_scoped_release release;
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<ForkSafeLock> lock(mutex_);
     for (int64_t i = 0; i < num_words; p += length[i], ++i) {
       if (length[i] <= 0 || length[i] > end - p || count[i] <= 0) {
         throw std::invalid_argument("WordTable: lengths and counts must be positive and lengths end with the blob");
@@ -48,7 +50,7 @@ class CountTable {
   // Adds what a run holds and returns its totals, num_words and num_bytes apart.
   RunTotals add_run(const std::string& path, uint64_t begin, uint64_t end) {
     py::gil_scoped_release release;
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<ForkSafeLock> lock(mutex_);
     RunReader reader({nullptr, path, begin, end});
     while (reader.next()) {
       const auto* word = reinterpret_cast<const uint8_t*>(reader.word().data());
@@ -58,7 +60,7 @@ class CountTable {
   }
   RunTotals write_run(int descriptor, const std::string& name, uint64_t begin) {
     py::gil_scoped_release release;
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<ForkSafeLock> lock(mutex_);
     const File file(descriptor, false, name);
     RunWriter writer(file, begin);
     counts_.for_each_sorted([&](std::string_view word, int64_t count) { writer.add(word, count); });
@@ -67,7 +69,7 @@ class CountTable {
   void merge(CountTable& other) {
     py::gil_scoped_release release;
     if (&other == this) {
-      const std::lock_guard<std::mutex> lock(mutex_);
+      const std::lock_guard<ForkSafeLock> lock(mutex_);
       return counts_.merge(counts_);
     }
     const std::scoped_lock lock(mutex_, other.mutex_);
@@ -75,7 +77,7 @@ class CountTable {
   }
   void prune(int64_t min_count) {
     py::gil_scoped_release release;
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<ForkSafeLock> lock(mutex_);
     WordCounts kept;
     counts_.for_each([&](std::string_view word, int64_t count) {
       const auto* bytes = reinterpret_cast<const uint8_t*>(word.data());
@@ -85,12 +87,12 @@ class CountTable {
   }
   size_t num_words() {
     py::gil_scoped_release release;
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<ForkSafeLock> lock(mutex_);
     return counts_.num_words();
   }
   int64_t num_occurrences() {
     py::gil_scoped_release release;
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<ForkSafeLock> lock(mutex_);
     int64_t total = 0;
     counts_.for_each([&](std::string_view, int64_t count) {
       if (__builtin_add_overflow(total, count, &total)) throw std::overflow_error("WordCounts: the total passes 2**63");
@@ -103,7 +105,7 @@ class CountTable {
     std::string blob;
     {
       py::gil_scoped_release release;
-      const std::lock_guard<std::mutex> lock(mutex_);
+      const std::lock_guard<ForkSafeLock> lock(mutex_);
       counts_.for_each_sorted([&](std::string_view word, int64_t count) {
         blob += word;
         lengths.push_back(int64_t(word.size()));
@@ -116,13 +118,13 @@ class CountTable {
   // f(counts) without the GIL; f may empty them.
   template <typename F>
   auto with_words(F&& f) {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<ForkSafeLock> lock(mutex_);
     return f(counts_);
   }
 
  private:
   const std::shared_ptr<const Splitter> splitter_;
-  std::mutex mutex_;
+  ForkSafeLock mutex_;
   WordCounts counts_;
 };
 

@@ -2,6 +2,8 @@
 #include "text/json_lines.h"
 
 #include <cstring>
+
+#include "text/text_ref.h"
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
@@ -84,20 +86,6 @@ int hex4(const char* p) {
   return value;
 }
 
-char* put_utf8(char* out, uint32_t c) {
-  const auto put = [&](uint32_t byte) { *out++ = char(uint8_t(byte)); };
-  if (c < 0x80) {
-    put(c);
-  } else if (c < 0x800) {
-    put(0xC0 | c >> 6), put(0x80 | (c & 0x3F));
-  } else if (c < 0x10000) {
-    put(0xE0 | c >> 12), put(0x80 | (c >> 6 & 0x3F)), put(0x80 | (c & 0x3F));
-  } else {
-    put(0xF0 | c >> 18), put(0x80 | (c >> 12 & 0x3F)), put(0x80 | (c >> 6 & 0x3F)), put(0x80 | (c & 0x3F));
-  }
-  return out;
-}
-
 struct JsonString {
   std::string_view raw;
   bool has_escapes = false;
@@ -140,7 +128,7 @@ bool unescape(std::string_view raw, char*& out) {
           c = 0x10000 + ((c - 0xD800) << 10 | (low - 0xDC00));
           p += 6;
         }
-        out = put_utf8(out, c);
+        out = put_code_point(c, out);
         break;
       }
       default:

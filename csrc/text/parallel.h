@@ -47,17 +47,22 @@ void parallel_for(int64_t num_tasks, int num_threads, Task&& task) {
   if (error) std::rethrow_exception(error);
 }
 
-// Cuts texts into runs of about task_bytes for parallel_for: task i has texts [borders[i], borders[i + 1]).
-inline std::vector<size_t> task_borders(const std::vector<std::string_view>& texts, size_t task_bytes) {
+// Cuts texts into runs of about task_bytes for parallel_for: task i has texts [borders[i], borders[i + 1]). size_of(i):
+// the bytes of a text.
+template <typename SizeOf>
+std::vector<size_t> task_borders(size_t num_texts, size_t task_bytes, SizeOf&& size_of) {
   std::vector<size_t> borders{0};
   size_t bytes = 0;
-  for (size_t i = 0; i < texts.size(); ++i) {
-    bytes += texts[i].size();
-    if (bytes < task_bytes && i + 1 < texts.size()) continue;
+  for (size_t i = 0; i < num_texts; ++i) {
+    bytes += size_of(i);
+    if (bytes < task_bytes && i + 1 < num_texts) continue;
     borders.push_back(i + 1);
     bytes = 0;
   }
   return borders;
+}
+inline std::vector<size_t> task_borders(const std::vector<std::string_view>& texts, size_t task_bytes) {
+  return task_borders(texts.size(), task_bytes, [&](size_t i) { return texts[i].size(); });
 }
 
 }  // namespace herdkern::text

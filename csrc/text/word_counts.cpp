@@ -19,7 +19,8 @@ namespace herdkern::text {
 namespace {
 
 constexpr size_t kFirstCapacity = 64;
-constexpr size_t kTaskBytes = 1 << 18;  // documents are handed to threads in runs of about this size
+constexpr size_t kTaskBytes = 1 << 18;      // documents are handed to threads in runs of about this size
+constexpr size_t kLineTaskBytes = 1 << 16;  // lines, of which less come at once: the last runs end together
 
 // The first 8 bytes of a word as a number that sorts as they do.
 inline uint64_t in_order(uint64_t loaded) {
@@ -43,7 +44,8 @@ void WordMap::overflow() { throw std::overflow_error("word counts: the count of 
 bool WordMap::insert(const Word& word, int64_t count, size_t slot) {
   if (word.len > UINT32_MAX) throw std::length_error("word counts: a word must be shorter than 2**32 bytes");
   const size_t arena_bytes = long_words_.num_bytes() + (word.len > 16 ? long_words_.cost(word.len) : 0);
-  if (num_words_ != 0 && arena_bytes + pages_.num_bytes() > max_bytes_ && word.len > 16) return false;
+  const bool must_fit = word.len >= kHugeWord || (word.len > 16 && num_words_ != 0);
+  if (must_fit && arena_bytes + pages_.num_bytes() > max_bytes_) return false;
   if (num_words_ >= max_words_) {
     if (!grow(max_bytes_ - std::min(max_bytes_, arena_bytes))) return false;
     for (slot = home(word.hash); entries_[slot].count != 0;) slot = slot + 1 == capacity_ ? 0 : slot + 1;
@@ -112,8 +114,13 @@ void WordCounts::add(const Word& word, int64_t count) { add_to(parts_[word.hash 
 
 void WordCounts::make_room(WordMap& map, const Word& word, int64_t count) {
   if (overflow_ == nullptr) throw std::logic_error("word counts: a table with a limit needs a file for what passes it");
-  overflow_->append(map);
-  map.add(word, count);
+  const bool is_huge = word.len >= kHugeWord;
+  // One that takes much of the room must not make it: the words of the map would be written for every such word.
+  if (!is_huge || word.len < map.max_bytes() / 4) {
+    overflow_->append(map);
+    if (map.add(word, count)) return;
+  }
+  overflow_->append({reinterpret_cast<const char*>(word.bytes), word.len}, count);
 }
 
 void WordCounts::merge(const WordCounts& other) {
@@ -194,6 +201,23 @@ class GroupedWords {
 
 namespace {
 
+// Memory that is not touched before it is written to.
+class Scratch {
+ public:
+  char* with_room(size_t size) {
+    if (size > size_) {
+      data_.reset();
+      data_.reset(new char[size]);
+      size_ = size;
+    }
+    return data_.get();
+  }
+
+ private:
+  std::unique_ptr<char[]> data_;
+  size_t size_ = 0;
+};
+
 template <typename Scanner>
 void push_words(const Scanner& scanner, std::string_view text, GroupedWords& words) {
   const auto* word = reinterpret_cast<const uint8_t*>(text.data());
@@ -207,16 +231,30 @@ void push_words(const Scanner& scanner, std::string_view text, GroupedWords& wor
 
 }  // namespace
 
-void count_words(const std::vector<std::string_view>& texts, const Splitter& splitter, int num_threads,
-                 WordCounts& counts) {
+void count_words(const std::vector<TextRef>& texts, const Splitter& splitter, int num_threads, WordCounts& counts,
+                 const std::function<void(size_t, size_t)>& refuse) {
   num_threads = std::max(1, num_threads);
-  const std::vector<size_t> borders = task_borders(texts, kTaskBytes);
+  const auto borders = task_borders(texts.size(), kTaskBytes, [&](size_t i) { return texts[i].num_bytes(); });
+  const auto num_tasks = int64_t(borders.size()) - 1;
+  std::atomic<size_t> refused{texts.size()};
+  parallel_for(num_tasks, num_threads, [&](int64_t task) {
+    for (size_t i = borders[size_t(task)]; i < borders[size_t(task) + 1]; ++i) {
+      if (first_surrogate(texts[i]) == texts[i].length) continue;
+      for (size_t first = refused; i < first && !refused.compare_exchange_weak(first, i);) continue;
+    }
+  });
+  if (refused < texts.size()) refuse(refused, first_surrogate(texts[refused]));
   std::atomic<size_t> next_task{0};
   splitter.visit([&](const auto& scanner) {
     parallel_for(num_threads, num_threads, [&](int64_t) {
       GroupedWords words(counts);
+      Scratch scratch;
       for (size_t task; (task = next_task.fetch_add(1)) + 1 < borders.size();) {
-        for (size_t i = borders[task]; i < borders[task + 1]; ++i) push_words(scanner, texts[i], words);
+        size_t written = 0;
+        for (size_t i = borders[task]; i < borders[task + 1]; ++i) written += texts[i].max_written();
+        char* free = scratch.with_room(written);
+        for (size_t i = borders[task]; i < borders[task + 1]; ++i) push_words(scanner, to_utf8(texts[i], free), words);
+        if (written != 0) words.flush();  // the next task writes over them
       }
       words.flush();
     });
@@ -225,7 +263,7 @@ void count_words(const std::vector<std::string_view>& texts, const Splitter& spl
 
 namespace {
 
-// Whole lines of about kTaskBytes, or one longer line.
+// Whole lines of about kLineTaskBytes, or one longer line.
 struct LineTask {
   std::string_view lines;
   uint64_t first_number;
@@ -239,7 +277,7 @@ std::vector<LineTask> line_tasks(std::string_view lines) {
   for (const char* p = begin; p < end;) {
     p = static_cast<const char*>(std::memchr(p, '\n', size_t(end - p))) + 1;
     ++number;
-    if (size_t(p - begin) < kTaskBytes && p < end) continue;
+    if (size_t(p - begin) < kLineTaskBytes && p < end) continue;
     tasks.push_back({{begin, size_t(p - begin)}, first});
     begin = p;
     first = number;
@@ -250,10 +288,9 @@ std::vector<LineTask> line_tasks(std::string_view lines) {
 // Counts the lines of one task; those that are left go to `others`. Texts without escapes stay where they are, the
 // others lie in the scratch until the words are in the table.
 template <typename Scanner>
-void count_task(const LineTask& task, std::string_view key, const Scanner& scanner, std::vector<char>& scratch,
+void count_task(const LineTask& task, std::string_view key, const Scanner& scanner, Scratch& scratch,
                 GroupedWords& words, std::vector<OtherLine>& others) {
-  scratch.resize(std::max(scratch.size(), task.lines.size()));
-  char* free = scratch.data();
+  char* free = scratch.with_room(task.lines.size());
   const char* p = task.lines.data();
   const char* const end = p + task.lines.size();
   for (uint64_t number = task.first_number; p < end; ++number) {
@@ -280,7 +317,7 @@ std::vector<OtherLine> count_json_lines(std::string_view lines, std::string_view
   splitter.visit([&](const auto& scanner) {
     parallel_for(num_threads, num_threads, [&](int64_t) {
       GroupedWords words(counts);
-      std::vector<char> scratch;
+      Scratch scratch;
       for (size_t task; (task = next_task.fetch_add(1)) < tasks.size();) {
         count_task(tasks[task], key, scanner, scratch, words, others[task]);
       }

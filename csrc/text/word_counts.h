@@ -10,18 +10,23 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string_view>
 #include <vector>
 
 #include "text/splitter.h"
+#include "text/text_ref.h"
 #include "text/word_counts_memory.h"
 #include "text/word_key.h"
 
 namespace herdkern::text {
 
 class RunFile;
+
+// From this length on a word must fit into the limit of a table, or is written to disk by itself.
+constexpr size_t kHugeWord = size_t(1) << 15;
 
 // A word with what the table needs of it.
 struct Word {
@@ -48,7 +53,8 @@ class WordMap {
   WordMap();
 
   // Adds `count` (> 0) to the word. False, with nothing added, if the word is new and max_bytes leaves no room for it;
-  // an empty map takes any word. Throws std::overflow_error past 2^63 - 1, std::length_error from 2^32 bytes on.
+  // an empty map takes any word shorter than kHugeWord. Throws std::overflow_error past 2^63 - 1, std::length_error
+  // from 2^32 bytes on.
   bool add(const Word& word, int64_t count) {
     size_t slot = home(word.hash);
     const uint32_t tag = uint32_t(word.hash >> 32);
@@ -65,6 +71,7 @@ class WordMap {
   void prefetch(const Word& word) const { __builtin_prefetch(&entries_[home(word.hash)], 1); }
 
   void limit_bytes(size_t max_bytes) { max_bytes_ = max_bytes; }
+  size_t max_bytes() const { return max_bytes_; }
   size_t num_words() const { return num_words_; }
   size_t num_bytes() const { return pages_.num_bytes() + long_words_.num_bytes(); }
   // visit(word: std::string_view, count: int64_t), in no particular order.
@@ -74,12 +81,16 @@ class WordMap {
       if (entries_[i].count != 0) visit(word_of(entries_[i]), entries_[i].count);
     }
   }
-  // The same in byte order, and the map is empty afterwards; it keeps its memory. Sorts in place.
+  // The same in byte order, and the map is empty afterwards, also when `visit` throws; it keeps its memory. Sorts in
+  // place, and what is sorted is no table: a look-up in it might not end.
   template <typename Visit>
   void drain(Visit&& visit) {
+    struct Clear {
+      WordMap& map;
+      ~Clear() { map.clear(); }
+    } const clear{*this};
     sort_entries();
     for (size_t i = 0; i < num_words_; ++i) visit(word_of(entries_[i]), entries_[i].count);
-    clear();
   }
   void clear();
 
@@ -139,6 +150,15 @@ class WordCounts {
   void for_each(Visit&& visit) const {
     for (size_t i = 0; i < num_parts_; ++i) parts_[i].map.for_each(visit);
   }
+  // The same, and the memory of words goes back soon after they were visited; the table is empty afterwards.
+  template <typename Visit>
+  void give_away(Visit&& visit) {
+    for (size_t i = 0; i < num_parts_; ++i) {
+      const WordMap map = std::move(parts_[i].map);
+      parts_[i].map = WordMap();
+      map.for_each(visit);
+    }
+  }
   // The same in byte order.
   template <typename Visit>
   void for_each_sorted(Visit&& visit) const {
@@ -164,9 +184,10 @@ class WordCounts {
   RunFile* overflow_;
 };
 
-// Splits every text and counts its words on num_threads threads.
-void count_words(const std::vector<std::string_view>& texts, const Splitter& splitter, int num_threads,
-                 WordCounts& counts);
+// Splits every text and counts its words on num_threads threads. Calls refuse(text, place) for the first text with a
+// lone surrogate, before any word is counted; that must throw.
+void count_words(const std::vector<TextRef>& texts, const Splitter& splitter, int num_threads, WordCounts& counts,
+                 const std::function<void(size_t, size_t)>& refuse);
 
 // A line that is left to the caller: its number (the first of `lines` has 0) and where it is.
 struct OtherLine {

@@ -28,11 +28,14 @@ class Pages {
       std::memset(data_, 0, num_bytes);
       return;
     }
-    void* mapped = mmap(nullptr, num_bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    mapped_bytes_ = num_bytes < kHugePage ? num_bytes : num_bytes + kHugePage;
+    void* mapped = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (mapped == MAP_FAILED) throw std::bad_alloc();
-    mapped_ = static_cast<uint8_t*>(mapped);
-    data_ = mapped_ + (kHugePage - uintptr_t(mapped_) % kHugePage) % kHugePage;
-    madvise(data_, num_bytes, MADV_HUGEPAGE);  // a wish: without huge pages it is slower, not wrong
+    data_ = mapped_ = static_cast<uint8_t*>(mapped);
+    if (num_bytes < kHugePage) return;
+    data_ += (kHugePage - uintptr_t(mapped_) % kHugePage) % kHugePage;
+    // A wish: without huge pages it is slower, not wrong. What would fill a part of one stays on small pages.
+    madvise(data_, num_bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
   }
   Pages(Pages&& other) noexcept { swap(other); }
   Pages& operator=(Pages&& other) noexcept {
@@ -42,7 +45,7 @@ class Pages {
   }
   ~Pages() {
     if (mapped_ != nullptr) {
-      munmap(mapped_, num_bytes_ + kHugePage);
+      munmap(mapped_, mapped_bytes_);
     } else {
       std::free(data_);
     }
@@ -59,18 +62,20 @@ class Pages {
   }
 
  private:
-  static constexpr size_t kMapFrom = size_t(1) << 20;
+  // What malloc takes back it keeps, and a table that grows leaves many blocks that nobody wants again.
+  static constexpr size_t kMapFrom = size_t(1) << 16;
 
   void swap(Pages& other) noexcept {
     std::swap(data_, other.data_);
     std::swap(mapped_, other.mapped_);
     std::swap(num_bytes_, other.num_bytes_);
+    std::swap(mapped_bytes_, other.mapped_bytes_);
     std::swap(given_back_, other.given_back_);
   }
 
   uint8_t* data_ = nullptr;
   uint8_t* mapped_ = nullptr;
-  size_t num_bytes_ = 0, given_back_ = 0;
+  size_t num_bytes_ = 0, mapped_bytes_ = 0, given_back_ = 0;
 };
 
 // Bytes of long words. They never move, and clear() keeps the chunks for the next words.

@@ -120,26 +120,41 @@ void RunWriter::add(std::string_view word, int64_t count) {
     const size_t most = std::min(last_.size(), word.size());
     while (shared < most && last_[shared] == word[shared]) ++shared;
   }
+  const std::string_view tail = word.substr(shared);
   put_number(block_, shared);
-  put_number(block_, word.size() - shared);
-  block_.insert(block_.end(), word.begin() + ptrdiff_t(shared), word.end());
-  put_number(block_, uint64_t(count));
-  last_.replace(shared, std::string::npos, word.substr(shared));
+  put_number(block_, tail.size());
   ++totals_.num_words;
   totals_.num_occurrences += uint64_t(count);
+  if (tail.size() >= kBlockBytes) {
+    std::vector<uint8_t> end;
+    put_number(end, uint64_t(count));
+    return write_block(tail, end);
+  }
+  block_.insert(block_.end(), tail.begin(), tail.end());
+  put_number(block_, uint64_t(count));
+  last_.replace(shared, std::string::npos, tail);
   if (block_.size() - 8 >= kBlockBytes) write_block();
 }
 
-void RunWriter::write_block() {
-  const size_t size = block_.size() - 8;
+// The block is block_, tail and end.
+void RunWriter::write_block(std::string_view tail, const std::vector<uint8_t>& end) {
+  const size_t size = block_.size() - 8 + tail.size() + end.size();
   if (size > UINT32_MAX) throw std::length_error("word counts: a word must be shorter than 2**32 bytes");
+  uint32_t crc = crc32(0, block_.data() + 8, block_.size() - 8);
+  crc = crc32(crc, reinterpret_cast<const uint8_t*>(tail.data()), tail.size());
+  crc = crc32(crc, end.data(), end.size());
   store32(block_.data(), uint32_t(size));
-  store32(block_.data() + 4, crc32(0, block_.data() + 8, size));
+  store32(block_.data() + 4, crc);
   totals_.check = crc32(totals_.check, block_.data() + 4, 4);
   ++totals_.num_blocks;
-  totals_.num_bytes += block_.size();
-  file_.write_at(place_, block_.data(), block_.size());
-  place_ += block_.size();
+  totals_.num_bytes += 8 + size;
+  const auto put = [&](const void* data, size_t num_bytes) {
+    file_.write_at(place_, data, num_bytes);
+    place_ += num_bytes;
+  };
+  put(block_.data(), block_.size());
+  put(tail.data(), tail.size());
+  put(end.data(), end.size());
   block_.resize(8);
   last_.clear();
 }
@@ -168,14 +183,18 @@ bool RunReader::read_block() {
   file_->read_at(place_, head, 8);
   const uint64_t size = load32(head);
   if (size == 0 || size > end_ - place_ - 8) damaged("is followed by a block of a wrong length");
-  if (block_.size() < size) block_.resize(size);
-  file_->read_at(place_ + 8, block_.data(), size);
+  if (block_capacity_ < size) {
+    block_.reset();  // before there is another
+    block_.reset(new uint8_t[size]);
+    block_capacity_ = size;
+  }
+  file_->read_at(place_ + 8, block_.get(), size);
   place_ += 8 + size;
-  if (crc32(0, block_.data(), size) != load32(head + 4)) damaged("does not match its checksum");
+  if (crc32(0, block_.get(), size) != load32(head + 4)) damaged("does not match its checksum");
   totals_.check = crc32(totals_.check, head + 4, 4);
   ++totals_.num_blocks;
   if (bytes_read_ != nullptr) *bytes_read_ += 8 + size;
-  p_ = block_.data();
+  p_ = block_.get();
   block_end_ = p_ + size;
   first_of_block_ = true;
   return true;
@@ -190,6 +209,16 @@ uint64_t RunReader::number() {
   damaged("holds a number that is too long");
 }
 
+// A large word gets the memory it needs, and what the one before it had goes back first.
+void RunReader::set_tail(size_t shared, std::string_view tail) {
+  if (tail.size() >= kBlockBytes && shared + tail.size() > word_.capacity()) {
+    word_.resize(shared);
+    word_.shrink_to_fit();
+    word_.reserve(shared + tail.size());
+  }
+  word_.replace(shared, std::string::npos, tail);
+}
+
 bool RunReader::next() {
   if (p_ == block_end_ && !read_block()) return false;
   const uint64_t shared = number(), rest = number();
@@ -200,7 +229,7 @@ bool RunReader::next() {
   const bool rises = first_of_block_ ? tail > std::string_view(word_)
                                      : shared == word_.size() || uint8_t(tail[0]) > uint8_t(word_[shared]);
   if (!rises) damaged("holds words out of order");
-  word_.replace(shared, std::string::npos, tail);
+  set_tail(shared, tail);
   if (shared < 8) prefix_ = prefix_of(word_);
   p_ += rest;
   count_ = int64_t(number());
@@ -210,13 +239,34 @@ bool RunReader::next() {
   return true;
 }
 
-void RunFile::append(WordMap& map) {
+template <typename Write>
+void RunFile::append_run(Write&& write) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  RunWriter writer(*file_, end_);
-  map.drain([&](std::string_view word, int64_t count) { writer.add(word, count); });
-  const uint64_t begin = end_;
-  end_ += writer.finish().num_bytes;
-  runs_.push_back({file_, {}, begin, end_});
+  if (error_) std::rethrow_exception(error_);
+  try {
+    RunWriter writer(*file_, end_);
+    write(writer);
+    const uint64_t begin = end_;
+    end_ += writer.finish().num_bytes;
+    runs_.push_back({file_, {}, begin, end_});
+  } catch (...) {
+    error_ = std::current_exception();
+    throw;
+  }
+}
+
+void RunFile::append(WordMap& map) {
+  append_run(
+      [&](RunWriter& writer) { map.drain([&](std::string_view word, int64_t count) { writer.add(word, count); }); });
+}
+
+void RunFile::append(std::string_view word, int64_t count) {
+  append_run([&](RunWriter& writer) { writer.add(word, count); });
+}
+
+std::vector<Run> RunFile::take_runs() {
+  if (error_) std::rethrow_exception(error_);
+  return std::move(runs_);
 }
 
 namespace {
@@ -321,11 +371,16 @@ RunTotals merge_runs(std::vector<Run> runs, uint64_t denominator, const MergeLim
                      uint64_t begin, const std::function<void(uint64_t)>& tick) {
   Progress progress{tick};
   const size_t max_files = std::max<size_t>(limits.max_files, 2);
-  for (Run& run : runs) run.reader_bytes = reader_bytes(run);
+  size_t word_bytes = 0;  // of the longest that is being summed
+  for (Run& run : runs) {
+    run.reader_bytes = reader_bytes(run);
+    word_bytes = std::max(word_bytes, run.reader_bytes / 2);
+  }
+  const size_t max_bytes = limits.max_bytes - std::min(limits.max_bytes, word_bytes);
   const auto fits = [&](const std::vector<Run>& some, size_t num_files) {
     size_t num_bytes = 0;
     for (const Run& run : some) num_bytes += run.reader_bytes;
-    return some.size() <= 2 || (num_bytes <= limits.max_bytes && num_files <= max_files);
+    return some.size() <= 2 || (num_bytes <= max_bytes && num_files <= max_files);
   };
   const auto num_files = [](const std::vector<Run>& all) {
     return size_t(std::count_if(all.begin(), all.end(), [](const Run& run) { return !run.file; }));

@@ -9,6 +9,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -57,6 +58,7 @@ struct RunTotals {
   uint32_t check = 0;
 };
 
+// A word of a block or more is written from where it lies, no copy of it is kept.
 class RunWriter {
  public:
   RunWriter(const File& file, uint64_t begin) : file_(file), place_(begin), block_(8) {}
@@ -64,7 +66,7 @@ class RunWriter {
   const RunTotals& finish();
 
  private:
-  void write_block();
+  void write_block(std::string_view tail = {}, const std::vector<uint8_t>& end = {});
   const File& file_;
   uint64_t place_;
   std::vector<uint8_t> block_;  // with room for its head
@@ -95,12 +97,14 @@ class RunReader {
  private:
   bool read_block();
   uint64_t number();
+  void set_tail(size_t shared, std::string_view tail);
   [[noreturn]] void damaged(const char* what) const;
 
   std::shared_ptr<const File> file_;
   uint64_t place_, end_, weight_;  // place_: of the next block
   uint64_t* bytes_read_;
-  std::vector<uint8_t> block_;
+  std::unique_ptr<uint8_t[]> block_;
+  size_t block_capacity_ = 0;
   const uint8_t *p_ = nullptr, *block_end_ = nullptr;
   bool first_of_block_ = false;
   std::string word_;
@@ -109,20 +113,27 @@ class RunReader {
   RunTotals totals_;
 };
 
-// The temporary file of a counting: many runs, one after the other. Threads may append.
+// The temporary file of a counting: many runs, one after the other. Threads may append. After an error nothing more is
+// taken, and no run is given away: what it should have held is lost.
 class RunFile {
  public:
   explicit RunFile(const std::string& folder) : file_(File::unnamed(folder)) {}
   // Writes the words of the map as one run and empties it.
   void append(WordMap& map);
-  std::vector<Run> take_runs() { return std::move(runs_); }
+  // Writes one word as a run of its own.
+  void append(std::string_view word, int64_t count);
+  std::vector<Run> take_runs();
   uint64_t num_bytes() const { return end_; }
 
  private:
+  template <typename Write>
+  void append_run(Write&& write);
+
   std::shared_ptr<const File> file_;
   std::mutex mutex_;
   uint64_t end_ = 0;
   std::vector<Run> runs_;
+  std::exception_ptr error_;  // the first
 };
 
 struct MergeLimits {

@@ -62,6 +62,9 @@ class BadRecordError(ValueError):
         super().__init__(f"read_documents: {bad.record} must be a readable document, got {bad.reason}: {bad.detail}")
         self.bad = bad
 
+    def __reduce__(self) -> tuple[type["BadRecordError"], tuple[BadRecord]]:
+        return BadRecordError, (self.bad,)  # as workers send it
+
 
 @dataclass(frozen=True, slots=True)
 class _Limits:

@@ -2,7 +2,8 @@
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -104,8 +105,14 @@ def _train(args: list[str]) -> int:
         out: Path,
         vocab_size: int = 32_000,
         ties: Literal["huggingface", "tiktoken"] = "huggingface",
+        split_pattern: str = "",
+        resume: Path | None = None,
+        special_tokens: tuple[str, ...] = (),
+        no_special_tokens: bool = False,
+        initial_tokens: tuple[str, ...] = (),
         min_frequency: int = 1,
         max_token_length: int = 0,
+        max_memory: str = "",
         num_threads: int = 0,
     ) -> int:
         """Learn a byte-level BPE vocabulary; writes tokenizer.model (tiktoken) and tokenizer.json (Hugging Face).
@@ -115,32 +122,75 @@ def _train(args: list[str]) -> int:
             out: The folder to write.
             vocab_size: Entries, special tokens included.
             ties: Whose merges to take where pairs are equally frequent.
+            split_pattern: llama3, o200k, gpt2, qwen2, deepseek3, or a regular expression. Counts have theirs; text
+                without one is cut as that of --resume, else as llama3.
+            resume: A tokenizer whose merges come first, a folder or file that `tokenizer inspect` knows. Training goes
+                on from there; its entries are part of vocab-size.
+            special_tokens: Names that get the highest ids, in this order; none given takes those of --resume, else the
+                first 16 of Llama 3.
+            no_special_tokens: Have none.
+            initial_tokens: Strings that become tokens before all that is learnt, whatever the counts say.
             min_frequency: Rarer pairs are not merged.
             max_token_length: Longest token in bytes; 0 sets no limit.
+            max_memory: What this process may hold, as in 4GiB; none given sets no limit. Text is first counted into
+                OUT.counts, which is removed in the end.
             num_threads: 0 takes the usable cores; the result is the same for any number.
         """
-        from herdkern.tokenizer import train_bpe
+        from herdkern.tokenizer import Tokenizer, train_bpe
 
-        texts_or_counts: object
-        if len(inputs) == 1 and is_counts_file(inputs[0]):
-            texts_or_counts = inputs[0]
-        else:
-            texts_or_counts = _texts(inputs, "train")
-        with _merge_bar() as show:
-            tokenizer = train_bpe(
-                texts_or_counts,
-                vocab_size,
-                ties=ties,
-                min_frequency=min_frequency,
-                max_token_length=max_token_length or None,
-                num_threads=num_threads or None,
-                progress=show,
-            )
-        tokenizer.save(out)
+        if no_special_tokens and special_tokens:
+            raise UsageError("tokenizer train: give --special-tokens or --no-special-tokens, got both")
+        start = None if resume is None else Tokenizer.load(resume)
+        budget, threads = to_bytes(max_memory), num_threads or None
+        pattern = split_pattern or None
+        with _counted(inputs, out, pattern or (start.split_pattern if start else "llama3"), budget, threads) as source:
+            with _merge_bar() as show:
+                tokenizer = train_bpe(
+                    source,  # type: ignore[arg-type]
+                    vocab_size,
+                    ties=ties,
+                    special_tokens=() if no_special_tokens else special_tokens or None,
+                    initial_tokens=initial_tokens,
+                    resume=start,
+                    min_frequency=min_frequency,
+                    max_token_length=max_token_length or None,
+                    split_pattern=pattern,
+                    max_memory=budget,
+                    num_threads=threads,
+                    progress=show,
+                )
+            tokenizer.save(out)
         print(f"{out}: {tokenizer.n_vocab:,} entries")
         return 0
 
     return parse(train, args, "tokenizer train")
+
+
+@contextmanager
+def _counted(
+    inputs: tuple[Path, ...], out: Path, pattern: str | Sequence[str], max_memory: int | None, threads: int | None
+) -> Iterator[object]:
+    """What train_bpe takes: a counts file, or the counts of texts; within a budget those go through a file."""
+    from herdkern.tokenizer import WordCounts, count_shards
+
+    counts_files = [path for path in inputs if is_counts_file(path)]
+    if len(counts_files) > 1 or (counts_files and len(inputs) > 1):
+        raise UsageError(
+            f"tokenizer train: inputs must be one counts file, or text, got {len(counts_files)} counts files among "
+            f"{len(inputs)}; make one of them with `herdkern tokenizer merge`"
+        )
+    if counts_files:
+        yield counts_files[0]
+    elif max_memory is None:
+        yield WordCounts(pattern).add(_texts(inputs, "train"), num_threads=threads)
+    else:
+        path = out.with_name(f"{out.name}.counts")
+        if path.exists() and not is_counts_file(path):
+            raise FileExistsError(f"tokenizer train: {path} must not exist, it is written and removed; move it away")
+        files = shard_files(inputs, "train")
+        count_shards(files, path, split_pattern=pattern, max_memory=max_memory, num_threads=threads)
+        yield path
+        path.unlink()
 
 
 def _extend(args: list[str]) -> int:
@@ -153,6 +203,10 @@ def _extend(args: list[str]) -> int:
         num_new: int = 28_000,
         keep_ranks: int = 100_000,
         share_exponent: float = 1.0,
+        weights: tuple[str, ...] = (),
+        guard_tolerance: int = 0,
+        min_frequency: int = 1,
+        max_token_length: int = 0,
         num_threads: int = 0,
     ) -> int:
         """Add tokens for other languages to a vocabulary, as Llama 3 did. The words of the guard keep their ids.
@@ -165,11 +219,18 @@ def _extend(args: list[str]) -> int:
             num_new: Tokens to add.
             keep_ranks: Ranks of the base that stay; those above are dropped.
             share_exponent: A language of n words gets a share of n to this power; 0.3 favours small languages.
+            weights: NAME=FACTOR for each of the inputs by its name, in place of --share-exponent.
+            guard_tolerance: How often a pair may occur in the guard and still become a token.
+            min_frequency: Rarer pairs are not merged.
+            max_token_length: Longest token in bytes; 0 sets no limit.
             num_threads: 0 takes the usable cores; the result is the same for any number.
         """
         from herdkern.tokenizer import Tokenizer, WordCounts, extend_vocabulary
 
         start = Tokenizer.load(base)
+        factors = {name: to_factor(name, factor) for name, factor in to_weights(weights).items()}
+        if len({path.name for path in inputs}) < len(inputs):
+            raise UsageError(f"tokenizer extend: inputs must have different names, got {[*map(str, inputs)]}")
 
         def counts_of(paths: tuple[Path, ...]) -> WordCounts:
             if len(paths) == 1 and is_counts_file(paths[0]):
@@ -179,7 +240,9 @@ def _extend(args: list[str]) -> int:
         with _merge_bar() as show:
             extended, report = extend_vocabulary(
                 start, {path.name: counts_of((path,)) for path in inputs}, num_new, guard=counts_of(guard),
-                keep_ranks=keep_ranks, language_weights=share_exponent, num_threads=num_threads or None, progress=show,
+                keep_ranks=keep_ranks, language_weights=factors or share_exponent, guard_tolerance=guard_tolerance,
+                min_frequency=min_frequency, max_token_length=max_token_length or None,
+                num_threads=num_threads or None, progress=show,
             )  # fmt: skip
         extended.save(out)
         print(f"{report}\n{out}: {extended.n_vocab:,} entries")
@@ -340,6 +403,18 @@ def to_weights(weights: tuple[str, ...]) -> dict[str, str]:
         if not re.fullmatch(r".+=[^=]+", weight):
             raise UsageError(f"tokenizer: weights must be NAME=FACTOR, got {weight!r}")
     return dict(weight.rsplit("=", 1) for weight in weights)
+
+
+def to_factor(name: str, factor: str) -> float:
+    """The number of "2", "0.5" or "1/3". Raises: UsageError."""
+    try:
+        over, _, under = factor.partition("/")
+        found = float(over) / float(under or 1)
+        if not 0 <= found < 1 << 32:
+            raise ValueError
+        return found
+    except (ValueError, ArithmeticError):
+        raise UsageError(f"tokenizer: the weight of {name} must be a number as 2, 0.5 or 1/3, got {factor!r}") from None
 
 
 class _Bar:

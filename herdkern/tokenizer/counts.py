@@ -3,6 +3,7 @@
 The kernels are csrc/text/word_counts.h and word_runs.h, the file format is counts_file.py.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -120,6 +121,17 @@ class WordCounts:
         counts.unicode = header.unicode
         load_into(counts._table, header, "WordCounts.load")
         return counts
+
+
+def warn_of_other_unicode(counts: WordCounts | CountsHeader, where: str) -> None:
+    """Say it when words were split by another Unicode version than a tokenizer of today splits text by."""
+    if counts.unicode != _text.unicode_version:
+        warnings.warn(
+            f"{where}: counts should be of words split by Unicode {_text.unicode_version}, got {counts.unicode}: the "
+            f"tokenizer will cut some rare characters in another way than they were counted; count the texts again "
+            f"to be exact",
+            stacklevel=3,
+        )
 
 
 def text_batches(texts: Iterable[str | bytes], batch_bytes: int) -> Iterator[list[str | bytes]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 
 from herdkern import _text
-from herdkern.tokenizer.counts import WordCounts
+from herdkern.tokenizer.counts import WordCounts, warn_of_other_unicode
 from herdkern.tokenizer.pretokenize import usable_threads
 from herdkern.tokenizer.tokenizer import Tokenizer
 from herdkern.tokenizer.train import as_share
@@ -106,6 +106,7 @@ def extend_vocabulary(
         n ** a (0.3 in multilingual models: small languages get more); a mapping gives the factor of each language.
     guard_tolerance: how often a pair or word may occur in the guard corpus and still become a token; 0 guards it whole.
     Raises: ValueError if the ranks are not as keep_ranks needs them, or the counts are of another split pattern.
+    Warns: if counts were split by another Unicode version than text will be.
     """
     _check_not_negative(num_new=num_new, guard_tolerance=guard_tolerance)
     if unknown := set(options) - set(ExtensionOptions.__annotations__):
@@ -169,6 +170,7 @@ def _counts_of(source: Source, tokenizer: Tokenizer, threads: int) -> WordCounts
         raise ValueError(
             f"extend_vocabulary: counts must be of the tokenizer's split pattern, {pattern}, got {source.split_pattern}"
         )
+    warn_of_other_unicode(source, "extend_vocabulary")
     return source
 
 
@@ -211,7 +213,7 @@ def _weigh(
     total = WordCounts(tokenizer.split_pattern)
     if weights is None:
         for counts in languages.values():
-            total.merge(counts)
+            total._table.merge(counts._table)
         return total, 1
     if isinstance(weights, Mapping):
         factors = dict(weights)

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from herdkern.data.document import (
     document_of_line,
     read_documents,
 )
-from herdkern.engine import Run
+from herdkern.engine import Run, StageError
 from herdkern.tokenizer.counts_file import (
     CountsHeader,
     Weight,
@@ -39,7 +39,11 @@ from herdkern.tokenizer.pretokenize import make_splitter, usable_threads
 TASK_BYTES = 256 << 20  # of input files, as they lie on disk
 LINES_BYTES = 2 << 20  # JSON lines are counted in batches of about this size
 TEXTS_BYTES = 2 << 20  # other texts
-MAX_LINE_SHARE = 8  # a line may take this part of what the budget leaves for the table
+LINE_SHARE = {"jsonl": 8, "text": 16, "parquet": 8}  # a line may take this part of what the budget leaves ...
+LINE_COPIES = {"jsonl": 2, "text": 8, "parquet": 2}  # ... and there are so many copies of it
+MAX_LINE = 1 << 31
+RESERVED_LINE = 64 << 20  # the buffer of lines begins with room for one of this size
+LONG_LINE = 1 << 20  # Python makes many copies of a line: before it reads such a one the table is written out
 THREAD_BYTES = 1 << 20  # of the budget, for each thread
 LEAST_TABLE_BYTES = 16 << 20
 COUNTS = "counts"
@@ -73,13 +77,16 @@ class ShardCounter:
             import pyarrow.parquet  # noqa: F401  # before memory is measured
 
         threads = usable_threads(self.num_threads)
-        table_bytes = 1 << 62
+        table_bytes, max_line = 1 << 62, MAX_LINE
         if self.max_memory is not None:
             reserve = max(READER_BYTES[kind] for kind in kinds) + threads * THREAD_BYTES
-            table_bytes = bytes_left(self.max_memory, "count_shards", reserve, LEAST_TABLE_BYTES)
+            left = bytes_left(self.max_memory, "count_shards", reserve, LEAST_TABLE_BYTES)
+            max_line = min(left // max(LINE_SHARE[kind] for kind in kinds), MAX_LINE)
+            table_bytes = left - max_line * max(LINE_COPIES[kind] for kind in kinds)
         splitter = make_splitter(config.split_pattern, "count_shards")
         counter = _text.BudgetCounter(splitter, table_bytes, os.fspath(out), threads)
-        max_line = min(table_bytes // MAX_LINE_SHARE, 1 << 31)
+        if self.max_memory is not None:
+            counter.expect_lines(min(max_line, RESERVED_LINE) + 2 * LINES_BYTES)
         show = self.show or (lambda path, position: None)
         for path in inputs:
             if document_kind(path) == "jsonl":
@@ -105,6 +112,8 @@ def _count_json_lines(
 
     def count(pieces: list[bytes], last: bool = False) -> None:
         for number, line in counter.add_json_lines(pieces, "text", last):
+            if len(line) >= LONG_LINE:
+                counter.spill()
             document = document_of_line(line, path, number)
             if isinstance(document, BadRecord):
                 raise BadRecordError(document)
@@ -169,7 +178,8 @@ def _parquet_texts(path: Path) -> Iterator[str]:
     try:
         with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 18, pre_buffer=False) as file:
             if "text" in file.schema_arrow.names:
-                for batch in file.iter_batches(batch_size=128, columns=["text"], use_threads=False):
+                rows = max(1, min(128, file.metadata.num_rows * TEXTS_BYTES // max(1, _column_bytes(file.metadata))))
+                for batch in file.iter_batches(batch_size=rows, columns=["text"], use_threads=False):
                     for text in batch.column(0).to_pylist():
                         row += 1
                         if not isinstance(text, str):
@@ -182,6 +192,13 @@ def _parquet_texts(path: Path) -> Iterator[str]:
         raise BadRecordError(BadRecord(f"{path.name}#{row}", "corrupt_parquet", detail)) from error
     for document in read_documents(path):  # says what is wrong
         yield document.text
+
+
+def _column_bytes(metadata: Any) -> int:
+    """The bytes of all texts of a Parquet file, decompressed."""
+    groups = (metadata.row_group(group) for group in range(metadata.num_row_groups))
+    columns = (group.column(column) for group in groups for column in range(group.num_columns))
+    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == "text")
 
 
 class _Bar:
@@ -227,15 +244,15 @@ def count_shards(
 
     paths: the files that read_documents knows, plain or compressed, each once. Their order, the number of threads and
         the executor do not change a byte of the result.
-    max_memory: bytes that a process may hold, all in all; None: no limit. A line may take an eighth of what is left
-        for the table.
+    max_memory: bytes that a process may hold, all in all; None: no limit. A line may take an eighth of what Python and
+        the reading leave of it, a line of a text file a sixteenth.
     num_threads: in each process; None: the usable cores, or 1 if an executor is given.
     executor: who counts groups of files, as herdkern.engine.make_executor gives; None: this process.
     weights: factors by path, name or glob pattern, as in merge_counts. Counting does not depend on them.
     work: folder of the groups' counts and of the journal. After a kill the same call goes on from there. None:
         `<out>.work`, which is removed in the end; a folder that is given is kept, and a later call with the same files
         and more counts only what is new, as long as the groups stay the same.
-    Raises: StageError naming the file and the cause if one cannot be read; OSError, FileExistsError if `<out>.work` is
+    Raises: StageError naming file, line and cause if one cannot be read; OSError, FileExistsError if `<out>.work` is
         no such folder; ValueError for bad arguments, a pool of threads with max_memory among them.
     """
     files = [Path(path) for path in paths]
@@ -264,12 +281,32 @@ def count_shards(
     inputs = [group for group, _ in groups]
     bar = _Bar(inputs) if executor is None and sys.stderr.isatty() else None
     with Run(folder, executor=executor, progress=False if executor is None else None) as run, bar or nullcontext():
-        result = run.map("count", ShardCounter(max_memory, threads, bar.show if bar else None), inputs, config=config)
+        counter = ShardCounter(max_memory, threads, bar.show if bar else None)
+        with _told_shortly():
+            result = run.map("count", counter, inputs, config=config)
         parts = [task / COUNTS for task in result.tasks]
         header = merge_weighted(parts, [factor for _, factor in groups], denominator, out, max_memory=max_memory)
     if work is None:
         shutil.rmtree(folder)
     return header
+
+
+@contextmanager
+def _told_shortly() -> Iterator[None]:
+    """A StageError about a record or an argument says that, and no more of the stage."""
+    try:
+        yield
+    except StageError as error:
+        cause = error.__cause__
+        if isinstance(cause, BadRecordError):
+            bad = cause.bad
+            raise StageError(
+                f"count_shards: {bad.record} must be a readable document, got {bad.reason}: {bad.detail}; mend or "
+                f"remove it and run again, files counted so far are kept"
+            ) from cause
+        if isinstance(cause, ValueError) and str(cause).startswith("count_shards: "):
+            raise StageError(str(cause)) from cause
+        raise
 
 
 def group_files(files: Sequence[Path], factors: Sequence[int]) -> list[tuple[list[Path], int]]:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 import numpy as np
 
 from herdkern import _text
-from herdkern.tokenizer.counts import WordCounts
+from herdkern.tokenizer.counts import WordCounts, warn_of_other_unicode
 from herdkern.tokenizer.counts_file import CountsHeader, bytes_left, read_header
-from herdkern.tokenizer.export import byte_level_order, merge_list
+from herdkern.tokenizer.export import byte_level_order, from_byte_level, merge_list
 from herdkern.tokenizer.pretokenize import resolve_pattern, split_words, usable_threads
 from herdkern.tokenizer.special_tokens import llama3_special_tokens
 from herdkern.tokenizer.tokenizer import MAX_TOKENS, Tokenizer
@@ -71,11 +71,13 @@ def train_bpe(texts_or_counts: CountSource, vocab_size: int, **options: "Unpack[
         to be merged: the first merges are the long ones.
     Raises: ValueError if vocab_size has no room for the given tokens, a special token could be a word of text, or the
         words do not fit max_memory.
+    Warns: if the counts were split by another Unicode version than text will be.
     """
     plan = _Plan(**options)
     counts = _settle_pattern(texts_or_counts, plan)
     start = _start(plan)
     specials = plan.specials
+    plan.check_specials(start.ids)
     wanted = _num_wanted(vocab_size, len(start.tokens), len(specials))
     words, keep_words = _words_of(texts_or_counts, counts, plan)
     merges = _text.train_merges(
@@ -160,12 +162,22 @@ class _Plan:
         if len(set(names)) != len(names):
             raise ValueError(f"train_bpe: special_tokens must differ, got {list(names)}")
         for name in names:
-            if len(split_words(name, self.pattern)) < 2:
+            # In tokenizer.json "Ġ!" is both this name and the word " !".
+            if min(len(split_words(as_text, self.pattern)) for as_text in (name, from_byte_level(name) or name)) < 2:
                 raise ValueError(
                     f"train_bpe: special token {name!r} must not be a single word, which text could hold as well; "
                     f"use a name such as '<|{name}|>'"
                 )
         return names
+
+    def check_specials(self, given: Mapping[bytes, int]) -> None:
+        """Refuse special tokens that are given tokens as well, before the training. Raises: ValueError."""
+        for name in self.specials:
+            if from_byte_level(name) in given:
+                raise ValueError(
+                    f"train_bpe: special token {name!r} must not be one of the tokens of initial_tokens or resume as "
+                    f"well; use another name"
+                )
 
 
 class _Start:
@@ -266,6 +278,7 @@ def _settle_pattern(source: CountSource, plan: _Plan) -> WordCounts | CountsHead
     if wanted not in (None, counts.split_pattern):
         raise ValueError(f"train_bpe: split_pattern must be that of the counts, {counts.split_pattern}, got {wanted}")
     plan.pattern = counts.split_pattern
+    warn_of_other_unicode(counts, "train_bpe")
     return counts
 
 

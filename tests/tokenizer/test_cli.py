@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from herdkern import cli
-from herdkern.tokenizer import Tokenizer, WordCounts, iter_counts, train_bpe
+from herdkern.tokenizer import Tokenizer, WordCounts, extend_vocabulary, iter_counts, train_bpe
 from herdkern.tokenizer.cli import ACTIONS, to_bytes, to_weights
+from herdkern.tokenizer.extend import ExtensionOptions
+from herdkern.tokenizer.train import TrainingOptions
 
 TEXTS = ["the cat sat on the mat", "die Katze saß auf der Matte", "the cat's hat"]
 
@@ -49,6 +51,82 @@ def test_count_merge_train_encode(shards, tmp_path, capsys):
     assert f"{tmp_path / 'vocabulary'}: 300 entries\n" in capsys.readouterr().out
     assert run("encode", "the cat", "--tokenizer", tmp_path / "vocabulary") == 0
     assert capsys.readouterr().out.split() == [str(i) for i in trained.encode("the cat")]
+
+
+def test_train_takes_what_train_bpe_takes(shards, tmp_path, capsys):
+    """Every option of the command against the same keyword, from texts, from counts and within a budget."""
+    first, counts = tmp_path / "first", tmp_path / "counts"
+    assert run("train", shards, "--out", first, "--vocab-size", 290, "--split-pattern", "gpt2") == 0
+    assert Tokenizer.load(first) == train_bpe(TEXTS, 290, split_pattern="gpt2")
+    resumed = train_bpe(TEXTS, 310, split_pattern="gpt2", resume=Tokenizer.load(first))
+    assert run("count", shards, "--out", counts, "--split-pattern", "gpt2") == 0
+    for inputs in (counts, shards):  # text is cut as the tokenizer that is resumed cuts it
+        for budget in ([], ["--max-memory", "2GB"]):
+            out = tmp_path / "resumed"
+            assert run("train", inputs, "--out", out, "--vocab-size", 310, "--resume", first, *budget) == 0
+            assert Tokenizer.load(out) == resumed
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("resumed.")]
+    options = ["--special-tokens", "<|a|>", "<|b|>", "--initial-tokens", "hat", "Katze", "--ties", "tiktoken"]
+    limits = ["--min-frequency", 2, "--max-token-length", 4]
+    assert run("train", shards, "--out", tmp_path / "own", "--vocab-size", 280, *options, *limits) == 0
+    assert Tokenizer.load(tmp_path / "own") == train_bpe(
+        TEXTS,
+        280,
+        special_tokens=["<|a|>", "<|b|>"],
+        initial_tokens=["hat", "Katze"],
+        ties="tiktoken",
+        min_frequency=2,
+        max_token_length=4,
+    )
+    assert run("train", shards, "--out", tmp_path / "none", "--vocab-size", 280, "--no-special-tokens") == 0
+    assert Tokenizer.load(tmp_path / "none") == train_bpe(TEXTS, 280, special_tokens=())
+    capsys.readouterr()
+    assert run("train", counts, "--out", tmp_path / "x", "--split-pattern", "llama3") == 1
+    assert "split_pattern must be that of the counts" in capsys.readouterr().err
+
+
+def test_the_options_of_the_commands_are_those_of_the_functions():
+    """A keyword that the functions get must not be missing from the commands."""
+    for action, options in (("train", TrainingOptions), ("extend", ExtensionOptions)):
+        shown = subprocess.run(
+            [sys.executable, "-m", "herdkern", "tokenizer", action, "--help"],
+            check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+        missing = [name for name in options.__annotations__ if f"--{name.replace('_', '-')}" not in shown]
+        assert missing == ["progress"], f"{action}: {missing}"
+
+
+def test_extend_takes_weights_and_limits(shards, tmp_path, capsys):
+    base = tmp_path / "base"
+    assert run("train", shards / "en.jsonl", "--out", base, "--vocab-size", 290) == 0
+    (tmp_path / "de.txt").write_text(TEXTS[1])
+    (tmp_path / "nl.txt").write_text("de kat zat op de mat en de hoed")
+    arguments = [tmp_path / "de.txt", tmp_path / "nl.txt", "--base", base, "--guard", shards / "en.jsonl"]
+    limits = ["--num-new", 20, "--weights", "de.txt=2", "nl.txt=1/2", "--max-token-length", 3, "--min-frequency", 1]
+    assert run("extend", *arguments, "--out", tmp_path / "out", *limits) == 0
+    start = Tokenizer.load(base)
+    expected, _ = extend_vocabulary(
+        start,
+        {"de.txt": [TEXTS[1]], "nl.txt": ["de kat zat op de mat en de hoed"]},
+        20,
+        guard=TEXTS[::2],
+        language_weights={"de.txt": 2, "nl.txt": 0.5},
+        max_token_length=3,
+    )
+    assert Tokenizer.load(tmp_path / "out") == expected
+    assert run("extend", *arguments, "--out", tmp_path / "out", "--weights", "de.txt=lots", "nl.txt=1") == 2
+    assert "the weight of de.txt must be a number as 2, 0.5 or 1/3, got 'lots'" in capsys.readouterr().err
+
+
+def test_a_bad_line_is_one_message(shards, tmp_path, capsys):
+    """File, line and what to do, without a traceback."""
+    (shards / "en.jsonl").write_text('{"text": "a"}\n{"text": 3}\n')
+    assert run("count", shards, "--out", tmp_path / "counts") == 1
+    told = capsys.readouterr().err
+    assert told.startswith("herdkern: count_shards: en.jsonl#2 must be a readable document, got no_text: ")
+    assert f"{shards / 'en.jsonl'}, line 2: " in told
+    assert "mend or remove it and run again" in told
+    assert told.count("\n") == 1
 
 
 def test_weights_and_executors(shards, tmp_path):
@@ -96,14 +174,21 @@ assert not {"torch", "pyarrow", "transformers", "tokenizers"} & sys.modules.keys
     ("arguments", "message"),
     [
         (["cuont"], "did you mean 'count'?"),
+        (
+            ["train", "{counts}", "{counts}", "--out", "x"],
+            "must be one counts file, or text, got 2 counts files among 2",
+        ),
+        (["train", "{shards}", "--out", "x", "--special-tokens", "<|a|>", "--no-special-tokens"], "got both"),
         (["count", "--out", "x"], "inputs must have at least one file or folder, got none"),
         (["merge", "--out", "x"], "inputs must have at least one counts file, got none"),
         (["count", "{shards}", "--out", "x", "--max-memory", "lots"], "must be a size as 200MB or 4GiB, got 'lots'"),
         (["count", "{shards}", "--out", "x", "--weights", "de"], "weights must be NAME=FACTOR, got 'de'"),
     ],
 )
-def test_a_wrong_command_line_is_told(shards, arguments, message, capsys):
-    assert run(*(argument.format(shards=shards) for argument in arguments)) == 2
+def test_a_wrong_command_line_is_told(shards, tmp_path, arguments, message, capsys):
+    WordCounts().add("a").save(tmp_path / "counts")
+    names = {"shards": shards, "counts": tmp_path / "counts"}
+    assert run(*(argument.format(**names) for argument in arguments)) == 2
     assert message in capsys.readouterr().err
 
 

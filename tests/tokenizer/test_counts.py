@@ -1,13 +1,16 @@
 """Word counts in memory: against a naive twin over the `regex` package, and what may not change a count."""
 
+import os
 import random
+import signal
+import threading
 from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from herdkern.tokenizer import LLAMA3_SPLIT_PATTERN, WordCounts, split_words
+from herdkern.tokenizer import LLAMA3_SPLIT_PATTERN, WordCounts, extend_vocabulary, split_words, train_bpe
 
 DOCUMENTS = [
     "the cat sat on the mat, the other cat sat on the hat",
@@ -111,6 +114,68 @@ def test_words_of_two_unicode_versions_do_not_mix(tmp_path):
     with pytest.raises(ValueError, match=r"WordCounts\.add: .* got 15\.0\.0; count the texts again"):
         loaded.add("a")
     assert dict(loaded.items()) == {b"a": 1}
+
+
+def test_counts_of_another_unicode_version_are_not_taken_silently(tmp_path):
+    counts = WordCounts().add(["ab ab"])
+    counts.unicode = "15.0.0"
+    counts.save(tmp_path / "old")
+    base = train_bpe(["ab"], 257, special_tokens=())
+    for source in (counts, tmp_path / "old"):
+        with pytest.warns(UserWarning, match=r"train_bpe: counts should be .* got 15\.0\.0: .*count the texts again"):
+            tokenizer = train_bpe(source, 257, special_tokens=())
+        assert tokenizer == base
+        with pytest.warns(UserWarning, match=r"extend_vocabulary: counts should be .* got 15\.0\.0"):
+            extend_vocabulary(base, {"de": source}, 1, guard=["x"])
+
+
+def test_strings_of_every_width_are_counted_as_their_bytes():
+    """ASCII, Latin-1, UCS-2 and UCS-4, in pieces that begin and end at every place of a group of eight."""
+    texts = [wide * i + "ascii text " * (i % 5) + wide for wide in ("", "é", "ж€", "😀é") for i in range(40)]
+    texts += ["x" * 300_000 + "é", "é" * 200_000, "中 " * 100_000, "😀" * 70_000 + "a b"]  # longer than a task
+    naive = Counter(word for text in texts for word in split_words(text))
+    for num_threads in (1, 2, 3):
+        assert dict(WordCounts().add(texts, num_threads=num_threads).items()) == naive
+
+
+def test_the_first_lone_surrogate_is_told_and_nothing_is_counted():
+    texts = ["fine é"] * 50_000
+    texts[20_003], texts[40_001] = "x" * 700 + "\ud800", "\udfff😀"
+    for num_threads in (1, 3):
+        counts = WordCounts()
+        with pytest.raises(ValueError, match=r"texts\[20003\] must be text .* a lone surrogate at character 700;"):
+            counts.add(texts, num_threads=num_threads)
+        assert len(counts) == 0
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # that is what is tested
+def test_a_forked_child_does_not_wait_for_a_thread_that_it_lacks():
+    """The child of a process that was counting says so; a lock held by nobody would stop it for ever."""
+    counts = WordCounts()
+    texts = ["a b c d " * 50_000] * 40
+    worker = threading.Thread(target=counts.add, args=(texts,), kwargs={"num_threads": 1})
+    worker.start()
+    told = []
+    while worker.is_alive() and b"forked" not in told:
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            try:
+                len(counts)
+                os.write(write, b"free")  # forked between two batches
+            except RuntimeError as error:
+                os.write(write, b"forked" if "is forked" in str(error) else b"other")
+            finally:
+                os._exit(0)
+        os.close(write)
+        told.append(os.read(read, 10))
+        os.close(read)
+        os.waitpid(child, 0)
+    worker.join()
+    assert b"forked" in told, told
+    assert set(told) <= {b"forked", b"free"}
+    assert counts.num_occurrences == 40 * 50_000 * 4 + 40  # the parent is not disturbed
 
 
 def test_other_patterns():

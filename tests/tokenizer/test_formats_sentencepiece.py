@@ -3,10 +3,12 @@
 import io
 import random
 import struct
+from itertools import pairwise
 
 import pytest
 
 import herdkern.tokenizer
+from herdkern import _text
 from herdkern.tokenizer import Tokenizer
 from herdkern.tokenizer.formats import charsmap, files, sentencepiece_file, verify
 from herdkern.tokenizer.formats.sentencepiece import SentencePieceTokenizer
@@ -77,6 +79,43 @@ def test_same_ids_and_texts(model, small_texts):
         ids = theirs.encode(text)
         assert ours.encode(text) == ids, text
         assert ours.decode(ids) == theirs.decode(ids), text
+
+
+def naive_ids(ours, text):
+    """Merges over the whole text one after the other, as the package's description says."""
+    ids = {piece.text: i for i, piece in enumerate(ours.pieces)}
+    scores = {p.text: p.score for p in ours.pieces if p.type == PieceType.NORMAL}
+    symbols = list(ours.normalize(text))
+    while found := [(-scores[a + b], i) for i, (a, b) in enumerate(pairwise(symbols)) if a + b in scores]:
+        i = min(found)[1]
+        symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+    unknown = next(i for i, piece in enumerate(ours.pieces) if piece.type == PieceType.UNKNOWN)
+    out = []
+    for symbol in symbols:
+        if symbol not in ids and ours.settings.byte_fallback:
+            out += [ids[f"<0x{byte:02X}>"] for byte in symbol.encode()]
+        elif symbol in ids or out[-1:] != [unknown]:
+            out.append(ids.get(symbol, unknown))
+    return out
+
+
+def test_the_kernel_is_the_naive_algorithm(models):
+    """Words of every length: the search of short parts and the queue of long ones, and cuts that change nothing."""
+    for kind in ("llama", "default", "folded"):
+        ours = SentencePieceTokenizer(sentencepiece_file.read_bytes(models[kind]))
+        rng = random.Random(5)
+        letters = "eeeettaainnosrhld" + "日本語のéß😀"
+        texts = ["".join(rng.choices(letters, k=rng.choice([1, 5, 30, 60, 300]))) for _ in range(60)]
+        texts += ["e" * 200, "thethethe" * 40, "in" * 99 + "\u0378" * 3 + "in" * 30, "a b" * 60]
+        for text in texts:
+            assert ours.encode(text) == naive_ids(ours, text), text
+
+
+def test_a_long_text_without_spaces_takes_linear_time(models):
+    """Not a clock but the count of ids: a megabyte of one letter would take hours if every merge searched it."""
+    ours = SentencePieceTokenizer(sentencepiece_file.read_bytes(models["llama"]))
+    text = "e" * 1_000_000
+    assert ours.decode(ours.encode(text)) == text
 
 
 def test_any_ids_decode_alike(model):
@@ -249,10 +288,9 @@ def test_charsmap_of_ours(tmp_path):
     mapping = {b"a": b"x", b"\xc3": b"1", "é".encode(): b"E", b"\x01": b"", b"z": "日本".encode()}
     mapping.pop(b"\xc3")
     blob = charsmap.build(mapping)
-    found = charsmap.CharsMap(blob)
-    assert found.longest(b"za", 0) == (1, "日本".encode())
-    assert found.longest("é".encode(), 0) == (2, b"E")
-    assert found.longest("è".encode(), 0) is None
+    found = _text.CharsMap(blob)
+    assert found.map("zaéè\x01b".encode()) == "日本xEèb".encode()
+    assert found.map(b"a\xffz\xc3") == "x\ufffd日本\ufffd".encode()  # bytes that are no text
     pieces = [Piece(c, -float(i)) for i, c in enumerate("xE1日本èb")]
     ours, theirs = both(small(*pieces, charsmap=blob, normalizer="own"), tmp_path)
     for text in ("aé", "zzb", "\x01a\x01", "è", "z\x01z"):
@@ -262,4 +300,4 @@ def test_charsmap_of_ours(tmp_path):
 @pytest.mark.parametrize("blob", [b"\1", struct.pack("<I", 4000), struct.pack("<I", 0)], ids=repr)
 def test_damaged_charsmaps_are_refused(blob):
     with pytest.raises(ValueError, match="must have a charsmap that holds its trie"):
-        charsmap.CharsMap(blob)
+        _text.CharsMap(blob)

@@ -72,8 +72,10 @@ def test_counting_shards_is_counting_documents(shards, expected, tmp_path, num_t
     assert os.listdir(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("executor", ["threads", "processes"])
+@pytest.mark.parametrize("executor", ["threads", "processes", "ray", "dask"])
 def test_any_executor_and_any_order(shards, expected, tmp_path, executor, monkeypatch):
+    if (library := {"ray": "ray", "dask": "distributed"}.get(executor)) and importlib.util.find_spec(library) is None:
+        pytest.skip(f"needs {library}: herdkern[{executor}] is not installed")
     monkeypatch.setattr(module, "TASK_BYTES", 10_000)  # so that there is something to share out
     shuffled = random.Random(3).sample(shards, len(shards))
     with make_executor(executor, 2) as pool:
@@ -197,6 +199,76 @@ def test_bad_shards_are_named(tmp_path, name, content, message):
     with pytest.raises(StageError, match=message):
         count_shards([tmp_path / name], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_record_is_told_shortly(tmp_path):
+    """By a worker as well, whose error travels: file, line, cause and remedy, and no traceback."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b"\n')
+    with make_executor("processes", 1) as pool:
+        for executor in (None, pool):
+            with pytest.raises(StageError) as error:
+                count_shards([path], tmp_path / "out", executor=executor)
+            message = str(error.value)
+            assert message.startswith("count_shards: a.jsonl#2 must be a readable document, got invalid_json: ")
+            assert f"{path}, line 2: " in message
+            assert message.endswith("; mend or remove it and run again, files counted so far are kept")
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_a_full_disk_ends_a_counting_for_good(tmp_path, num_threads):
+    """While some threads write what passes the budget the others go on to look words up."""
+    rng = random.Random(4)
+    texts = [random_text(rng, 3000) for _ in range(40)]
+    counter = _text.BudgetCounter(make_splitter("llama3"), 20_000, str(tmp_path), num_threads)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            counter.add_texts(texts, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    for again in (
+        lambda: counter.add_texts(texts, 0),  # words are lost: no counts can come of it
+        lambda: counter.finish(-1, "out", 0, lambda: 1 << 20, str(tmp_path), None),
+    ):
+        with pytest.raises(OSError, match="File too large"):
+            again()
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+from herdkern.tokenizer import count_shards
+count_shards([sys.argv[1]], sys.argv[2], max_memory=int(sys.argv[3]), num_threads=2)
+print(int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) << 10)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak of a process is in /proc/self/status")
+@pytest.mark.parametrize("kind", ["words", "escapes", "for Python"])
+def test_lines_near_the_limit_stay_within_the_budget(tmp_path, kind):
+    """Words and lines of 8 MB within 150 MB, of which Python takes about 40: 20 of them would be too much."""
+    size, budget, num_lines = 8_000_000, 150 << 20, 20 if kind == "words" else 5
+    path, expected = tmp_path / "a.jsonl", WordCounts()
+    with open(path, "w") as f:
+        for i in range(num_lines):
+            if kind == "words":
+                text = chr(ord("a") + i) * size
+                expected.add_words({text: 1})
+                f.write(json.dumps({"text": text}) + "\n")
+                continue
+            rng = random.Random(i)
+            text = " ".join(f"{rng.getrandbits(40):x}é" for _ in range(size // 18))
+            expected.add(text)
+            line = json.dumps({"text": text})  # é is an escape
+            f.write((line if kind == "escapes" else line.replace('"text"', '"t\\u0065xt"')) + "\n")
+    command = [sys.executable, "-c", PEAK, str(path), str(tmp_path / "out"), str(budget)]
+    peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    print(f"{kind}: peak {peak / 2**20:.0f} MiB of {budget / 2**20:.0f}")
+    assert peak <= 1.1 * budget, f"peak {peak / 2**20:.0f} MiB of {budget / 2**20:.0f}"
+    expected.save(tmp_path / "expected")
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "expected").read_bytes()
 
 
 def test_bad_arguments_are_refused(tmp_path):

@@ -191,6 +191,11 @@ def test_vocabulary_ends_when_no_pair_is_left():
         ({"min_frequency": -1}, "min_frequency must not be negative, got -1"),
         ({"max_token_length": 0}, "max_token_length must be at least 1, got 0"),
         ({"special_tokens": ["user"]}, "special token 'user' must not be a single word"),
+        (
+            {"special_tokens": ["\u0120!"]},
+            "special token '\u0120!' must not be a single word",
+        ),  # " !" in tokenizer.json
+        ({"special_tokens": ["<|a|>"], "initial_tokens": ["<|a|>"]}, "must not be one of the tokens of initial_tokens"),
         ({"special_tokens": ["<|a|>", "<|a|>"]}, "special_tokens must differ"),
         ({"num_threads": 0}, "num_threads must be at least 1, got 0"),
     ],

@@ -1,18 +1,16 @@
 """SentencePiece BPE models: another kind of tokenizer than ours, with the ids of the `sentencepiece` package.
 
 Such a model cuts a whole text, not words: it begins with characters, writes ▁ for a space, and a character without a
-piece becomes byte pieces or <unk>. This is for reading, comparing, converting and for moderate amounts of text (pure
-Python, about 0.2 MB/s); a model is trained with a Tokenizer.
+piece becomes byte pieces or <unk>. The kernel is csrc/text/sentencepiece.h. A model is trained with a Tokenizer.
 """
 
-import heapq
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from herdkern import _text
 from herdkern.tokenizer.formats import sentencepiece_file as wire
-from herdkern.tokenizer.formats.charsmap import CharsMap
 from herdkern.tokenizer.formats.merge_recovery import Merges, Skipped, recover_merges
 from herdkern.tokenizer.formats.sentencepiece_file import ModelFile, Piece, PieceType, Settings
 
@@ -94,18 +92,7 @@ class SentencePieceTokenizer:
         """The ids of one text. Raises: TypeError if it is no str; ValueError if it holds a lone surrogate."""
         if not isinstance(text, str):
             raise TypeError(f"encode: text must be str, got {type(text).__name__}")
-        normalized = self.normalize(text)
-        ids: list[int] = []
-        was_unknown = False
-        for piece in self._cut(normalized):
-            piece_id = self._ids.get(piece, self._unk_id)
-            is_unknown = piece_id == self._unk_id
-            if is_unknown and self.settings.byte_fallback:
-                ids += [self._byte_ids[byte] for byte in piece.encode()]
-            elif not (is_unknown and was_unknown):  # a run of unknown characters is one id
-                ids.append(piece_id)
-            was_unknown = is_unknown and not self.settings.byte_fallback
-        return ids
+        return self._cutter.encode(self.normalize(text))
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """The ids of each text."""
@@ -138,7 +125,7 @@ class SentencePieceTokenizer:
             out += text.replace(SPACE, " ").encode()
         out += _valid(run)
         if self._denormalizer:
-            out = bytearray(_mapped(bytes(out), self._denormalizer))
+            out = bytearray(self._denormalizer.map(bytes(out)))
         return out.decode("utf-8", "replace")
 
     def normalize(self, text: str) -> str:
@@ -149,78 +136,44 @@ class SentencePieceTokenizer:
             return ""
         if self._charsmap:
             parts = self._user_defined.split(text) if self._user_defined else [text]
-            changed = [p.encode() if i % 2 else _mapped(p.encode(), self._charsmap) for i, p in enumerate(parts)]
+            changed = [p.encode() if i % 2 else self._charsmap.map(p.encode()) for i, p in enumerate(parts)]
             text = b"".join(changed).decode("utf-8", "replace")
         if settings.remove_extra_whitespaces:
-            text = re.sub(" +", " ", text).strip(" ")
+            while "  " in text:
+                text = text.replace("  ", " ")
+            text = text.strip(" ")
             if not text:
                 return ""
         if settings.add_dummy_prefix:
             text = " " + text
         return text.replace(" ", SPACE) if settings.escape_whitespaces else text
 
-    def _cut(self, text: str) -> list[str]:
-        """Merge adjacent symbols, the highest score first and of equal ones the leftmost, until no pair is a piece."""
-        symbols, frozen = self._symbols(text)
-        n = len(symbols)
-        following = list(range(1, n + 1))
-        before = list(range(-1, n - 1))
-        scores = self._scores
-        heap: list[tuple[float, int, int, str]] = []  # (-score, place, place of the second, what they make)
+    @cached_property
+    def _cutter(self) -> _text.SentencePieceCutter:
+        byte_ids = [self._ids[f"<0x{byte:02X}>"] for byte in range(256)] if self.settings.byte_fallback else []
+        pieces = [
+            _text.SentencePiece(
+                p.text, p.score, p.type in MERGED, p.type == PieceType.USER_DEFINED, self._without_unused(i)
+            )
+            for i, p in enumerate(self.pieces)
+        ]
+        return _text.SentencePieceCutter(pieces, self._unk_id, byte_ids)
 
-        def offer(left: int, right: int) -> None:
-            if left < 0 or right >= n or frozen[left] or frozen[right]:
-                return
-            together = symbols[left] + symbols[right]
-            score = scores.get(together)
-            if score is not None:
-                heapq.heappush(heap, (-score, left, right, together))
-
-        for i in range(n - 1):
-            offer(i, i + 1)
-        while heap:
-            _, left, right, together = heapq.heappop(heap)
-            if not symbols[left] or not symbols[right] or len(symbols[left]) + len(symbols[right]) != len(together):
-                continue
-            symbols[left], symbols[right] = together, ""
-            following[left] = following[right]
-            if following[right] < n:
-                before[following[right]] = left
-            offer(before[left], left)
-            offer(left, following[left])
-        return [part for symbol in symbols if symbol for part in self._without_unused(symbol)]
-
-    def _symbols(self, text: str) -> tuple[list[str], list[bool]]:
-        if not self._user_defined:
-            return list(text), [False] * len(text)
-        symbols: list[str] = []
-        frozen: list[bool] = []
-        for place, part in enumerate(self._user_defined.split(text)):
-            found = [part] if place % 2 else list(part)
-            symbols += found
-            frozen += [bool(place % 2)] * len(found)
-        return symbols, frozen
-
-    def _without_unused(self, piece: str) -> list[str]:
+    def _without_unused(self, piece_id: int) -> list[int]:
         """The piece, or the two that make it where it may not be used itself, and so on."""
-        found, todo = [], [piece]
+        found, todo = [], [piece_id]
         while todo:
-            piece = todo.pop()
-            piece_id = self._ids.get(piece, self._unk_id)
+            piece_id = todo.pop()
             if self.pieces[piece_id].type == PieceType.UNUSED and piece_id in self._parts:
                 left, right = self._parts[piece_id]
-                todo += [self.pieces[right].text, self.pieces[left].text]
+                todo += [right, left]
             else:
-                found.append(piece)
+                found.append(piece_id)
         return found
 
     @cached_property
     def _ids(self) -> dict[str, int]:
         return {piece.text: i for i, piece in enumerate(self.pieces)}
-
-    @cached_property
-    def _scores(self) -> dict[str, float]:
-        return {piece.text: piece.score for piece in self.pieces if piece.type in MERGED}
 
     @cached_property
     def _parts(self) -> dict[int, tuple[int, int]]:
@@ -236,10 +189,6 @@ class SentencePieceTokenizer:
         return next(i for i, piece in enumerate(self.pieces) if piece.type == PieceType.UNKNOWN)
 
     @cached_property
-    def _byte_ids(self) -> list[int]:
-        return [self._ids[f"<0x{byte:02X}>"] for byte in range(256)]
-
-    @cached_property
     def _user_defined(self) -> re.Pattern[str] | None:
         """Finds user-defined pieces, the longest first; split by it, every second part is one."""
         names = [piece.text for piece in self.pieces if piece.type == PieceType.USER_DEFINED]
@@ -248,12 +197,12 @@ class SentencePieceTokenizer:
         return re.compile("(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + ")")
 
     @cached_property
-    def _charsmap(self) -> CharsMap | None:
-        return CharsMap(self.settings.charsmap) if self.settings.charsmap else None
+    def _charsmap(self) -> _text.CharsMap | None:
+        return _text.CharsMap(self.settings.charsmap) if self.settings.charsmap else None
 
     @cached_property
-    def _denormalizer(self) -> CharsMap | None:
-        return CharsMap(self.settings.denormalizer_charsmap) if self.settings.denormalizer_charsmap else None
+    def _denormalizer(self) -> _text.CharsMap | None:
+        return _text.CharsMap(self.settings.denormalizer_charsmap) if self.settings.denormalizer_charsmap else None
 
 
 def _valid(run: bytearray) -> bytes:
@@ -263,22 +212,6 @@ def _valid(run: bytearray) -> bytes:
     while at < len(run):
         size = _character_size(run, at)
         out += run[at : at + size] if size else "\ufffd".encode()
-        at += size or 1
-    return bytes(out)
-
-
-def _mapped(data: bytes, charsmap: CharsMap) -> bytes:
-    """`data` with the longest key of the map replaced at each place; what is in no key stays as it is."""
-    out = bytearray()
-    at = 0
-    while at < len(data):
-        found = charsmap.longest(data, at)
-        if found is not None:
-            out += found[1]
-            at += found[0]
-            continue
-        size = _character_size(data, at)
-        out += data[at : at + size] if size else "\ufffd".encode()
         at += size or 1
     return bytes(out)
 
