@@ -107,6 +107,7 @@ MergeArray train(const py::object& words, bool keep_words, std::vector<std::stri
         return train_merges(words, options, report);
       });
     }
+    give_back_memory();
   }
   return to_array(result);
 }

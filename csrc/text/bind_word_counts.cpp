@@ -1,9 +1,5 @@
 // Python binding of word counting: tables in memory, counting within a budget, merging and reading runs. The doors are
 // herdkern/tokenizer/counts.py and shard_counts.py.
-#if defined(__linux__)
-#include <malloc.h>
-#endif
-
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
 
@@ -31,13 +27,6 @@ std::function<void(uint64_t)> make_tick(const py::object& progress) {
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     if (!progress.is_none()) progress(bytes_read);
   };
-}
-
-// What was freed goes back to the system: the next budget of this process is measured from what it holds.
-void give_back_memory() {
-#if defined(__GLIBC__)
-  malloc_trim(0);
-#endif
 }
 
 MergeLimits make_limits(size_t max_bytes, size_t max_files, std::string folder) {

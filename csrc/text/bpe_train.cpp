@@ -209,8 +209,10 @@ bool Trainer::rebuild(bool lower) {
   }
   for (;; threshold = std::max(min_frequency_, threshold / kThresholdStep)) {
     index_.build(threshold, room());
-    if (!index_.empty() || threshold <= min_frequency_) return !index_.empty();
+    if (!index_.empty() || threshold <= min_frequency_) break;
   }
+  index_.forget_scan();
+  return !index_.empty();
 }
 
 std::vector<Merge> Trainer::run(const std::function<void(double)>& progress) {

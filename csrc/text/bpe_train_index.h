@@ -94,6 +94,11 @@ class PairIndex {
   // Indexes the pairs that the scan saw at least `threshold` times, or fewer by a higher threshold where their
   // occurrences would fill more than half of `room`. Can be called again with a lower threshold if it found none.
   void build(int64_t threshold, size_t room);
+  // Gives back what the scan found, once nothing more is built of it.
+  void forget_scan() {
+    std::vector<int64_t>().swap(buckets_);
+    std::vector<uint64_t>().swap(frequent_);
+  }
 
   bool allows(uint32_t left, uint32_t right) const { return uint64_t(lengths_[left]) + lengths_[right] <= max_length_; }
   int64_t threshold() const { return threshold_; }

@@ -2,6 +2,9 @@
 // random, and with 4 KiB pages every second probe would miss the TLB. They go back to it piece by piece while a table
 // moves to a larger block, so that old and new together never hold more than the new one will.
 #pragma once
+#if defined(__linux__)
+#include <malloc.h>
+#endif
 #include <sys/mman.h>
 
 #include <cstddef>
@@ -77,6 +80,13 @@ class Pages {
   uint8_t* mapped_ = nullptr;
   size_t num_bytes_ = 0, mapped_bytes_ = 0, given_back_ = 0;
 };
+
+// What was freed goes back to the system: the next budget of this process is measured from what it holds.
+inline void give_back_memory() {
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
+}
 
 // Bytes of long words. They never move, and clear() keeps the chunks for the next words.
 class ByteArena {

@@ -94,8 +94,9 @@ def train_bpe(texts_or_counts: CountSource, vocab_size: int, **options: "Unpack[
         usable_threads(plan.num_threads),
         as_share(plan.progress, wanted),
     )
-    for left, right, _ in merges.tolist():
-        start.merge(left, right)
+    for begin in range(0, len(merges), 4096):  # as lists of Python they take ten times the memory
+        for left, right, _ in merges[begin : begin + 4096].tolist():
+            start.learn(left, right)
     if plan.progress:
         plan.progress(wanted, wanted)
     names = {name: len(start.tokens) + i for i, name in enumerate(specials)}
@@ -189,12 +190,17 @@ class _Start:
         self.merges: list[tuple[int, int, int]] = []
         self._places: dict[tuple[int, int], list[int]] = {}  # of a pair in merges
 
-    def merge(self, left: int, right: int) -> None:
-        """Append a merge; if it spells a token that is there, it gets its id."""
+    def learn(self, left: int, right: int) -> int:
+        """The token that two make, by its id; new if no token has its bytes."""
         joined = self.tokens[left] + self.tokens[right]
         token = self.ids.setdefault(joined, len(self.tokens))
         if token == len(self.tokens):
             self.tokens.append(joined)
+        return token
+
+    def merge(self, left: int, right: int) -> None:
+        """Append a merge; if it spells a token that is there, it gets its id."""
+        token = self.learn(left, right)
         self._places.setdefault((left, right), []).append(len(self.merges))
         self.merges.append((left, right, token))
 
