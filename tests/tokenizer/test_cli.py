@@ -14,7 +14,8 @@ import pytest
 
 from herdkern import cli
 from herdkern.tokenizer import Tokenizer, WordCounts, extend_vocabulary, iter_counts, train_bpe
-from herdkern.tokenizer.cli import ACTIONS, to_bytes, to_weights
+from herdkern.tokenizer.cli import ACTIONS
+from herdkern.tokenizer.cli_inputs import to_bytes, to_weights
 from herdkern.tokenizer.extend import ExtensionOptions
 from herdkern.tokenizer.train import TrainingOptions
 
