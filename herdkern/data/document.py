@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from typing import Any
 import zstandard
 
 from herdkern.data.decompress import CHUNK_BYTES, MAX_EXPANSION, DamagedFileError, read_lines
+from herdkern.engine import atomic_file
 
 MAX_LINE_BYTES = 64 << 20
 OWN_LINE_BYTES = 8 * MAX_LINE_BYTES  # a text of MAX_LINE_BYTES may have grown by escapes when it was written
@@ -310,13 +310,13 @@ class DocumentWriter:
         self.path = Path(path)
         self.num_documents = 0
         self.text_bytes = 0  # UTF-8 bytes of `text` alone
-        self._temporary = self.path.with_name(self.path.name + ".tmp")
+        self._output = atomic_file(self.path)
         self._pending: list[bytes] = []
         self._pending_bytes = 0
 
     def __enter__(self) -> "DocumentWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._temporary, "wb")
+        self._file = self._output.__enter__()
         compress = zstandard.ZstdCompressor(level=3, write_checksum=True, write_content_size=False)
         self._compressor = None if self.path.suffix == ".jsonl" else compress.compressobj()
         return self
@@ -348,19 +348,10 @@ class DocumentWriter:
                 self._flush()
                 if self._compressor is not None:
                     self._file.write(self._compressor.flush())
-                self._file.flush()
-                os.fsync(self._file.fileno())
         except BaseException:
-            kind = BaseException
+            self._output.__exit__(*sys.exc_info())
             raise
-        finally:
-            try:
-                self._file.close()
-            finally:
-                if kind is not None:
-                    self._temporary.unlink(missing_ok=True)
-        if kind is None:
-            os.replace(self._temporary, self.path)
+        self._output.__exit__(kind, error, trace)
 
 
 def write_documents(path: Path | str, documents: Iterable[Document]) -> int:

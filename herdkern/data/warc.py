@@ -2,12 +2,13 @@
 
 import base64
 import hashlib
-import os
 import uuid
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+
+from herdkern.engine import atomic_file
 
 Headers = Sequence[tuple[str, str]]
 
@@ -20,11 +21,11 @@ class WarcWriter:
 
     def __init__(self, path: Path, *, date: str, software: str):
         self.path, self.date = Path(path), date
-        self._temporary = self.path.with_name(self.path.name + ".tmp")
+        self._output = atomic_file(self.path)
         self._software = software
 
     def __enter__(self) -> "WarcWriter":
-        self._file = open(self._temporary, "wb")
+        self._file = self._output.__enter__()
         info = f"software: {self._software}\r\nformat: WARC File Format 1.1\r\n".encode()
         self._record("warcinfo", self.path.name, "application/warc-fields", info, [("WARC-Filename", self.path.name)])
         return self
@@ -66,21 +67,7 @@ class WarcWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-        except BaseException:
-            kind = BaseException
-            raise
-        finally:
-            try:
-                self._file.close()
-            finally:
-                if kind is not None:
-                    self._temporary.unlink(missing_ok=True)
-        if kind is None:
-            os.replace(self._temporary, self.path)
+        self._output.__exit__(kind, error, trace)
 
 
 def _digest(data: bytes) -> str:

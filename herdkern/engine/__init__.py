@@ -8,6 +8,7 @@ from herdkern.engine.executors import SerialExecutor, make_executor
 from herdkern.engine.journal import canonical_json, config_sha256
 from herdkern.engine.shards import atomic_file, read_json, sha256_file, write_json_atomic
 from herdkern.engine.stage import Run, StageError, StageResult
+from herdkern.engine.task import code_version, task_memory
 
 __all__ = [
     "Run",
@@ -16,9 +17,11 @@ __all__ = [
     "StageResult",
     "atomic_file",
     "canonical_json",
+    "code_version",
     "config_sha256",
     "make_executor",
     "read_json",
     "sha256_file",
+    "task_memory",
     "write_json_atomic",
 ]

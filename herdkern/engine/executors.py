@@ -13,6 +13,8 @@ ExecutorKind = Literal["serial", "threads", "processes", "mpi", "ray", "dask"]
 class SerialExecutor(concurrent.futures.Executor):
     """Runs each call at once in the calling thread."""
 
+    num_workers = 1
+
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "concurrent.futures.Future[Any]":
         """A finished future: `fn` has run when this returns. KeyboardInterrupt and SystemExit pass through."""
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
@@ -24,19 +26,27 @@ class SerialExecutor(concurrent.futures.Executor):
 
 
 class RayExecutor(concurrent.futures.Executor):
-    """Ray tasks behind the standard interface. Uses the Ray that is running, or starts one with `num_workers` CPUs."""
+    """Ray tasks behind the standard interface. Uses the Ray that is running, or starts one with `num_workers` CPUs.
+
+    A worker that is lost fails its task, as in a process pool: Ray would try again, after an OOM kill without an end.
+    """
 
     def __init__(self, num_workers: int):
         import ray
 
-        self._ray = ray
+        self._ray, self.num_workers = ray, num_workers
+        self._remote: dict[Callable[..., Any], Any] = {}  # making one sends the function to the cluster
         self._started = not ray.is_initialized()
         if self._started:
             ray.init(num_cpus=num_workers, include_dashboard=False, configure_logging=False, log_to_driver=False)
+        else:
+            self.num_workers = max(1, int(ray.cluster_resources().get("CPU", num_workers)))
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "concurrent.futures.Future[Any]":
         """A future of `fn(*args, **kwargs)` on some worker."""
-        return self._ray.remote(fn).remote(*args, **kwargs).future()
+        if fn not in self._remote:
+            self._remote[fn] = self._ray.remote(max_retries=0)(fn)
+        return self._remote[fn].remote(*args, **kwargs).future()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Stop the Ray that this executor started; a Ray that was running before is left alone."""
@@ -46,11 +56,17 @@ class RayExecutor(concurrent.futures.Executor):
 
 
 class DaskExecutor(concurrent.futures.Executor):
-    """A local Dask cluster behind the standard interface. For another cluster pass its `client.get_executor()`."""
+    """A local Dask cluster behind the standard interface. For another cluster pass its `client.get_executor()`.
+
+    A worker that is lost fails its task, as in a process pool.
+    """
 
     def __init__(self, num_workers: int):
+        import dask
         from distributed import Client
 
+        self.num_workers = num_workers
+        dask.config.set({"distributed.scheduler.allowed-failures": 0})  # read when the scheduler starts
         self._client = Client(n_workers=num_workers, threads_per_worker=1, dashboard_address=None)
         self._executor = self._client.get_executor(pure=False)
 
@@ -62,6 +78,15 @@ class DaskExecutor(concurrent.futures.Executor):
         """Stop the workers and the cluster."""
         self._executor.shutdown(wait=wait)
         self._client.close()
+
+
+def num_workers(executor: concurrent.futures.Executor) -> int:
+    """How many calls `executor` runs at once; of one that does not tell, the number of usable cores."""
+    for name in ("num_workers", "_max_workers"):  # ours and mpi4py's; the standard library's pools
+        value = getattr(executor, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return len(os.sched_getaffinity(0))
 
 
 def _end_with_parent() -> None:

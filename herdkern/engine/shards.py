@@ -1,25 +1,32 @@
 """Files that are either complete or absent: written under a `.tmp` name, synced, renamed; hashed for the journal."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 TMP_SUFFIX = ".tmp"  # a file or folder that is not complete ends in it
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileRecord:
-    """What the journal keeps of one file: its name (relative to its task folder), size and SHA-256."""
+    """What the journal keeps of one file: its name (relative to its task folder), size and SHA-256.
+
+    stamp: when it was last written to, in ns, as it was hashed (of a folder the sum over its files; 0 if unknown). It
+    says cheaply whether a file may have changed since; it is not in the journal, and equality does not ask for it.
+    """
 
     name: str
     bytes: int
     sha256: str
+    stamp: int = field(default=0, compare=False)
 
     def as_json(self) -> dict[str, Any]:
         """The record as a JSON object."""
@@ -40,11 +47,20 @@ def sha256_file(path: Path | str) -> str:
     return digest.hexdigest()
 
 
+def sync(descriptor: int, path: Path) -> None:
+    """fsync. Raises: OSError that names `path`."""
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        e.filename = str(path)
+        raise
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable (fsync of the directory)."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor, folder)
     finally:
         os.close(descriptor)
 
@@ -65,9 +81,11 @@ def atomic_file(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
         with open(tmp, mode, **text) as f:  # type: ignore[call-overload]
             yield f
             f.flush()
-            os.fsync(f.fileno())
+            sync(f.fileno(), tmp)
         os.replace(tmp, path)
-    except BaseException:
+    except BaseException as e:
+        if isinstance(e, OSError) and e.filename is None and e.errno in _OF_WRITING:
+            e.filename = str(tmp)  # write(2) does not say to what
         with contextlib.suppress(OSError):
             tmp.unlink()
         raise
@@ -98,10 +116,15 @@ def read_json(path: Path | str) -> Any:
 def files_below(folder: Path) -> list[Path]:
     """Every file below `folder`, ordered by its relative path.
 
-    Raises: ValueError if something there is neither a file nor a folder (a link, a socket).
+    Raises: ValueError if something there is neither a file nor a folder (a link, a socket); OSError if a folder cannot
+    be read.
     """
+
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk alone would leave out what it cannot read
+
     found: list[Path] = []
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=refuse):
         for name in (*folders, *names):
             path = Path(parent, name)
             if path.is_symlink() or not (path.is_dir() or path.is_file()):
@@ -110,24 +133,43 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
+def _describe_file(path: Path, name: str) -> FileRecord:
+    status = path.stat()  # before it is read: whoever writes to it meanwhile changes the stamp
+    return FileRecord(name=name, bytes=status.st_size, sha256=sha256_file(path), stamp=status.st_mtime_ns)
+
+
 def describe(path: Path) -> FileRecord:
     """Name, size and hash of an input: a file, or a folder (then over the names, sizes and hashes of all files below).
 
-    Raises: OSError if it is missing or cannot be read.
+    Raises: OSError if it is missing or cannot be read; ValueError if a folder holds anything but files and folders.
     """
     if not path.is_dir():
-        return FileRecord(name=path.name, bytes=path.stat().st_size, sha256=sha256_file(path))
-    records = [
-        FileRecord(name=file.relative_to(path).as_posix(), bytes=file.stat().st_size, sha256=sha256_file(file))
-        for file in files_below(path)
-    ]
-    return FileRecord(name=path.name, bytes=sum(r.bytes for r in records), sha256=folder_sha256(records))
+        return _describe_file(path, path.name)
+    records = [_describe_file(file, file.relative_to(path).as_posix()) for file in files_below(path)]
+    return folder_record(path.name, records)
 
 
-def folder_sha256(records: list[FileRecord]) -> str:
-    """One SHA-256 for a folder from the records of its files (names relative to the folder)."""
+def folder_record(name: str, records: list[FileRecord]) -> FileRecord:
+    """The record of a folder from those of its files (names relative to the folder)."""
     lines = "".join(f"{r.sha256} {r.bytes} {r.name}\n" for r in sorted(records, key=lambda r: r.name))
-    return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+    digest = hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+    size, stamp = sum(r.bytes for r in records), sum(r.stamp for r in records)
+    return FileRecord(name=name, bytes=size, sha256=digest, stamp=stamp)
+
+
+def is_as_recorded(path: Path, record: FileRecord) -> bool:
+    """Whether an input still is what `record` says: by size and stamp, and where they differ by its hash.
+
+    A file system that changes bytes without a trace in the stamp is found out only by hashing, when a run is resumed.
+    """
+    try:
+        files = files_below(path) if path.is_dir() else [path]
+        statuses = [file.stat() for file in files]
+        if (sum(s.st_size for s in statuses), sum(s.st_mtime_ns for s in statuses)) == (record.bytes, record.stamp):
+            return True
+        return describe(path) == record
+    except (OSError, ValueError):
+        return False
 
 
 def seal_folder(folder: Path) -> list[FileRecord]:
@@ -138,9 +180,8 @@ def seal_folder(folder: Path) -> list[FileRecord]:
     records = []
     for path in files_below(folder):
         with open(path, "rb") as f:
-            os.fsync(f.fileno())
-        name = path.relative_to(folder).as_posix()
-        records.append(FileRecord(name=name, bytes=path.stat().st_size, sha256=sha256_file(path)))
+            sync(f.fileno(), path)
+        records.append(_describe_file(path, path.relative_to(folder).as_posix()))
     for parent, _, _ in os.walk(folder, topdown=False):
         sync_folder(Path(parent))
     return records
@@ -158,24 +199,37 @@ def replace_folder(new: Path, final: Path) -> None:
     """Rename `new` to `final`; a folder that was there is set aside first and deleted after.
 
     At every moment `final` is the old folder, absent, or the new one: never a mixture.
+    Raises: OSError if it cannot be done; the old folder is then where it was.
     """
     aside = final.with_name(final.name + ".old" + TMP_SUFFIX)
     remove_folder(aside)
-    if final.exists():
+    had_one = final.exists()
+    if had_one:
         os.rename(final, aside)
-    os.rename(new, final)
+    try:
+        os.rename(new, final)
+    except OSError:
+        if had_one:
+            os.rename(aside, final)
+        raise
     sync_folder(final.parent)
     remove_folder(aside)
 
 
-def is_intact(folder: Path, records: list[FileRecord]) -> bool:
-    """Whether `folder` holds exactly the files of `records`, with their sizes and hashes."""
+def verified(folder: Path, records: list[FileRecord]) -> list[FileRecord] | None:
+    """`records` with their stamps if `folder` holds exactly these files with these sizes and hashes, else None."""
     try:
         files = files_below(folder)
         if [f.relative_to(folder).as_posix() for f in files] != [r.name for r in records]:
-            return False
+            return None
         if any(f.stat().st_size != r.bytes for f, r in zip(files, records, strict=True)):
-            return False
-        return all(sha256_file(f) == r.sha256 for f, r in zip(files, records, strict=True))
+            return None
+        found = [_describe_file(f, r.name) for f, r in zip(files, records, strict=True)]
+        return found if found == records else None
     except (OSError, ValueError):
-        return False
+        return None
+
+
+def is_intact(folder: Path, records: list[FileRecord]) -> bool:
+    """Whether `folder` holds exactly the files of `records`, with their sizes and hashes."""
+    return verified(folder, records) is not None

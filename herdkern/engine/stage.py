@@ -8,36 +8,33 @@ the journal: what has a line is complete, and a worker that outlives a killed ru
 import concurrent.futures
 import contextlib
 import errno
-import json
 import logging
 import os
-import pickle
 import re
-import secrets
 import sys
-import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from herdkern.engine.executors import SerialExecutor
+from herdkern.engine.executors import SerialExecutor, num_workers
 from herdkern.engine.journal import Journal, RunLock, TaskKey, config_sha256, sum_counters
+from herdkern.engine.progress import StageBar
 from herdkern.engine.shards import (
     TMP_SUFFIX,
     FileRecord,
     describe,
-    folder_sha256,
-    is_intact,
+    folder_record,
+    is_as_recorded,
     remove_folder,
     replace_folder,
-    seal_folder,
+    verified,
 )
+from herdkern.engine.task import Outcome, StageFunction, Task, default_memory, function_name, run_task
 
 logger = logging.getLogger(__name__)
 
-StageFunction = Callable[..., dict[str, Any] | None]
+HASH_THREADS = 8  # of this process, for inputs and for what is resumed; hashlib lets go of the interpreter
 _OURS = re.compile(r"task-\d{5,}(?:\..*\.tmp)?")  # all that a run may delete in the folder of a stage
 
 
@@ -59,60 +56,15 @@ class StageResult:
         return [task / name for task in self.tasks if (task / name).exists()]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Task:
-    key: TaskKey
-    inputs: list[Path]
-    arguments: tuple[Any, ...]  # after `out`
-    folder: Path
-    tmp: Path
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Outcome:
-    """What comes back from a worker; an error travels as data because not every exception survives pickling."""
-
-    outputs: list[FileRecord] = field(default_factory=list)
-    counters: dict[str, Any] = field(default_factory=dict)
-    seconds: float = 0.0
-    error: str = ""
-    error_number: int = 0
-    error_trace: str = ""
-    exception: BaseException | None = None
-
-
-def _run_task(fn: StageFunction, inputs: list[Path], tmp: Path, arguments: tuple[Any, ...]) -> _Outcome:
-    """Run one task in a worker: fresh folder, function, sync and hash. Raises neither Exception nor SystemExit."""
-    started = time.perf_counter()
-    try:
-        tmp.mkdir(parents=True)
-        counters = fn(inputs, tmp, *arguments) or {}
-        counters = json.loads(json.dumps(counters, allow_nan=False))
-        if not isinstance(counters, dict):
-            raise TypeError(f"a stage function must return a dict of counters, got {type(counters).__name__}")
-        return _Outcome(outputs=seal_folder(tmp), counters=counters, seconds=time.perf_counter() - started)
-    except (Exception, SystemExit) as e:  # a function that calls sys.exit(0) has not finished its task
-        with contextlib.suppress(OSError):  # give the space back; what finished earlier is elsewhere
-            remove_folder(tmp)
-        try:
-            exception = pickle.loads(pickle.dumps(e))
-        except Exception:
-            exception = None
-        return _Outcome(
-            error=f"{type(e).__name__}: {e}",
-            error_number=(e.errno or 0) if isinstance(e, OSError) else 0,
-            error_trace=traceback.format_exc(),
-            exception=exception,
-        )
-
-
 class Run:
     """A run folder and the stages in it.
 
     run_dir: created if missing; used by one process at a time (RuntimeError otherwise).
     executor: who runs the tasks; None runs them one after the other in this process. Closing it is the caller's.
+    max_memory: bytes that the tasks which run at once may use together (`task_memory` gives a task its share); None:
+    half of this machine or container. Nothing that is written depends on it.
     progress: show a bar on stderr; None shows it on a terminal only.
-    Raises: RuntimeError if another process works in run_dir; OSError if it is not writable.
+    Raises: RuntimeError if another process works in run_dir; OSError if it is not writable; ValueError for max_memory.
     """
 
     def __init__(
@@ -120,11 +72,15 @@ class Run:
         run_dir: Path | str,
         *,
         executor: concurrent.futures.Executor | None = None,
+        max_memory: int | None = None,
         progress: bool | None = None,
     ):
+        if max_memory is not None and max_memory < 1:
+            raise ValueError(f"Run: max_memory must be at least 1 byte or None, got {max_memory}")
         self.run_dir = Path(run_dir)
         self.data_dir = self.run_dir / "data"
         self.executor = executor or SerialExecutor()
+        self.max_memory = max_memory or default_memory()
         self.progress = sys.stderr.isatty() if progress is None else progress
         self._lock: RunLock | None = None
         try:
@@ -132,8 +88,13 @@ class Run:
             self._lock = RunLock.acquire(self.run_dir)
         except OSError as e:
             raise type(e)(e.errno, f"Run: run_dir must be writable, got {self.run_dir}: {e.strerror}") from e
-        self.journal = Journal(self.run_dir / "journal.jsonl")
-        self._known: dict[Path, FileRecord] = {}  # outputs written or verified by this object: no need to hash again
+        try:
+            self.journal = Journal(self.run_dir / "journal.jsonl")
+        except OSError as e:
+            self.close()
+            raise type(e)(e.errno, f"Run: cannot read {self.run_dir / 'journal.jsonl'}: {e.strerror}") from e
+        self._known: dict[Path, FileRecord] = {}  # what this object wrote, verified or hashed: not hashed again
+        self._first_reader: dict[Path, str] = {}  # of inputs from outside: the stage that hashed them
 
     def close(self) -> None:
         """Give the run folder back to other processes."""
@@ -212,51 +173,87 @@ class Run:
         if self._lock is None:
             raise ValueError("Run: the run must be open, got a closed one; make a new Run for the folder")
         with self._lock.stage_lock:
-            records = self._describe_inputs(name, groups)
-            function = f"{fn.__module__}.{fn.__qualname__}"
-            digest = config_sha256([config, list(extra)])
-            tasks = []
-            for number, (group, group_records) in enumerate(zip(groups, records, strict=True)):
-                task = f"task-{number:05d}"
-                key = TaskKey(
-                    stage=name, task=task, function=function, config_sha256=digest, inputs=tuple(group_records)
-                )
-                folder = self.data_dir / name / task
-                tmp = folder.with_name(f"{task}.{secrets.token_hex(6)}{TMP_SUFFIX}")
-                tasks.append(_Task(key=key, inputs=group, arguments=(config, *extra), folder=folder, tmp=tmp))
-            todo = [task for task in tasks if not self._is_done(task)]
-            if todo:
-                self._remove_strays(name, lambda path: path.name.endswith(TMP_SUFFIX))
-                self._run_tasks(name, fn, tasks, todo)
-            wanted = {task.key.task for task in tasks}
-            self._remove_strays(name, lambda path: path.name not in wanted)
-            entries = [self.journal.entries[name, task.key.task] for task in tasks]
-            return StageResult(
-                tasks=[task.folder for task in tasks],
-                counters=sum_counters(entry["counters"] for entry in entries),
-                skipped=not todo,
-            )
+            try:
+                return self._run_locked(name, fn, groups, config, extra)
+            except OSError as e:  # of the run folder itself: errors of tasks and inputs have become StageError below
+                hint = hint_for(e.errno or 0, self.run_dir)
+                raise StageError(f"stage {name!r}: cannot work in {self.data_dir / name}: {e}{hint}") from e
+
+    def _run_locked(
+        self, name: str, fn: StageFunction, groups: list[list[Path]], config: Any, extra: tuple[Any, ...]
+    ) -> StageResult:
+        records = self._describe_inputs(name, groups)
+        function = function_name(fn)
+        digest = config_sha256([config, list(extra)])
+        workers = num_workers(self.executor)
+        tasks = []
+        for number, (group, group_records) in enumerate(zip(groups, records, strict=True)):
+            task = f"task-{number:05d}"
+            key = TaskKey(stage=name, task=task, function=function, config_sha256=digest, inputs=tuple(group_records))
+            memory = max(1, self.max_memory // min(workers, len(groups)))
+            folder = self.data_dir / name / task
+            tasks.append(Task(key=key, inputs=group, arguments=(config, *extra), folder=folder, max_memory=memory))
+        todo = self._not_done(name, tasks)
+        if todo:
+            self._remove_strays(name, lambda path: path.name.endswith(TMP_SUFFIX))
+            self._run_tasks(name, fn, tasks, todo)
+        wanted = {task.key.task for task in tasks}
+        self._remove_strays(name, lambda path: path.name not in wanted)
+        entries = [self.journal.entries[name, task.key.task] for task in tasks]
+        return StageResult(
+            tasks=[task.folder for task in tasks],
+            counters=sum_counters(entry["counters"] for entry in entries),
+            skipped=not todo,
+        )
 
     def _describe_inputs(self, name: str, groups: list[list[Path]]) -> list[list[FileRecord]]:
-        """Size and hash of every input; those that an earlier stage of this object wrote or verified are known."""
-        unknown = list(dict.fromkeys(p for group in groups for p in group if p.absolute() not in self._known))
-        found: dict[Path, FileRecord] = {}
-        with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        """Size and hash of every input; those that this object wrote, verified or hashed before are known."""
+        paths = list(dict.fromkeys(p for group in groups for p in group))
+        unknown = [path for path in paths if not self._is_known(name, path)]
+        sizes = {path: size_of(path) for path in unknown} if self.progress else {}
+        with self._bar(f"{name}: reading inputs", sizes, HASH_THREADS) as bar, _hash_pool() as pool:
             for path, future in [(p, pool.submit(describe, p)) for p in unknown]:
                 try:
-                    found[path] = future.result()
+                    record = future.result()
                 except (OSError, ValueError) as e:
                     raise StageError(f"stage {name!r}: cannot read the input {path}: {e}{self._made_by(path)}") from e
-                self._check_against_journal(name, path, found[path])
-        return [[found.get(p) or self._known[p.absolute()] for p in group] for group in groups]
+                self._check_against_journal(name, path, record)
+                self._known[path.absolute()] = record
+                self._first_reader.setdefault(path.absolute(), name)
+                bar.advance(sizes.get(path, 0), 0.0)
+        return [[self._known[p.absolute()] for p in group] for group in groups]
+
+    def _is_known(self, name: str, path: Path) -> bool:
+        """Whether the record of an input is at hand and still true.
+
+        Raises: StageError if the input has changed behind the back of a stage that has worked with it.
+        """
+        place = path.absolute()
+        record = self._known.get(place)
+        if record is None or is_as_recorded(path, record):
+            return record is not None
+        del self._known[place]
+        origin = self._origin(path)
+        if origin is not None and path.exists():
+            raise StageError(
+                f"stage {name!r}: the input {path} is damaged: it is not what stage {origin[0]!r} wrote; "
+                f"run stage {origin[0]!r} again, it will be made anew"
+            )
+        first = self._first_reader.get(place, name)
+        if first != name:  # the first reader may start over; a later one would mix old and new
+            raise StageError(
+                f"stage {name!r}: the input {path} has changed since stage {first!r} read it; "
+                f"run again from that stage on, with the files as they are now"
+            )
+        return False
 
     def _origin(self, path: Path) -> tuple[str, str, str] | None:
-        """(stage, task, name) if the path lies in a task folder of this run."""
+        """(stage, task, name, "" for the task's folder itself) if the path is an output of this run."""
         try:
             parts = path.absolute().relative_to(self.data_dir.absolute()).parts
         except ValueError:
             return None
-        return (parts[0], parts[1], "/".join(parts[2:])) if len(parts) > 2 else None
+        return (parts[0], parts[1], "/".join(parts[2:])) if len(parts) > 1 else None
 
     def _made_by(self, path: Path) -> str:
         origin = self._origin(path)
@@ -268,23 +265,34 @@ class Run:
         entry = self.journal.entries.get(origin[:2]) if origin else None
         if origin is None or entry is None:
             return
-        expected = {o["name"]: o["sha256"] for o in entry["outputs"]}.get(origin[2])
-        if expected is not None and expected != record.sha256:
+        expected = _expected(origin[2], [FileRecord(**output) for output in entry["outputs"]])
+        if expected is not None and expected.sha256 != record.sha256:
             raise StageError(
                 f"stage {name!r}: the input {path} is damaged: SHA-256 {record.sha256[:16]}…, but stage {origin[0]!r} "
-                f"wrote {expected[:16]}…; run stage {origin[0]!r} again, it will be made anew"
+                f"wrote {expected.sha256[:16]}…; run stage {origin[0]!r} again, it will be made anew"
             )
 
-    def _is_done(self, task: _Task) -> bool:
-        entry = self.journal.find(task.key)
-        if entry is None:
-            return False
-        records = [FileRecord(**output) for output in entry["outputs"]]
-        if not is_intact(task.folder, records):
-            logger.warning("%s is missing or damaged: the task runs again", task.folder)
-            return False
-        self._remember(task.folder, records)
-        return True
+    def _not_done(self, name: str, tasks: list[Task]) -> list[Task]:
+        """The tasks whose result is missing, damaged or made from something else; the others' results are verified."""
+        entries = [self.journal.find(task.key) for task in tasks]
+        found = [
+            (task, [FileRecord(**output) for output in entry["outputs"]])
+            for task, entry in zip(tasks, entries, strict=True)
+            if entry is not None
+        ]
+        sizes = {task.folder: sum(r.bytes for r in records) for task, records in found}
+        done = set()
+        with self._bar(f"{name}: checking", sizes, HASH_THREADS) as bar, _hash_pool() as pool:
+            jobs = [(task, pool.submit(verified, task.folder, records)) for task, records in found]
+            for task, job in jobs:
+                records = job.result()
+                if records is None:
+                    logger.warning("%s is missing or damaged: the task runs again", task.folder)
+                else:
+                    self._remember(task.folder, records)
+                    done.add(task.key.task)
+                bar.advance(sizes[task.folder], 0.0)
+        return [task for task in tasks if task.key.task not in done]
 
     def _remember(self, folder: Path, records: list[FileRecord]) -> None:
         """Keep what is known of a task's outputs: files, and the folders that hold them."""
@@ -297,75 +305,93 @@ class Run:
                 inner = FileRecord(name=name, bytes=record.bytes, sha256=record.sha256)
                 below.setdefault((folder / parent).absolute(), []).append(inner)
         for parent, inside in below.items():
-            total = sum(r.bytes for r in inside)
-            self._known[parent] = FileRecord(name=parent.name, bytes=total, sha256=folder_sha256(inside))
+            self._known[parent] = folder_record(parent.name, inside)
 
-    def _run_tasks(self, name: str, fn: StageFunction, tasks: list[_Task], todo: list[_Task]) -> None:
-        stale = {task.folder.absolute() for task in todo}  # what is known of the old outputs ends here
-        self._known = {p: r for p, r in self._known.items() if p not in stale and stale.isdisjoint(p.parents)}
-        pending: dict[concurrent.futures.Future[_Outcome], _Task] = {}
-        with self._bar(name, tasks, todo) as advance:
+    def _forget(self, folders: set[Path]) -> None:
+        self._known = {p: r for p, r in self._known.items() if p not in folders and folders.isdisjoint(p.parents)}
+
+    def _run_tasks(self, name: str, fn: StageFunction, tasks: list[Task], todo: list[Task]) -> None:
+        self._forget({task.folder.absolute() for task in todo})  # what is known of the old outputs ends here
+        pending: dict[concurrent.futures.Future[Outcome], Task] = {}
+        done = sum(r.bytes for task in tasks for r in task.key.inputs)
+        sizes = {task.folder: sum(r.bytes for r in task.key.inputs) for task in todo}
+        with self._bar(name, sizes, num_workers(self.executor), done - sum(sizes.values())) as bar:
             try:
                 for task in todo:
-                    future = self.executor.submit(_run_task, fn, task.inputs, task.tmp, task.arguments)
+                    try:
+                        future = self.executor.submit(run_task, fn, task)
+                    except Exception as e:  # a pool that is broken or closed refuses work
+                        raise self._lost(e, task, pending) from e
                     pending[future] = task
                     if future.done():
-                        self._finish(pending.pop(future), future, advance)
+                        self._finish(future, pending, bar)
                 for future in concurrent.futures.as_completed(list(pending)):
-                    self._finish(pending.pop(future), future, advance)
+                    self._finish(future, pending, bar)
             except BaseException:
                 self._wind_down(pending)
                 raise
 
-    def _wind_down(self, pending: "dict[concurrent.futures.Future[_Outcome], _Task]") -> None:
+    def _wind_down(self, pending: "dict[concurrent.futures.Future[Outcome], Task]") -> None:
         """After a failure: start nothing more, and keep what the tasks in flight still finish."""
         for future in pending:
             future.cancel()
-        for future, task in pending.items():
-            if not future.cancelled():
+        for future in list(pending):
+            if not future.cancelled() and future.exception() is None:
                 with contextlib.suppress(Exception):
-                    self._finish(task, future, lambda _: None)
+                    self._finish(future, pending, None)
 
     def _finish(
-        self, task: _Task, future: "concurrent.futures.Future[_Outcome]", advance: Callable[[int], None]
+        self,
+        future: "concurrent.futures.Future[Outcome]",
+        pending: "dict[concurrent.futures.Future[Outcome], Task]",
+        bar: StageBar | None,
     ) -> None:
         """Journal a finished task, or raise what stopped it."""
-        where = f"stage {task.key.stage!r}, {task.key.task} (input {', '.join(map(str, task.inputs[:3]))}"
-        where += f" and {len(task.inputs) - 3} more)" if len(task.inputs) > 3 else ")"
+        task = pending[future]
+        where = f"stage {task.key.stage!r}, {task.where()}"
         try:
             outcome = future.result()
         except Exception as e:
-            raise StageError(
-                f"{where}: the worker was lost: {type(e).__name__}: {e}; if memory ran out, use fewer workers or "
-                f"smaller inputs. Run again to continue; finished tasks are kept"
-            ) from e
-        if outcome.error:
-            hint = _hint(outcome.error_number, self.run_dir)
+            raise self._lost(e, task, pending) from e
+        del pending[future]
+        if outcome.tmp is None:
+            hint = hint_for(outcome.error_number, self.run_dir)
+            if outcome.is_memory:
+                hint = f"; memory ran out: {_LESS_MEMORY}. Run again to continue; finished tasks are kept"
             trace = "" if hint or outcome.exception is not None else f"\n{outcome.error_trace}"
             raise StageError(f"{where}: {outcome.error}{hint}{trace}") from outcome.exception
         try:
-            replace_folder(task.tmp, task.folder)
+            replace_folder(outcome.tmp, task.folder)
             self.journal.append(task.key, outcome.outputs, outcome.counters, outcome.seconds)
         except OSError as e:
-            hint = _hint(e.errno or 0, self.run_dir)
+            hint = hint_for(e.errno or 0, self.run_dir)
             raise StageError(f"{where}: cannot put the result into {self.run_dir}: {e}{hint}") from e
         self._remember(task.folder, outcome.outputs)
-        advance(sum(record.bytes for record in task.key.inputs))
+        if bar is not None:
+            bar.advance(sum(record.bytes for record in task.key.inputs), outcome.seconds)
 
-    @contextlib.contextmanager
-    def _bar(self, name: str, tasks: list[_Task], todo: list[_Task]) -> "Any":
-        """A bar over input bytes: what was done before counts as position, not as speed."""
-        if not self.progress:
-            yield lambda num_bytes: None
-            return
-        from tqdm import tqdm
+    def _lost(self, e: Exception, task: Task, pending: "dict[concurrent.futures.Future[Outcome], Task]") -> StageError:
+        """What to say of an executor that gives back no outcome: which tasks were in its hands, and what to do."""
+        stage, what = task.key.stage, f"{type(e).__name__}: {e}"
+        if _is_pickling(e):
+            return StageError(
+                f"stage {stage!r}, {task.where()}: cannot be sent to a worker: {what}; the stage function must be a "
+                f"top-level function of a module, the configuration plain data"
+            )
+        present = {path.name.partition(".")[0] for path in task.folder.parent.glob(f"task-*.*{TMP_SUFFIX}")}
+        begun = [t for t in pending.values() if t.key.task in present]
+        named = "; ".join(t.where() for t in begun[:8]) or task.where()
+        more = f"; and {len(begun) - 8} more" if len(begun) > 8 else ""
+        return StageError(
+            f"stage {stage!r}: the worker was lost: {what}. At work: {named}{more}. If memory ran out (dmesg names "
+            f"what the system killed): {_LESS_MEMORY}. Run again with a new executor to continue; finished tasks are "
+            f"kept"
+        )
 
-        total = sum(record.bytes for task in tasks for record in task.key.inputs)
-        left = sum(record.bytes for task in todo for record in task.key.inputs)
-        shown = {"desc": name, "unit": "B", "unit_scale": True, "smoothing": 0, "leave": False}
-        with tqdm(total=total, initial=total - left, **shown) as bar:
-            yield bar.update
-            bar.refresh()  # its last state is seen, however quick the stage was
+    def _bar(self, label: str, sizes: dict[Path, int], workers: int, done: int = 0) -> StageBar:
+        shown = self.progress and bool(sizes)
+        todo = sum(sizes.values())
+        return StageBar(label, done=done, todo=todo, num_tasks=len(sizes), num_workers=workers, shown=shown)
 
     def _remove_strays(self, name: str, is_stray: Callable[[Path], bool]) -> None:
         """Delete unfinished tasks and tasks of inputs that are no more; what no run has made is left alone."""
@@ -381,17 +407,60 @@ class Run:
                         raise
 
 
+_LESS_MEMORY = "use fewer workers, smaller inputs or a lower max_memory"
+
+
+@contextlib.contextmanager
+def _hash_pool() -> Iterator[concurrent.futures.ThreadPoolExecutor]:
+    """Threads for hashing; what is not begun when an error leaves the block is not begun any more."""
+    pool = concurrent.futures.ThreadPoolExecutor(min(HASH_THREADS, os.cpu_count() or 1))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file or of all below a folder; 0 for what cannot be read."""
+    try:
+        return sum(p.stat().st_size for p in path.rglob("*")) if path.is_dir() else path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _expected(name: str, outputs: list[FileRecord]) -> FileRecord | None:
+    """The record of the file or folder `name` (the whole task folder if "") from those of a task's files."""
+    for record in outputs:
+        if record.name == name:
+            return record
+    prefix = f"{name}/" if name else ""
+    inside = [
+        FileRecord(name=record.name.removeprefix(prefix), bytes=record.bytes, sha256=record.sha256)
+        for record in outputs
+        if record.name.startswith(prefix)
+    ]
+    return folder_record(name, inside) if inside or not name else None
+
+
+def _is_pickling(e: Exception) -> bool:
+    return type(e).__name__ == "PicklingError" or (
+        isinstance(e, AttributeError | TypeError) and "pickle" in str(e).lower()
+    )
+
+
 def _named(record: FileRecord) -> FileRecord:
     """The record under its file's own name, as it appears when the file is an input."""
     return FileRecord(name=record.name.rpartition("/")[2], bytes=record.bytes, sha256=record.sha256)
 
 
-def _hint(error_number: int, run_dir: Path) -> str:
+def hint_for(error_number: int, run_dir: Path) -> str:
     """What to do about an error of the disk, or nothing."""
     if error_number in (errno.ENOSPC, errno.EDQUOT):
         return f"; the disk that holds {run_dir} is full: free space and run again, finished tasks are kept"
     if error_number == errno.EFBIG:
         return f"; a file below {run_dir} may not grow further (ulimit -f, file system): finished tasks are kept"
     if error_number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"; make {run_dir} writable and run again, finished tasks are kept"
+        return f"; check the permissions there and below {run_dir} and run again, finished tasks are kept"
+    if error_number == errno.EIO:
+        return f"; the disk failed: check it (inputs, and {run_dir}) and run again, finished tasks are kept"
     return ""
