@@ -1,6 +1,8 @@
 """Files that are either complete or absent: written under a `.tmp` name, synced, renamed; hashed for the journal."""
 
+import concurrent.futures
 import contextlib
+import contextvars
 import errno
 import hashlib
 import json
@@ -13,6 +15,8 @@ from typing import IO, Any
 
 TMP_SUFFIX = ".tmp"  # a file or folder that is not complete ends in it
 _OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SYNC_THREADS = 8  # a journaling file system makes one commit of syncs that wait together
+_sealed_later: "contextvars.ContextVar[bool]" = contextvars.ContextVar("herdkern_sealed_later", default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,16 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def sealed_later() -> Iterator[None]:
+    """In this block (and thread) `atomic_file` syncs nothing: who runs the block calls `seal_folder` after it."""
+    token = _sealed_later.set(True)
+    try:
+        yield
+    finally:
+        _sealed_later.reset(token)
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
     """A file opened for writing that appears at `path` only when the block ends without an exception.
 
@@ -81,7 +95,8 @@ def atomic_file(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
         with open(tmp, mode, **text) as f:  # type: ignore[call-overload]
             yield f
             f.flush()
-            sync(f.fileno(), tmp)
+            if not _sealed_later.get():
+                sync(f.fileno(), tmp)
         os.replace(tmp, path)
     except BaseException as e:
         if isinstance(e, OSError) and e.filename is None and e.errno in _OF_WRITING:
@@ -89,7 +104,8 @@ def atomic_file(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
         with contextlib.suppress(OSError):
             tmp.unlink()
         raise
-    sync_folder(path.parent)
+    if not _sealed_later.get():
+        sync_folder(path.parent)
 
 
 def write_json_atomic(path: Path | str, value: Any) -> None:
@@ -177,14 +193,20 @@ def seal_folder(folder: Path) -> list[FileRecord]:
 
     Raises: OSError if something cannot be synced; ValueError if it holds anything but files and folders.
     """
-    records = []
-    for path in files_below(folder):
-        with open(path, "rb") as f:
-            sync(f.fileno(), path)
-        records.append(_describe_file(path, path.relative_to(folder).as_posix()))
+    files = files_below(folder)
+    with concurrent.futures.ThreadPoolExecutor(_SYNC_THREADS) as pool:  # they wait for the disk while this one hashes
+        synced = [pool.submit(_sync_file, path) for path in files]
+        records = [_describe_file(path, path.relative_to(folder).as_posix()) for path in files]
+        for future in synced:
+            future.result()
     for parent, _, _ in os.walk(folder, topdown=False):
         sync_folder(Path(parent))
     return records
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb", buffering=0) as f:
+        sync(f.fileno(), path)
 
 
 def remove_folder(folder: Path) -> None:

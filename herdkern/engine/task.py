@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from herdkern.engine.journal import TaskKey
-from herdkern.engine.shards import TMP_SUFFIX, FileRecord, is_as_recorded, remove_folder, seal_folder
+from herdkern.engine.shards import TMP_SUFFIX, FileRecord, is_as_recorded, remove_folder, seal_folder, sealed_later
 
 StageFunction = Callable[..., dict[str, Any] | None]
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
@@ -102,7 +102,8 @@ def run_task(fn: StageFunction, task: Task) -> Outcome:
     token = _memory.set(task.max_memory)
     try:
         tmp.mkdir(parents=True)
-        counters = fn(task.inputs, tmp, *task.arguments) or {}
+        with sealed_later():
+            counters = fn(task.inputs, tmp, *task.arguments) or {}
         counters = json.loads(json.dumps(counters, allow_nan=False))
         if not isinstance(counters, dict):
             raise TypeError(f"a stage function must return a dict of counters, got {type(counters).__name__}")

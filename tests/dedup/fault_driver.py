@@ -1,7 +1,7 @@
 """Runs dedup again and again in one process that has tests/engine/faults.c loaded; prints what came of it as JSON.
 
-`python fault_driver.py FAULT WORK INPUTS POINTS SEED` in the environment of `fault_injector.build`: for every point a
-fresh run folder, the fault, a look at what is there, then the same call once more without a fault.
+`python fault_driver.py WORK INPUTS SEED FAULT:POINTS...` in the environment of `fault_injector.build`: for every point
+a fresh run folder, the fault, a look at what is there, then the same call once more without a fault.
 """
 
 import contextlib
@@ -83,7 +83,7 @@ def fail_calls(driver, faults, fault, num_points):
     """Let the N-th call fail, N spread over all calls of a run."""
     calls, how = FAULTS[fault]
     how = {"action": fi.FAIL, **how}
-    faults.arm(driver.work, calls)
+    faults.arm(driver.work, calls, **how)
     driver.run("counted")
     count = faults.count
     for nth in places(driver, count, num_points):
@@ -210,16 +210,19 @@ def finished(driver):
     return driver.stages[min(lines, len(driver.stages) - 1)]
 
 
-def main(fault, work, inputs, num_points, seed):
+def main(work, inputs, seed, *wanted):
     faults = fi.Faults(os.environ[fi.CONTROL])
     driver = Driver(Path(work), Path(inputs), int(seed))
-    if fault in FAULTS:
-        reports = fail_calls(driver, faults, fault, int(num_points))
-    elif fault.startswith("kill "):
-        reports = kill(driver, faults, fault.removeprefix("kill "), int(num_points))
-    else:
-        reports = damage_files(driver, fault, int(num_points))
-    print(json.dumps({"stages": sorted(set(driver.stages)), "reports": list(reports)}))
+    found = {}
+    for fault, _, num_points in (text.rpartition(":") for text in wanted):
+        if fault in FAULTS:
+            reports = fail_calls(driver, faults, fault, int(num_points))
+        elif fault.startswith("kill "):
+            reports = kill(driver, faults, fault.removeprefix("kill "), int(num_points))
+        else:
+            reports = damage_files(driver, fault, int(num_points))
+        found[fault] = list(reports)
+    print(json.dumps({"stages": sorted(set(driver.stages)), "reports": found}))
 
 
 if __name__ == "__main__":

@@ -12,56 +12,49 @@ import pytest
 DRIVER = Path(__file__).with_name("fault_driver.py")
 CALLS = ["ENOSPC", "ENOSPC once", "EIO", "EACCES", "short"]
 DAMAGE = ["truncated", "flipped"]
+WRITE_INPUTS = f"""import pathlib, sys
+sys.path.insert(0, {str(DRIVER.parent)!r})
+import pipeline
+pipeline.write_inputs(pathlib.Path(sys.argv[1]), 2, num_files=12, num_chars=3000)"""
 
 pytestmark = pytest.mark.skipif(bool(fault_injector.why_not()), reason=fault_injector.why_not() or "possible")
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus") / "in"
-    code = f"import sys; sys.path.insert(0, {str(DRIVER.parent)!r}); import pipeline, pathlib\n"
-    code += f"pipeline.write_inputs(pathlib.Path({str(folder)!r}), 2, num_files=12, num_chars=3000)"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    return folder
+def drive(tmp_path, *wanted):
+    """What fault_driver.py reports, by fault."""
+    with fault_injector.work_folder(tmp_path) as work:
+        environment = {**os.environ, **fault_injector.build(work)}
+        subprocess.run([sys.executable, "-c", WRITE_INPUTS, str(work / "in")], check=True, env=environment)
+        (work / "work").mkdir()
+        command = [sys.executable, str(DRIVER), str(work / "work"), str(work / "in"), "1", *wanted]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return work, json.loads(done.stdout)["reports"]
 
 
-def drive(fault, corpus, tmp_path, num_points, seed=1):
-    """What fault_driver.py reports."""
-    environment = {**os.environ, **fault_injector.build(tmp_path)}
-    (tmp_path / "work").mkdir()
-    command = [sys.executable, str(DRIVER), fault, str(tmp_path / "work"), str(corpus), str(num_points), str(seed)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
-
-
-def check(report, tmp_path, corpus):
+def check(report, work):
     """One point: the same output or an error that names a path; nothing finished is lost; the next run ends well."""
     assert report["hits"], report
     if report["error"] is None:
         assert report["identical"] or "moment" in report, report
     else:
-        assert str(tmp_path) in report["error"] or str(corpus) in report["error"], report
+        assert str(work) in report["error"], report
     assert not report.get("damaged"), report
     assert report["resume_error"] is None, report
     assert report["resume_identical"], report
 
 
-def check_calls(fault, corpus, tmp_path, num_points):
-    reports = drive(fault, corpus, tmp_path, num_points)["reports"]
-    assert len(reports) == num_points
+def check_calls(work, fault, reports):
     for report in reports:
-        check(report, tmp_path, corpus)
+        check(report, work)
         assert report["journal_kept"], report
     failed = [report for report in reports if report["error"]]
-    assert failed if fault != "short" else len(failed) < num_points
+    assert failed if fault != "short" else len(failed) < len(reports)
 
 
-def check_damage(how, corpus, tmp_path, num_points):
-    reports = drive(how, corpus, tmp_path, num_points)["reports"]
-    assert len(reports) == num_points
+def check_damage(work, reports):
     for report in reports:
-        check(report, tmp_path, corpus)
+        check(report, work)
         assert not report["wrong"], report  # no damage has travelled into another file
         if report["moment"] == "input":
             assert report["error"], report
@@ -71,26 +64,28 @@ def check_damage(how, corpus, tmp_path, num_points):
             assert report["identical"], report
 
 
-@pytest.mark.parametrize("fault", ["ENOSPC", "EIO", "short"])
-def test_a_call_that_fails(corpus, tmp_path, fault):
-    check_calls(fault, corpus, tmp_path, 4)
+def test_a_few_faults_of_each_kind(tmp_path):
+    work, reports = drive(tmp_path, "ENOSPC:3", "EIO:3", "short:3", "truncated:3", "flipped:3")
+    for fault in ("ENOSPC", "EIO", "short"):
+        check_calls(work, fault, reports[fault])
+    for how in DAMAGE:
+        check_damage(work, reports[how])
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("fault", CALLS)
-def test_sixty_calls_that_fail(corpus, tmp_path, fault):
-    check_calls(fault, corpus, tmp_path, 60)
-
-
-@pytest.mark.parametrize("how", DAMAGE)
-def test_a_damaged_file(corpus, tmp_path, how):
-    check_damage(how, corpus, tmp_path, 3)
+def test_sixty_calls_that_fail(tmp_path, fault):
+    work, reports = drive(tmp_path, f"{fault}:60")
+    assert len(reports[fault]) == 60
+    check_calls(work, fault, reports[fault])
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("how", DAMAGE)
-def test_sixty_damaged_files(corpus, tmp_path, how):
-    check_damage(how, corpus, tmp_path, 60)
+def test_sixty_damaged_files(tmp_path, how):
+    work, reports = drive(tmp_path, f"{how}:60")
+    assert len(reports[how]) == 60
+    check_damage(work, reports[how])
 
 
 def test_the_injector_fails_the_call_it_is_told_to(tmp_path):

@@ -1,10 +1,13 @@
 """File calls that fail on purpose: builds tests/engine/faults.c and steers it through a mapped file."""
 
+import contextlib
 import ctypes
 import mmap
 import os
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 COUNT, FAIL, SHORT, KILL = 0, 1, 2, 3
@@ -31,6 +34,16 @@ def why_not() -> str:
     if os.uname().sysname != "Linux":
         return "LD_PRELOAD and /proc are needed (Linux)"
     return "" if shutil.which("cc") else "no C compiler (cc) is installed"
+
+
+@contextlib.contextmanager
+def work_folder(folder: Path) -> Iterator[Path]:
+    """A folder in memory where there is one (a sync is free there, and still counted), else `folder` itself."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        yield Path(name)
 
 
 def build(folder: Path) -> dict[str, str]:

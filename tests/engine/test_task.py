@@ -111,9 +111,7 @@ def test_another_code_version_runs_again(tmp_path, inputs):
 
 def test_memory_that_runs_out_says_what_to_do(tmp_path, inputs):
     with Run(tmp_path / "r") as run:
-        with pytest.raises(
-            StageError, match=r"task-00000 .*in-0.txt\): MemoryError: cannot allocate.*fewer workers"
-        ):
+        with pytest.raises(StageError, match=r"task-00000 .*in-0.txt\): MemoryError: cannot allocate.*fewer workers"):
             run.map("m", memory_ends, inputs, config={})
 
 
@@ -168,9 +166,7 @@ def test_an_input_that_changes_between_two_stages_is_refused(tmp_path, inputs):
     with Run(tmp_path / "r") as run:
         run.map("first", copy, inputs, config={})
         inputs[1].write_text("x")
-        with pytest.raises(
-            StageError, match=r"stage 'second': .*in-1.txt has changed since stage 'first' read"
-        ):
+        with pytest.raises(StageError, match=r"stage 'second': .*in-1.txt has changed since stage 'first' read"):
             run.map("second", copy, inputs, config={})
         inputs[2].write_text("y")
         assert not run.map("first", copy, inputs, config={}).skipped  # from the start it may
