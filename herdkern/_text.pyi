@@ -125,6 +125,7 @@ class Encoder:
         special: bool | Sequence[int],
         forbidden: bool | Sequence[int],
         num_threads: int,
+        part_bytes: int = ...,
     ) -> tuple[np.ndarray, np.ndarray]: ...
     def encode_lists(
         self,
@@ -133,7 +134,7 @@ class Encoder:
         forbidden: bool | Sequence[int],
         num_threads: int,
     ) -> list[list[int]]: ...
-    def count(self, texts: Sequence[str | bytes], num_threads: int) -> np.ndarray: ...
+    def count(self, texts: Sequence[str | bytes], num_threads: int, part_bytes: int = ...) -> np.ndarray: ...
     def merges_of(self, tokens: Mapping[bytes, int] | Sequence[tuple[bytes, int]]) -> np.ndarray: ...
 
 class Decoder:

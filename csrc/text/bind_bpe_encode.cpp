@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "text/any_text_batch.h"
 #include "text/bpe_decode.h"
 #include "text/bpe_encode.h"
 #include "text/text_batch.h"
@@ -71,71 +72,74 @@ SpecialPolicy to_policy(const py::object& special) {
   return policy;
 }
 
-// What to do with special tokens in text: those of `special` become their ids, those of `forbidden` are an error.
-struct Specials {
-  Specials(const py::object& special_ids, const py::object& forbidden_ids, std::string where_from)
-      : special(to_policy(special_ids)), forbidden(to_policy(forbidden_ids)), where(std::move(where_from)) {}
+[[noreturn]] void refuse_special(const Encoder& encoder, uint32_t id, const char* where) {
+  const auto name = py::repr(py::str(encoder.special_tokens().name_of(id))).cast<std::string>();
+  throw py::value_error(std::string(where) + ": text must not hold a disallowed special token, got " + name +
+                        "; pass allowed_special={" + name +
+                        "} to encode it as one token, or disallowed_special=() or encode_ordinary to encode it as "
+                        "text");
+}
 
-  // Call it without the GIL.
-  void look_for_forbidden(const Encoder& encoder, const std::vector<std::string_view>& texts) {
-    for (size_t i = 0; i < texts.size() && !found.found(); ++i) {
-      found = encoder.special_tokens().find(texts[i], 0, forbidden);
+// What the caller asked for: special tokens of `special` become their ids, those of `forbidden` are an error.
+struct Task {
+  AnyTextBatch batch;
+  const char* where;
+  py::object special, forbidden;
+  size_t part_bytes = TextPart::kBytes;
+};
+
+// Calls work(texts) without the GIL. What it cannot encode is named: a lone surrogate first, then a forbidden token.
+template <typename Work>
+void run_task(const Encoder& encoder, const Task& task, Work&& work) {
+  Texts texts{task.batch.views(), to_policy(task.special), to_policy(task.forbidden),
+              std::max<size_t>(task.part_bytes, 16)};
+  bool is_refused = false;
+  {
+    py::gil_scoped_release release;
+    try {
+      work(texts);
+    } catch (const LoneSurrogate&) {
+      is_refused = true;
+    } catch (const ForbiddenToken&) {
+      is_refused = true;
     }
   }
-  [[noreturn]] void refuse(const Encoder& encoder) const {
-    const auto name = py::repr(py::str(encoder.special_tokens().name_of(found.id))).cast<std::string>();
-    throw py::value_error(where + ": text must not hold a disallowed special token, got " + name +
-                          "; pass allowed_special={" + name +
-                          "} to encode it as one token, or disallowed_special=() or encode_ordinary to encode it as "
-                          "text");
+  if (!is_refused) return;
+  const TextBatch utf8 = task.batch.utf8();
+  for (const std::string_view text : utf8.views()) {
+    const auto match = encoder.special_tokens().find(text, 0, texts.forbidden);
+    if (match.found()) refuse_special(encoder, match.id, task.where);
   }
-
-  SpecialPolicy special, forbidden;
-  std::string where;
-  SpecialTokens::Match found{std::string_view::npos, 0, 0};
-};
+}
 
 py::list encode(const Encoder& encoder, const py::object& text, const py::object& special,
                 const py::object& forbidden) {
-  const TextBatch batch = TextBatch::one(text, "encode: text");
-  Specials specials(special, forbidden, "encode");
+  const Task task{AnyTextBatch::one(text, "encode: text"), "encode", special, forbidden};
   IdBuffer ids;
-  {
-    py::gil_scoped_release release;
-    specials.look_for_forbidden(encoder, batch.views());
-    if (!specials.found.found()) encoder.encode(batch.views()[0], specials.special, ids);
-  }
-  if (specials.found.found()) specials.refuse(encoder);
+  run_task(encoder, task, [&](const Texts& texts) { encoder.encode(texts, ids); });
   return to_list(ids.data(), ids.size());
 }
 
-// (ids, offsets) of many texts.
-std::pair<IdBuffer, py::array_t<int64_t>> encode_texts(const Encoder& encoder, const py::object& texts,
-                                                       Specials specials, int num_threads) {
-  const TextBatch batch(texts, "encode: texts");
+// (ids, offsets) of many texts. part_bytes: see bpe_parts.h.
+std::pair<IdBuffer, py::array_t<int64_t>> encode_texts(const Encoder& encoder, const Task& task, int num_threads) {
   IdBuffer ids;
-  py::array_t<int64_t> offsets(py::ssize_t(batch.views().size()) + 1);
+  py::array_t<int64_t> offsets(py::ssize_t(task.batch.size()) + 1);
   int64_t* offsets_data = offsets.mutable_data();
-  {
-    py::gil_scoped_release release;
-    specials.look_for_forbidden(encoder, batch.views());
-    if (!specials.found.found()) {
-      encoder.encode_batch(batch.views(), specials.special, num_threads, ids, offsets_data);
-    }
-  }
-  if (specials.found.found()) specials.refuse(encoder);
+  run_task(encoder, task, [&](Texts& all) { encoder.encode_batch(all, num_threads, ids, offsets_data); });
   return {std::move(ids), std::move(offsets)};
 }
 
 py::tuple encode_arrays(const Encoder& encoder, const py::object& texts, const py::object& special,
-                        const py::object& forbidden, int num_threads) {
-  auto [ids, offsets] = encode_texts(encoder, texts, {special, forbidden, "encode_to_numpy"}, num_threads);
+                        const py::object& forbidden, int num_threads, size_t part_bytes) {
+  const Task task{{texts, "encode: texts"}, "encode_to_numpy", special, forbidden, part_bytes};
+  auto [ids, offsets] = encode_texts(encoder, task, num_threads);
   return py::make_tuple(to_array(ids), offsets);
 }
 
 py::list encode_lists(const Encoder& encoder, const py::object& texts, const py::object& special,
                       const py::object& forbidden, int num_threads) {
-  auto [ids, offsets] = encode_texts(encoder, texts, {special, forbidden, "encode_batch"}, num_threads);
+  const Task task{{texts, "encode: texts"}, "encode_batch", special, forbidden};
+  auto [ids, offsets] = encode_texts(encoder, task, num_threads);
   py::list lists;
   for (py::ssize_t i = 0; i + 1 < offsets.size(); ++i) {
     lists.append(to_list(ids.data() + offsets.at(i), size_t(offsets.at(i + 1) - offsets.at(i))));
@@ -143,14 +147,11 @@ py::list encode_lists(const Encoder& encoder, const py::object& texts, const py:
   return lists;
 }
 
-py::array_t<int64_t> count(const Encoder& encoder, const py::object& texts, int num_threads) {
-  const TextBatch batch(texts, "count_tokens: texts");
-  py::array_t<int64_t> counts(py::ssize_t(batch.views().size()));
+py::array_t<int64_t> count(const Encoder& encoder, const py::object& texts, int num_threads, size_t part_bytes) {
+  const Task task{{texts, "count_tokens: texts"}, "count_tokens", py::bool_(false), py::bool_(false), part_bytes};
+  py::array_t<int64_t> counts(py::ssize_t(task.batch.size()));
   int64_t* counts_data = counts.mutable_data();
-  {
-    py::gil_scoped_release release;
-    encoder.count_batch(batch.views(), SpecialPolicy(), num_threads, counts_data);
-  }
+  run_task(encoder, task, [&](Texts& all) { encoder.count_batch(all, num_threads, counts_data); });
   return counts;
 }
 
@@ -280,10 +281,10 @@ void bind_bpe_encode(py::module_& m) {
            py::arg("cache_bytes") = Encoder::kCacheBytes)
       .def("encode", &encode, py::arg("text"), py::arg("special"), py::arg("forbidden"))
       .def("encode_arrays", &encode_arrays, py::arg("texts"), py::arg("special"), py::arg("forbidden"),
-           py::arg("num_threads"))
+           py::arg("num_threads"), py::arg("part_bytes") = TextPart::kBytes)
       .def("encode_lists", &encode_lists, py::arg("texts"), py::arg("special"), py::arg("forbidden"),
            py::arg("num_threads"))
-      .def("count", &count, py::arg("texts"), py::arg("num_threads"))
+      .def("count", &count, py::arg("texts"), py::arg("num_threads"), py::arg("part_bytes") = TextPart::kBytes)
       .def("merges_of", &merges_of, py::arg("tokens"));
   py::class_<Decoder>(m, "Decoder")
       .def(py::init([](const py::object& tokens, const py::object& special_tokens) {

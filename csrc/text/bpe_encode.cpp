@@ -6,77 +6,20 @@
 #include <cstring>
 #include <thread>
 
+#include "text/bpe_sinks.h"
 #include "text/parallel.h"
 
 namespace herdkern::text {
 
 namespace {
 
-constexpr size_t kTaskBytes = 1 << 17;  // documents are handed to threads in runs of about this size
+// A text that was cut is UTF-8.
+std::string_view utf8_of_part(const Texts& texts, const TextPart& part) {
+  const AnyText& text = texts.views[part.first_text];
+  return {static_cast<const char*>(text.data), text.size};
+}
 
 const uint8_t* bytes_of(std::string_view text) { return reinterpret_cast<const uint8_t*>(text.data()); }
-
-// Where ids go: into an array...
-class IdSink {
- public:
-  explicit IdSink(IdBuffer& ids) : ids_(ids) {}
-
-  // Adds what entries hold; in registers, so nothing else may be added to the sink meanwhile.
-  class Run {
-   public:
-    Run(IdSink& sink, size_t max_entries) : begin_(sink.ids_.room_for(4 * max_entries)), at_(begin_), sink_(sink) {}
-    void add(const WordCache::Entry& entry) {
-      static_assert(sizeof(entry.ids) + sizeof(entry.num_and_flags) == 16);
-      std::memcpy(at_, entry.ids, 16);  // a fixed size is quicker than the right one
-      at_ += entry.num_ids();
-    }
-    void close() { sink_.ids_.grow_by(size_t(at_ - begin_)); }
-
-   private:
-    uint32_t *begin_, *at_;
-    IdSink& sink_;
-  };
-
-  void add(const void* ids, size_t num_ids) {
-    std::memcpy(ids_.room_for(num_ids), ids, num_ids * sizeof(uint32_t));
-    ids_.grow_by(num_ids);
-  }
-  void push(uint32_t id) { ids_.push(id); }
-  // A new word's ids are appended to this buffer, then taken note of.
-  IdBuffer& buffer() { return ids_; }
-  void note(size_t) {}
-
- private:
-  IdBuffer& ids_;
-};
-
-// ... or only their number.
-class CountSink {
- public:
-  class Run {
-   public:
-    Run(CountSink& sink, size_t) : sink_(sink) {}
-    void add(const WordCache::Entry& entry) { num_ids_ += entry.num_ids(); }
-    void close() { sink_.total_ += num_ids_; }
-
-   private:
-    size_t num_ids_ = 0;
-    CountSink& sink_;
-  };
-
-  void add(const void*, size_t num_ids) { total_ += num_ids; }
-  void push(uint32_t) { ++total_; }
-  IdBuffer& buffer() {
-    scratch_.clear();
-    return scratch_;
-  }
-  void note(size_t num_ids) { total_ += num_ids; }
-  size_t size() const { return total_; }
-
- private:
-  size_t total_ = 0;
-  IdBuffer scratch_;
-};
 
 }  // namespace
 
@@ -91,6 +34,7 @@ struct Encoder::Worker {
   explicit Worker(size_t cache_bytes) : cache(cache_bytes) {}
   WordCache cache;
   WordEncoder::Scratch scratch;
+  Utf8Buffer utf8;
 };
 
 // A worker of the encoder's pool for the life of this object.
@@ -106,6 +50,7 @@ class Encoder::BorrowedWorker {
   ~BorrowedWorker() {
     static const size_t max_idle = std::max(1u, std::thread::hardware_concurrency());
     worker_->scratch.shrink();
+    worker_->utf8.shrink();
     const auto lock = lock_pool();
     if (lock.owns_lock() && encoder_.idle_.size() < max_idle) encoder_.idle_.push_back(std::move(worker_));
   }
@@ -132,10 +77,10 @@ Encoder::Encoder(const TokenList& tokens, const TokenList& special_tokens, std::
 
 Encoder::~Encoder() = default;  // here, where Worker is complete
 
-void Encoder::encode(std::string_view text, const SpecialPolicy& policy, IdBuffer& out) const {
+void Encoder::encode(const Texts& texts, IdBuffer& out) const {
   BorrowedWorker worker(*this);
   IdSink sink(out);
-  encode_with(text, policy, *worker, sink);
+  encode_text(texts, 0, *worker, sink);
 }
 
 // Calls task(index, worker) for every index, with one worker a thread.
@@ -149,57 +94,126 @@ void Encoder::run_tasks(size_t num_tasks, int num_threads, Task&& task) const {
   });
 }
 
-void Encoder::encode_batch(const std::vector<std::string_view>& texts, const SpecialPolicy& policy, int num_threads,
-                           IdBuffer& out, int64_t* offsets) const {
-  const std::vector<size_t> borders = task_borders(texts, kTaskBytes);
-  const size_t num_tasks = num_threads <= 1 ? std::min<size_t>(1, borders.size() - 1) : borders.size() - 1;
-  std::vector<IdBuffer> pieces(num_tasks);
-  const auto border = [&](size_t task) { return task == num_tasks ? texts.size() : borders[task]; };
-  offsets[0] = 0;
-  run_tasks(num_tasks, num_threads, [&](size_t task, Worker& worker) {
-    IdSink sink(pieces[task]);
-    for (size_t i = border(task); i < border(task + 1); ++i) {
-      encode_with(texts[i], policy, worker, sink);
-      offsets[i + 1] = int64_t(pieces[task].size());
+// Encodes each part into sink_of(its index), and joins the parts of long texts: then ids [first_id, last_id) of a part
+// count. ends[i]: where the ids of text i end among those of its part, unless it was cut.
+template <typename SinkOf>
+void Encoder::encode_parts(const Texts& texts, int num_threads, std::vector<TextPart>& parts, int64_t* ends,
+                           SinkOf&& sink_of) const {
+  const std::unique_ptr<std::atomic<bool>[]> gave_up(new std::atomic<bool>[parts.size()]());
+  run_tasks(parts.size(), num_threads, [&](size_t index, Worker& worker) {
+    TextPart& part = parts[index];
+    auto sink = sink_of(index);
+    if (!part.is_cut) {
+      for (size_t i = part.first_text; i < part.last_text; ++i) {
+        encode_text(texts, i, worker, sink);
+        ends[i] = int64_t(sink.size());
+      }
+    } else if (!gave_up[part.group] && !encode_part(texts, part, worker, sink)) {
+      gave_up[part.group] = true;
     }
+    part.last_id = sink.size();
   });
-  if (num_tasks == 0) return;
-  if (num_tasks == 1) {
+  for (size_t first = 0, last; first < parts.size(); first = last) {
+    for (last = first + 1; last < parts.size() && parts[last].group == first;) ++last;
+    if (!gave_up[first] && join_parts(parts, first, last)) continue;
+    for (size_t i = first; i < last; ++i) parts[i].first_id = parts[i].last_id;
+    BorrowedWorker worker(*this);
+    auto sink = sink_of(first);
+    parts[first].first_id = sink.size();
+    encode_text(texts, parts[first].first_text, *worker, sink);
+    parts[first].last_id = sink.size();
+  }
+}
+
+void Encoder::encode_batch(Texts& texts, int num_threads, IdBuffer& out, int64_t* offsets) const {
+  std::vector<TextPart> parts = parts_for(texts, num_threads);
+  std::vector<IdBuffer> pieces(parts.size());
+  encode_parts(texts, num_threads, parts, offsets + 1, [&](size_t index) { return IdSink(pieces[index]); });
+  offsets[0] = 0;
+  if (parts.size() == 1 && !parts[0].is_cut) {
     out = std::move(pieces[0]);
     return;
   }
-  std::vector<size_t> first(num_tasks + 1);
-  for (size_t task = 0; task < num_tasks; ++task) {
-    first[task + 1] = first[task] + pieces[task].size();
-    for (size_t i = border(task); i < border(task + 1); ++i) offsets[i + 1] += int64_t(first[task]);
+  std::vector<size_t> begins(parts.size() + 1);
+  for (size_t index = 0; index < parts.size(); ++index) {
+    const TextPart& part = parts[index];
+    begins[index + 1] = begins[index] + part.last_id - part.first_id;
+    if (part.is_cut) offsets[part.last_text] = int64_t(begins[index + 1]);
+    for (size_t i = part.first_text; i < part.last_text && !part.is_cut; ++i) offsets[i + 1] += int64_t(begins[index]);
   }
-  uint32_t* ids = out.room_for(first[num_tasks]);
-  out.grow_by(first[num_tasks]);
-  parallel_for(int64_t(num_tasks), num_threads, [&](int64_t task) {
-    if (pieces[task].size() != 0) {
-      std::memcpy(ids + first[task], pieces[task].data(), pieces[task].size() * sizeof(uint32_t));
-    }
-    pieces[task] = IdBuffer();
+  uint32_t* ids = out.room_for(begins.back());
+  out.grow_by(begins.back());
+  parallel_for(int64_t(parts.size()), num_threads, [&](int64_t index) {
+    const size_t num_ids = begins[index + 1] - begins[index];
+    if (num_ids != 0) std::memcpy(ids + begins[index], pieces[index].data() + parts[index].first_id, 4 * num_ids);
+    pieces[index] = IdBuffer();
   });
 }
 
-void Encoder::count_batch(const std::vector<std::string_view>& texts, const SpecialPolicy& policy, int num_threads,
-                          int64_t* counts) const {
-  const std::vector<size_t> borders = task_borders(texts, kTaskBytes);
-  run_tasks(borders.size() - 1, num_threads, [&](size_t task, Worker& worker) {
-    for (size_t i = borders[task]; i < borders[task + 1]; ++i) {
-      CountSink sink;
-      encode_with(texts[i], policy, worker, sink);
-      counts[i] = int64_t(sink.size());
+void Encoder::count_batch(Texts& texts, int num_threads, int64_t* counts) const {
+  std::vector<TextPart> parts = parts_for(texts, num_threads);
+  encode_parts(texts, num_threads, parts, counts, [](size_t) { return CountSink(); });
+  for (const TextPart& part : parts) {
+    if (part.is_cut) {
+      int64_t& count = counts[part.first_text];
+      count = (part.begin == 0 ? 0 : count) + int64_t(part.last_id - part.first_id);
+    } else {
+      for (size_t i = part.last_text; --i > part.first_text;) counts[i] -= counts[i - 1];
     }
-  });
+  }
+}
+
+std::vector<TextPart> Encoder::parts_for(Texts& texts, int num_threads) const {
+  if (texts.views.empty()) return {};
+  if (num_threads <= 1) return {{0, texts.views.size(), 0}};
+  return cut_into_parts(texts, special_, splitter_->begins_anywhere());
+}
+
+// False if a word reaches far behind the part's end.
+template <typename Sink>
+bool Encoder::encode_part(const Texts& texts, TextPart& part, Worker& worker, Sink& sink) const {
+  const std::string_view up_to_end = utf8_of_part(texts, part).substr(0, part.end);
+  Run run{part.is_open_begin ? part.run_begin : part.begin, part.begin, 0};
+  for (;;) {
+    const auto match = special_.find(up_to_end, run.from, texts.special);
+    run.end = match.found() ? match.begin : part.is_open_end ? part.next_run_end : part.end;
+    if (!encode_run(texts, run, part, worker, sink)) return false;
+    if (!match.found()) return true;
+    sink.push(match.id);
+    run.begin = run.from = match.end;
+  }
+}
+
+// The words of the run up to the part's end, or a little further if that is open.
+template <typename Sink>
+bool Encoder::encode_run(const Texts& texts, const Run& run, TextPart& part, Worker& worker, Sink& sink) const {
+  const uint8_t* const text_begin = bytes_of(utf8_of_part(texts, part));
+  const uint8_t* const end = text_begin + run.end;
+  const uint8_t* const limit = std::min(end, text_begin + part.end);
+  const uint8_t* place = text_begin + run.from;
+  auto cursor = splitter_->cursor(text_begin + run.begin, end);
+  cursor.start_at(place);
+  const auto note = [&](std::vector<TextPart::Border>& borders, const uint8_t* stop) {
+    borders.push_back({size_t(place - text_begin), sink.size()});
+    while (borders.size() < TextPart::kBorders && place < stop) {
+      place = encode_words(cursor, {place, place + 1, end}, worker, sink);
+      borders.push_back({size_t(place - text_begin), sink.size()});
+    }
+  };
+  if (part.is_open_begin && run.from == part.begin) note(part.head, limit);
+  place = encode_words(cursor, {place, limit, end}, worker, sink);
+  if (place > limit && size_t(place - limit) > 2 * texts.part_bytes) return false;
+  if (end > limit) note(part.tail, end);
+  return true;
 }
 
 template <typename Sink>
-void Encoder::encode_with(std::string_view text, const SpecialPolicy& policy, Worker& worker, Sink& sink) const {
+void Encoder::encode_text(const Texts& texts, size_t index, Worker& worker, Sink& sink) const {
+  const std::string_view text = worker.utf8.utf8_of(texts.views[index]);
+  if (special_.find(text, 0, texts.forbidden).found()) throw ForbiddenToken();
   size_t from = 0;
   while (from < text.size()) {
-    const auto match = special_.find(text, from, policy);
+    const auto match = special_.find(text, from, texts.special);
     if (!match.found()) break;
     encode_ordinary(text.substr(from, match.begin - from), worker, sink);
     sink.push(match.id);
@@ -213,16 +227,14 @@ void Encoder::encode_ordinary(std::string_view text, Worker& worker, Sink& sink)
   const uint8_t* begin = bytes_of(text);
   const uint8_t* end = begin + text.size();
   if (begin == end) return;
-  splitter_->visit([&](const auto& scanner) {
-    auto cursor = scanner.cursor(begin, end);
-    encode_words(cursor, begin, end, worker, sink);
-  });
+  auto cursor = splitter_->cursor(begin, end);
+  encode_words(cursor, {begin, end, end}, worker, sink);
 }
 
 // A word that is not in its bucket of the cache with at most three ids; `entry`: where it is nevertheless, or null.
 template <typename Sink>
-__attribute__((noinline)) void Encoder::encode_word(const Word& word, WordCache::Entry* entry, Worker& worker,
-                                                    Sink& sink) const {
+__attribute__((noinline)) void Encoder::encode_word(const Word& word, const uint8_t* readable_end,
+                                                    WordCache::Entry* entry, Worker& worker, Sink& sink) const {
   WordCache& cache = worker.cache;
   const bool is_cached = word.len <= WordCache::kMaxWord;
   if (entry == nullptr && is_cached) entry = cache.find(word.key, word.hash);
@@ -233,22 +245,42 @@ __attribute__((noinline)) void Encoder::encode_word(const Word& word, WordCache:
   }
   IdBuffer& ids = sink.buffer();
   const size_t before = ids.size();
-  words_.encode(word.begin, word.len, word.key, word.hash, worker.scratch, ids);
+  words_.encode(word.begin, word.len, word.key, word.hash, readable_end, worker.scratch, ids);
   const size_t num_ids = ids.size() - before;
   sink.note(num_ids);
   if (is_cached) cache.insert(word.key, word.hash, word.begin, word.len, ids.data() + before, num_ids);
 }
 
-// Words go through in groups: first all are cut and their cache lines asked for, then all are looked up. Tried: a
-// second pass that asks for the ids in the ring, and asking for them eight words ahead: English lost what Hindi won.
-template <typename Cursor, typename Sink>
-void Encoder::encode_words(Cursor& cursor, const uint8_t* begin, const uint8_t* end, Worker& worker, Sink& sink) const {
-  constexpr size_t kGroup = 32;
+// Asks for what the slow words of a group will need: the ids of those in the ring, the tokens that new ones may be.
+void Encoder::look_ahead(const Word* words, size_t num_words, WordCache& cache) const {
+  const WordCache::View view = cache.view();
+  for (size_t i = 0; i < num_words; ++i) {
+    const Word& word = words[i];
+    if (word.key.high == 0) continue;
+    const WordCache::Entry* entry = view.find(word.key, word.hash);
+    if (entry != nullptr) {
+      if (!entry->is_inline()) cache.prefetch_ids(*entry);
+    } else if (word.len <= kShortKey && words_.table().may_hold(word.hash)) {
+      words_.table().prefetch(word.hash);
+    }
+  }
+}
+
+// The words that begin in the range; returns where the last one ends.
+//
+// Words go through in groups: first all are cut and their cache lines asked for, then all are looked up. Where the
+// group before was slow, a pass between the two looks further ahead; in every group it costs English a tenth.
+template <typename Sink>
+const uint8_t* Encoder::encode_words(Splitter::Cursor& cursor, const Range& range, Worker& worker, Sink& sink) const {
+  constexpr size_t kGroup = 32, kManySlow = 3;
   Word words[kGroup];
-  for (const uint8_t* stop = begin; stop != nullptr;) {
+  size_t num_slow = 0;  // words of the last group that were not inline in the cache
+  const uint8_t *begin = range.begin, *const end = range.readable_end;
+  while (begin < range.end) {
     WordCache::View cache = worker.cache.view();
     size_t num_words = 0;
-    for (; num_words < kGroup && (stop = cursor.next()) != nullptr; ++num_words, begin = stop) {
+    for (; num_words < kGroup && begin < range.end; ++num_words) {
+      const uint8_t* stop = cursor.next();
       const size_t len = size_t(stop - begin);
       ShortKey key{0, 0};
       uint64_t hash = 0;
@@ -261,8 +293,11 @@ void Encoder::encode_words(Cursor& cursor, const uint8_t* begin, const uint8_t* 
       }
       cache.prefetch(hash);
       words[num_words] = {key, hash, begin, len};
+      begin = stop;
     }
-    for (size_t i = 0; i < num_words;) {
+    if (num_slow >= kManySlow) look_ahead(words, num_words, worker.cache);
+    num_slow = 0;
+    for (size_t i = 0; i < num_words; ++num_slow) {
       typename Sink::Run run(sink, num_words - i);
       WordCache::Entry* entry = nullptr;
       for (; i < num_words; ++i) {
@@ -273,10 +308,11 @@ void Encoder::encode_words(Cursor& cursor, const uint8_t* begin, const uint8_t* 
       }
       run.close();
       if (i == num_words) break;
-      encode_word(words[i++], entry, worker, sink);
+      encode_word(words[i++], end, entry, worker, sink);
       cache = worker.cache.view();
     }
   }
+  return begin;
 }
 
 }  // namespace herdkern::text

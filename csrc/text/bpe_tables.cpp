@@ -2,6 +2,7 @@
 #include "text/bpe_tables.h"
 
 #include <algorithm>
+#include <stdexcept>
 
 namespace herdkern::text {
 
@@ -81,6 +82,16 @@ uint32_t TokenTable::find_long(const uint8_t* bytes, size_t len) const {
     if (std::memcmp(&long_bytes_[at->begin], bytes, len) == 0) return at->id;
   }
   return kNoToken;
+}
+
+ByteTokens::ByteTokens(const TokenList& tokens) : ones_(256, kNoToken), pairs_(256 * 256, kNoToken) {
+  for (const auto& [token, id] : tokens) {
+    if (token.size() == 1) ones_[uint8_t(token[0])] = id;
+    if (token.size() == 2) pairs_[uint8_t(token[0]) << 8 | uint8_t(token[1])] = id;
+  }
+  if (std::find(ones_.begin(), ones_.end(), kNoToken) != ones_.end()) {
+    throw std::invalid_argument("Encoder: the single bytes must all be tokens");
+  }
 }
 
 }  // namespace herdkern::text

@@ -120,7 +120,8 @@ class TokenTable {
   uint32_t find(const uint8_t* bytes, size_t len) const {
     if (len > kShortKey) return find_long(bytes, len);
     const ShortKey key = short_key(bytes, len);
-    return find_short(key, hash_short(key));
+    const uint64_t hash = hash_short(key);
+    return may_hold(hash) ? find_short(key, hash) : kNoToken;
   }
   uint32_t find_long(const uint8_t* bytes, size_t len) const;
   // Calls take(length, id) for the tokens of 16 bytes or more that `text` starts with, the longest first, until take
@@ -177,6 +178,18 @@ class TokenTable {
   std::vector<std::pair<uint32_t, uint32_t>> long_slots_;  // hash of the first 16 bytes -> [begin, end) in long_
   std::vector<uint32_t> lengths_;                          // by id
   size_t max_length_ = 0;
+};
+
+// Tokens of one byte and of two.
+class ByteTokens {
+ public:
+  // Throws std::invalid_argument if a single byte is missing.
+  explicit ByteTokens(const TokenList& tokens);
+  uint32_t one(uint8_t byte) const { return ones_[byte]; }
+  uint32_t pair(uint8_t first, uint8_t second) const { return pairs_[first << 8 | second]; }
+
+ private:
+  std::vector<uint32_t> ones_, pairs_;  // (256,), (256 * 256,)
 };
 
 }  // namespace herdkern::text

@@ -6,14 +6,11 @@
 #include <functional>
 #include <stdexcept>
 
-#include "text/bpe_long_words.h"
-
 namespace herdkern::text {
 
 namespace {
 
 constexpr size_t kShortWord = 64;
-constexpr size_t kHeapBytes = 1 << 17;    // so many bytes of long words go through the heap before LongWords is made
 constexpr size_t kKeptScratch = 1 << 16;  // bytes of a word whose scratch is kept
 constexpr size_t kPadding = 16;
 constexpr int32_t kNoMerge = 0x7FFFFFFF;
@@ -62,45 +59,40 @@ size_t next_bit(uint64_t bits, size_t at, size_t none) {
 }  // namespace
 
 void WordEncoder::Scratch::shrink() {
+  if (rows.dead.capacity() > kKeptScratch / 64) give_back(rows.dead);
   if (bytes.capacity() <= kKeptScratch) return;
   give_back(bytes);
   for (auto* array : {&ids, &next, &previous, &ranks}) give_back(*array);
-  for (auto* array : {&heap, &dead}) give_back(*array);
+  give_back(heap);
 }
 
-WordEncoder::WordEncoder(const TokenList& tokens) : table_(tokens), byte_pairs_(256 * 256, kNoToken) {
-  std::fill(byte_ids_, byte_ids_ + 256, kNoToken);
-  for (const auto& [token, id] : tokens) {
-    if (token.size() == 1) byte_ids_[uint8_t(token[0])] = id;
-    if (token.size() == 2) byte_pairs_[uint8_t(token[0]) << 8 | uint8_t(token[1])] = id;
-  }
-  if (std::find(byte_ids_, byte_ids_ + 256, kNoToken) != byte_ids_ + 256) {
-    throw std::invalid_argument("Encoder: the single bytes must all be tokens");
-  }
-}
+WordEncoder::WordEncoder(const TokenList& tokens) : table_(tokens), bytes_(tokens), rows_(tokens, table_, bytes_) {}
 
-WordEncoder::~WordEncoder() { delete long_words_.load(); }
-
-// No lock: a child forked while another thread held one would wait for ever. Two threads may both make it; one is kept.
-const LongWords& WordEncoder::long_words() const {
-  const LongWords* made = long_words_.load(std::memory_order_acquire);
-  if (made != nullptr) return *made;
-  auto fresh = std::make_unique<const LongWords>(*this);
-  if (long_words_.compare_exchange_strong(made, fresh.get(), std::memory_order_acq_rel)) made = fresh.release();
-  return *made;
+void WordEncoder::encode(const uint8_t* word, size_t len, ShortKey key, uint64_t hash, const uint8_t* readable_end,
+                         Scratch& scratch, IdBuffer& out) const {
+  uint32_t whole = kNoToken;
+  if (len > kShortKey) {
+    whole = table_.find_long(word, len);
+  } else if (table_.may_hold(hash)) {
+    whole = table_.find_short(key, hash);
+  }
+  if (whole != kNoToken) return out.push(whole);
+  if (len >= kNoToken) throw std::length_error("encode: a word must be shorter than 2**32 bytes");
+  if (len > kShortWord && rows_.is_regular()) {
+    const uint8_t* padded = word;
+    if (size_t(readable_end - word) < len + kPadding) {
+      scratch.bytes.resize(len + kPadding);
+      std::memcpy(scratch.bytes.data(), word, len);
+      padded = scratch.bytes.data();
+    }
+    if (rows_.encode(padded, len, scratch.rows, out)) return;
+  }
+  merge(word, len, kNoToken, scratch, out);
 }
 
 void WordEncoder::merge(const uint8_t* word, size_t len, uint32_t limit, Scratch& scratch, IdBuffer& out) const {
   if (len <= kShortWord) return merge_short(word, len, limit, out);
-  if (len >= kNoToken) throw std::length_error("encode: a word must be shorter than 2**32 bytes");
-  scratch.bytes.resize(len + kPadding);
-  std::memcpy(scratch.bytes.data(), word, len);
-  if (limit == kNoToken &&
-      (long_words_.load(std::memory_order_relaxed) != nullptr || (scratch.num_long_bytes += len) > kHeapBytes)) {
-    const LongWords& linear = long_words();
-    if (linear.is_regular() && linear.encode(scratch.bytes.data(), len, scratch, out)) return;
-  }
-  merge_with_heap(scratch.bytes.data(), len, limit, scratch, out);
+  merge_with_heap(word, len, limit, scratch, out);
 }
 
 // A part is known by the place of its first byte. pairs[i]: rank of the part at i with the one behind it << 6 | i, so
@@ -112,8 +104,8 @@ void WordEncoder::merge_short(const uint8_t* word, size_t len, uint32_t limit, I
   uint32_t ids[kShortWord];
   const auto value_of = [limit](uint32_t rank, size_t at) { return rank < limit ? int32_t(rank << 6 | at) : kNoMerge; };
   const size_t rounded = (len + 3) & ~size_t(3);
-  for (size_t i = 0; i < len; ++i) ids[i] = byte_ids_[bytes[i]];
-  for (size_t i = 0; i + 1 < len; ++i) pairs[i] = value_of(pair_id(bytes[i], bytes[i + 1]), i);
+  for (size_t i = 0; i < len; ++i) ids[i] = bytes_.one(bytes[i]);
+  for (size_t i = 0; i + 1 < len; ++i) pairs[i] = value_of(bytes_.pair(bytes[i], bytes[i + 1]), i);
   for (size_t i = len - 1; i < rounded; ++i) pairs[i] = kNoMerge;
   uint64_t starts = ~uint64_t(0) >> (64 - len);
   for (;;) {
@@ -139,23 +131,25 @@ void WordEncoder::merge_short(const uint8_t* word, size_t len, uint32_t limit, I
   out.grow_by(n);
 }
 
-void WordEncoder::merge_with_heap(const uint8_t* bytes, size_t len, uint32_t limit, Scratch& scratch,
+void WordEncoder::merge_with_heap(const uint8_t* word, size_t len, uint32_t limit, Scratch& scratch,
                                   IdBuffer& out) const {
-  auto& [unused, ids, next, previous, ranks, heap, unused2, unused3] = scratch;
+  auto& [unused, bytes, ids, next, previous, ranks, heap] = scratch;
+  bytes.resize(len + kPadding);
+  std::memcpy(bytes.data(), word, len);
   ids.resize(len), next.resize(len), previous.resize(len), ranks.resize(len);
   heap.clear();
   const auto later = std::greater<uint64_t>();
   for (size_t i = 0; i < len; ++i) {
-    ids[i] = byte_ids_[bytes[i]];
+    ids[i] = bytes_.one(bytes[i]);
     next[i] = uint32_t(i + 1);
     previous[i] = uint32_t(i - 1);
-    const uint32_t rank = i + 1 < len ? pair_id(bytes[i], bytes[i + 1]) : kNoToken;
+    const uint32_t rank = i + 1 < len ? bytes_.pair(bytes[i], bytes[i + 1]) : kNoToken;
     ranks[i] = rank < limit ? rank : kNoToken;
     if (ranks[i] != kNoToken) heap.push_back(uint64_t(ranks[i]) << 32 | i);
   }
   std::make_heap(heap.begin(), heap.end(), later);
   const auto update = [&](uint32_t at) {
-    const uint32_t rank = next[at] < len ? table_.find(bytes + at, next[next[at]] - at) : kNoToken;
+    const uint32_t rank = next[at] < len ? table_.find(&bytes[at], next[next[at]] - at) : kNoToken;
     ranks[at] = rank < limit ? rank : kNoToken;
     if (ranks[at] == kNoToken) return;
     heap.push_back(uint64_t(ranks[at]) << 32 | at);

@@ -25,6 +25,7 @@ class IdBuffer {
     *room_for(1) = id;
     grow_by(1);
   }
+  void pop() { --size_; }
   void clear() { size_ = 0; }
   size_t size() const { return size_; }
   const uint32_t* data() const { return ids_.get(); }

@@ -94,6 +94,7 @@ class BlockSplitter : public PatternSplitter {
 class SequenceSplitter : public Splitter {
  public:
   explicit SequenceSplitter(std::vector<std::shared_ptr<const Splitter>> parts) : parts_(std::move(parts)) {}
+  bool begins_anywhere() const override { return false; }  // a word of the first part may be far back
 
  protected:
   struct Levels : State {

@@ -42,6 +42,8 @@ class Splitter {
   decltype(auto) visit(F&& f) const {
     return std::forward<F>(f)(*this);
   }
+  // Whether the words from a border on depend on the text behind it alone, so that Cursor::start_at may be used.
+  virtual bool begins_anywhere() const { return true; }
   const std::vector<std::string>& patterns() const { return patterns_; }
   const std::string& name() const { return name_; }  // empty for a pattern without a name
 
@@ -77,6 +79,9 @@ class Splitter::Cursor {
     }
     return ends_[next_++];
   }
+
+  // Goes on at a place where a word begins, or at any other as if one began there. Before the first word.
+  void start_at(const uint8_t* place) { progress_.place = place; }
 
   // Starts over with another document.
   void reset(const uint8_t* begin, const uint8_t* end) {
