@@ -146,3 +146,29 @@ class Decoder:
     def decode(self, ids: Sequence[int] | np.ndarray) -> bytes: ...
     def decode_texts(self, ids: Sequence[int] | np.ndarray, offsets: np.ndarray, errors: str) -> list[str]: ...
     def spans(self, ids: np.ndarray, offsets: np.ndarray, texts: list[str | bytes]) -> np.ndarray: ...
+
+# csrc/text/bind_signatures.cpp
+def minhash_levels() -> list[str]: ...
+
+class SignPlan:
+    def __init__(
+        self,
+        family: str,
+        unit: str,
+        word_factors: np.ndarray,  # (ngram_size,) uint64
+        num_slots: int,
+        multipliers: np.ndarray,  # uint64 (num_slots,), or the salt of oph
+        offsets: np.ndarray,
+    ) -> None: ...
+
+def minhash_sign(texts: Sequence[str | bytes], plan: SignPlan, num_threads: int, level: str) -> np.ndarray: ...
+def minhash_sign_hashes(
+    hashes: np.ndarray, begins: np.ndarray, plan: SignPlan, num_threads: int, level: str
+) -> np.ndarray: ...  # (num_docs, num_slots) uint32
+def minhash_lower(hashes: np.ndarray, row: np.ndarray, plan: SignPlan) -> np.ndarray: ...
+def minhash_shingle(
+    texts: Sequence[str | bytes], plan: SignPlan, num_threads: int, level: str
+) -> tuple[np.ndarray, np.ndarray]: ...  # hashes uint64, begins int64
+def jaccard_of_pairs(
+    texts: Sequence[str | bytes], pairs: np.ndarray, plan: SignPlan, num_threads: int
+) -> np.ndarray: ...

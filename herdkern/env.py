@@ -196,8 +196,9 @@ def plain_bpe(word: bytes, ranks: dict[bytes, int]) -> list[int]:
 def _minhash_faults() -> list[str]:
     import numpy as np
 
+    from herdkern import _text
     from herdkern.dedup.clusters import connected_components
-    from herdkern.dedup.minhash import exact_jaccard, signatures
+    from herdkern.dedup.minhash import exact_jaccard, sign_plan
 
     words = [f"word{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(300)]
     texts = [" ".join(words), " ".join(words[40:] + words[:5]), " ".join(words[::-1])]
@@ -206,7 +207,8 @@ def _minhash_faults() -> list[str]:
     wanted = [len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for a, b in pairs.tolist()]
     found = exact_jaccard(texts, pairs).tolist()
     faults = [] if np.allclose(found, wanted) else [f"minhash: similarities must be {wanted}, got {found}"]
-    both = [signatures(texts, num_bands=4, rows_per_band=4, level=level) for level in ("auto", "baseline")]
+    plan = sign_plan(16, 5, "word", "fast32", 1)
+    both = [_text.minhash_sign(texts, plan, 1, level) for level in ("auto", "baseline")]
     if not np.array_equal(both[0], both[1]):
         faults.append("minhash: all levels must give the same signatures")
     labels = connected_components(np.array([(1, 2), (5, 2), (3, 4)], dtype=np.int64), 7).tolist()

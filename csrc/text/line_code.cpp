@@ -5,7 +5,7 @@
 #include <string_view>
 #include <vector>
 
-#include "text/unicode_classes.h"
+#include "text/unicode_sets.h"
 #include "text/utf8.h"
 
 namespace herdkern::text {
@@ -17,10 +17,10 @@ class WordSet {
  public:
   WordSet() : bits_(0x110000 / 64, 0) {
     uint32_t next = 0;
-    for (const uint16_t run : kClassRuns) {
-      const int cls = run & 7;  // kLetter, kUpper, kLower and kNumber
-      for (int i = 0; i < run >> 3; ++i, ++next)
-        if ((cls >= 1 && cls <= 3) || cls == 5 || next == '_') bits_[next / 64] |= uint64_t{1} << (next % 64);
+    for (const uint16_t run : kCategoryRuns) {
+      const char major = kCategoryNames[run & 31][0];
+      for (int i = 0; i < run >> 5; ++i, ++next)
+        if (major == 'L' || major == 'N' || next == '_') bits_[next / 64] |= uint64_t{1} << (next % 64);
     }
   }
   bool has(uint32_t c) const { return bits_[c / 64] >> (c % 64) & 1; }

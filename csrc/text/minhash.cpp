@@ -1,12 +1,14 @@
 // The MinHash kernel for the baseline, the tables of its word definition, and the choice of a level.
 #define HK_MINHASH_LEVEL baseline
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "text/minhash_kernel.h"
-#include "text/unicode_classes.h"
+#include "text/unicode_sets.h"
 
 namespace herdkern::text {
 
@@ -60,10 +62,10 @@ constexpr struct {
 std::unique_ptr<WordTable> make_word_table() {
   auto table = std::make_unique<WordTable>();
   uint32_t next = 0;
-  for (const uint16_t run : kClassRuns) {
-    const int cls = run & 7;  // kLetter, kUpper, kLower, kMark and kNumber are 1 to 5
-    const uint8_t word_class = cls >= 1 && cls <= 5 ? kWordPart : kSeparator;
-    for (uint32_t i = 0; i < static_cast<uint32_t>(run >> 3); ++i) table->word_class[next++] = word_class;
+  for (const uint16_t run : kCategoryRuns) {
+    const char major = kCategoryNames[run & 31][0];
+    const uint8_t word_class = major == 'L' || major == 'M' || major == 'N' ? kWordPart : kSeparator;
+    for (uint32_t i = 0; i < static_cast<uint32_t>(run >> 5); ++i) table->word_class[next++] = word_class;
   }
   for (const Range& range : kUnspacedScripts)
     for (uint32_t c = range.first; c <= range.last; ++c)
@@ -72,6 +74,11 @@ std::unique_ptr<WordTable> make_word_table() {
   for (const auto& fold : kFolds)
     for (uint32_t c = fold.first; c <= fold.last; c += fold.step)
       table->folded[c] = static_cast<uint16_t>(c + fold.shift);
+  for (uint32_t c = 0; c < 0x800; ++c) {
+    const uint32_t folded = table->folded[c] ? table->folded[c] : c;
+    const uint32_t bits = table->word_class[c] == kWordPart ? 3 : 0;
+    table->two_bytes[c] = (0xC0 | folded >> 6) | (0x80 | (folded & 0x3F)) << 8 | bits << 16;
+  }
   return table;
 }
 
@@ -108,6 +115,26 @@ std::vector<MinHashKernels> find_levels() {
 const WordTable& word_table() {
   static const std::unique_ptr<WordTable> table = make_word_table();
   return *table;
+}
+
+void finish_plan(SignPlan& plan) {
+  plan.char_power = 1;
+  for (int64_t i = 0; i < plan.ngram_size; ++i)
+    plan.char_power = reduce61(fold61(static_cast<unsigned __int128>(plan.char_power) * kCharBase));
+  if (plan.family != Family::kOph) return;
+  const uint64_t num_bins = plan.num_slots;
+  plan.bin_order.resize(num_bins * num_bins);
+  plan.bin_rank.resize(num_bins * num_bins);
+  std::vector<std::pair<uint64_t, uint16_t>> order(num_bins);
+  for (uint64_t bin = 0; bin < num_bins; ++bin) {
+    for (uint64_t other = 0; other < num_bins; ++other)
+      order[other] = {mix(plan.salt + kGolden * (bin * num_bins + other + 1)), static_cast<uint16_t>(other)};
+    std::sort(order.begin(), order.end());
+    for (uint64_t rank = 0; rank < num_bins; ++rank) {
+      plan.bin_order[bin * num_bins + rank] = order[rank].second;
+      plan.bin_rank[bin * num_bins + order[rank].second] = static_cast<uint16_t>(rank);
+    }
+  }
 }
 
 const std::vector<MinHashKernels>& minhash_levels() {

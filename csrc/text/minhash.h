@@ -3,9 +3,15 @@
 //             after every 256 bytes. In scripts written without spaces every code point starts a word of its own that
 //             reaches over up to 6 code points of its run. A byte that is not UTF-8 counts as a letter.
 //   w         hash_bytes(word)
-//   shingle   mix(sum_j C[j] * w[i + j]) over ngram_size neighbouring words; a shorter document is one shingle
-//   slot k    min over shingles of (A[k] * x + B[k]) mod 2^32, x = upper half of the shingle hash, A odd
-// Single-threaded and without Python: bind_minhash.cpp splits the documents over threads.
+//   shingle   unit word: ngram_size neighbouring words, mix(sum_j C[j] * w[i + j]); fewer words are one shingle.
+//             unit char: ngram_size neighbouring code points of the normalised text (maximal runs of anything but
+//             separators, folded, joined by one space each), mix(sum_j (c[i + j] + 1) * B^(n - 1 - j) mod 2^61 - 1)
+//   slot k    fast32: min over shingles of (A[k] * x + B[k]) mod 2^32, x = upper half of the shingle hash, A odd
+//             m61:    min of (A[k] * s + B[k] mod 2^64) mod (2^61 - 1) mod 2^32, s = first 32 bits of SHA-1 of the
+//                     shingle's bytes (words joined by one space each): datasketch's scheme "legacy"
+//             oph:    min of the lower half of mix(hash ^ salt) over the shingles of bin k (by the upper half); an
+//                     empty bin takes the value of the first bin that is not in a random order of its own
+// Single-threaded and without Python: bind_signatures.cpp splits the documents over threads.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -16,6 +22,8 @@ namespace herdkern::text {
 constexpr int64_t kMaxWordBytes = 256;
 constexpr int kUnspacedReach = 6;
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15u;
+constexpr uint64_t kMersenne61 = (uint64_t{1} << 61) - 1;
+constexpr uint32_t kNoShingle = 0xFFFFFFFFu;  // in every slot of a text without shingles
 
 enum WordClass : uint8_t { kSeparator = 0, kWordPart = 1, kUnspaced = 2 };
 
@@ -23,6 +31,7 @@ enum WordClass : uint8_t { kSeparator = 0, kWordPart = 1, kUnspaced = 2 };
 struct WordTable {
   uint8_t word_class[0x110000];
   uint16_t folded[0x800];
+  uint32_t two_bytes[0x800];  // the UTF-8 of the folded form, its first byte lowest; above it 3 for a part of a word
 };
 const WordTable& word_table();  // built at the first call
 
@@ -36,29 +45,56 @@ inline uint64_t mix(uint64_t x) {
   return x ^ (x >> 29);
 }
 
-// One document's numbers: num_slots multipliers and offsets padded with (1, 0xFFFFFFFF) to whole vectors of 16.
+// x mod 2^61 - 1 up to some multiples of it, for x < 2^124: below 2^64.
+inline uint64_t fold61(unsigned __int128 x) {
+  return (static_cast<uint64_t>(x) & kMersenne61) + static_cast<uint64_t>(x >> 61);
+}
+
+inline uint64_t reduce61(uint64_t x) {
+  x = (x & kMersenne61) + (x >> 61);
+  return x >= kMersenne61 ? x - kMersenne61 : x;
+}
+
+constexpr uint64_t kCharBase = 0x0F6D2A91C3B7E485u;  // B, below 2^60
+
+enum class Family { kFast32, kM61, kOph };
+enum class Unit { kWord, kChar };
+
+// What is the same for all documents. Lists by slot are padded to whole vectors.
 struct SignPlan {
+  Family family = Family::kFast32;
+  Unit unit = Unit::kWord;
   int64_t ngram_size = 5;
   int64_t num_slots = 0;
-  std::vector<uint64_t> word_factors;          // C: (ngram_size,)
-  std::vector<uint32_t> multipliers, offsets;  // A, B: (num_slots rounded up to 16,)
+  std::vector<uint64_t> word_factors;                    // C: (ngram_size,)
+  std::vector<uint32_t> multipliers, offsets;            // A, B of fast32
+  std::vector<uint64_t> wide_multipliers, wide_offsets;  // A, B of m61
+  uint64_t char_power = 0;                               // B^ngram_size
+  uint64_t salt = 0;                                     // of oph
+  std::vector<uint16_t> bin_order, bin_rank;  // oph: (num_slots, num_slots); rank of bin j in the order of bin k
 };
+
+// Fills in char_power, and bin_order and bin_rank by salt: the order of bin k is that of mix(salt + golden * (k *
+// num_slots + j + 1)) over j.
+void finish_plan(SignPlan& plan);
 
 // Memory of one thread, reused from document to document.
 struct Scratch {
-  std::vector<uint8_t> lower;
-  std::vector<uint64_t> words, shingles;
-  std::vector<uint32_t> reduced, minima;
+  std::vector<uint8_t> utf8, folded, joined;
+  std::vector<uint32_t> borders, cut, places, code_points, reduced, minima;
+  std::vector<uint64_t> words, hashes;
 };
 
 // The functions of one x86-64 level; all levels give the same results.
 struct MinHashKernels {
   const char* level;
-  // out: (num_slots,); all 0xFFFFFFFF for a text without words.
+  // out: (num_slots,); all kNoShingle for a text without words.
   void (*sign)(const uint8_t* text, int64_t size, const SignPlan& plan, Scratch& scratch, uint32_t* out);
-  // Appends the hash of every shingle, in text order, with repeats.
+  // Appends the 64-bit hash of every shingle, in text order, with repeats, whatever the family.
   void (*shingle)(const uint8_t* text, int64_t size, const SignPlan& plan, Scratch& scratch,
                   std::vector<uint64_t>& out);
+  // Lowers the slots of out to those of `count` shingle hashes (m61: of any values below 2^64, as they are).
+  void (*lower)(const uint64_t* hashes, int64_t count, const SignPlan& plan, Scratch& scratch, uint32_t* out);
 };
 
 // Levels that this build has and this processor runs, best first; "baseline" is always last.

@@ -8,6 +8,7 @@ void bind_lines(pybind11::module_& m);           // bind_lines.cpp
 void bind_merge_recovery(pybind11::module_& m);  // bind_merge_recovery.cpp
 void bind_minhash(pybind11::module_& m);         // bind_minhash.cpp
 void bind_sentencepiece(pybind11::module_& m);   // bind_sentencepiece.cpp
+void bind_signatures(pybind11::module_& m);      // bind_signatures.cpp
 void bind_splitter(pybind11::module_& m);        // bind_splitter.cpp
 void bind_urls(pybind11::module_& m);            // bind_urls.cpp
 void bind_word_counts(pybind11::module_& m);     // bind_word_counts.cpp
@@ -25,5 +26,6 @@ PYBIND11_MODULE(_text, m) {
   herdkern::text::bind_lines(m);
   herdkern::text::bind_urls(m);
   herdkern::text::bind_sentencepiece(m);
+  herdkern::text::bind_signatures(m);
   herdkern::text::bind_splitter(m);
 }

@@ -1,7 +1,10 @@
 """The word and signature definition of herdkern.dedup.minhash once more, in plain Python, for the tests."""
 
+import hashlib
 import unicodedata
 from itertools import islice
+
+import numpy as np
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -66,11 +69,11 @@ def encode(text):
     return text.encode("utf-8", "surrogateescape")
 
 
-def words(data, zero_digits=False):
+def words(data):
     """The words of UTF-8 bytes as bytes, in order."""
     text = data.decode("utf-8", "surrogateescape")
     kinds = [kind_of(c) for c in text]
-    folded = ["0" if zero_digits and c in "0123456789" else fold(c) for c in text]
+    folded = [fold(c) for c in text]
     found, begin = [], 0
     while begin < len(text):
         end = begin + 1
@@ -85,23 +88,82 @@ def words(data, zero_digits=False):
     return found
 
 
-def shingles(data, ngram_size):
-    """The 64-bit shingle hashes in order, with repeats."""
-    factors = [f | 1 for f in islice(splitmix(0x6E6772616D73), ngram_size)]
-    hashes = [hash_bytes(word) for word in words(data)]
-    if not hashes:
+def characters(data):
+    """The code points of the normalised text: (number that stands for it, its bytes)."""
+    text = data.decode("utf-8", "surrogateescape")
+    runs = "".join(fold(c) if kind_of(c) else "\0" for c in text).split("\0")
+    normalised = " ".join(run for run in runs if run)
+    return [(0x110000 + ord(c) - 0xDC00 if 0xDC80 <= ord(c) <= 0xDCFF else ord(c), encode(c)) for c in normalised]
+
+
+def windows(items, size):
+    """Windows of neighbouring items; a shorter list is one window, an empty one has none."""
+    if not items:
         return []
-    if len(hashes) < ngram_size:
-        return [mix((GOLDEN * len(hashes) + sum(f * w for f, w in zip(factors, hashes, strict=False))) & MASK)]
-    windows = (hashes[i : i + ngram_size] for i in range(len(hashes) - ngram_size + 1))
-    return [mix(sum(f * w for f, w in zip(factors, window, strict=True)) & MASK) for window in windows]
+    return [items[i : i + size] for i in range(max(1, len(items) - size + 1))]
 
 
-def signature(data, num_slots, ngram_size, seed):
+def shingle_bytes(data, ngram_size, unit="word"):
+    """The shingles as bytes, in order, with repeats."""
+    if unit == "word":
+        return [b" ".join(window) for window in windows(words(data), ngram_size)]
+    return [b"".join(c for _, c in window) for window in windows(characters(data), ngram_size)]
+
+
+def hash_characters(window, ngram_size):
+    value = 0 if len(window) == ngram_size else 1  # a shorter text has one window, with a 1 in front
+    for number, _ in window:
+        value = (value * 0x0F6D2A91C3B7E485 + number + 1) % ((1 << 61) - 1)
+    return mix(value)
+
+
+def shingles(data, ngram_size, unit="word"):
+    """The 64-bit shingle hashes in order, with repeats."""
+    if unit == "char":
+        return [hash_characters(window, ngram_size) for window in windows(characters(data), ngram_size)]
+    factors = [f | 1 for f in islice(splitmix(0x6E6772616D73), ngram_size)]
+    found = []
+    for window in windows([hash_bytes(word) for word in words(data)], ngram_size):
+        start = 0 if len(window) == ngram_size else GOLDEN * len(window)
+        found.append(mix((start + sum(f * w for f, w in zip(factors, window, strict=False))) & MASK))
+    return found
+
+
+def signature(data, num_slots, ngram_size, seed, unit="word", family="fast32"):
     """The slots of one text."""
+    if family == "m61":
+        return signature_m61(shingle_bytes(data, ngram_size, unit), num_slots, seed)
+    hashes = set(shingles(data, ngram_size, unit))
+    if family == "oph":
+        return signature_oph(hashes, num_slots, seed)
     values = [v >> 32 for v in islice(splitmix(seed & MASK), 2 * num_slots)]
-    reduced = {h >> 32 for h in shingles(data, ngram_size)}
     return [
-        min(((a | 1) * x + b) & 0xFFFFFFFF for x in reduced) if reduced else 0xFFFFFFFF
+        min((((a | 1) * (h >> 32) + b) & 0xFFFFFFFF for h in hashes), default=0xFFFFFFFF)
         for a, b in zip(values[0::2], values[1::2], strict=True)
     ]
+
+
+def signature_m61(shingle_list, num_slots, seed):
+    prime, generator, slots = (1 << 61) - 1, np.random.RandomState(seed), []
+    hashes = {int.from_bytes(hashlib.sha1(s).digest()[:4], "little") for s in shingle_list}
+    for _ in range(num_slots):
+        a, b = (int(generator.randint(low, prime, dtype=np.uint64)) for low in (1, 0))
+        slots.append(min((((a * h + b) & MASK) % prime & 0xFFFFFFFF for h in hashes), default=0xFFFFFFFF))
+    return slots
+
+
+def signature_oph(hashes, num_slots, seed):
+    salt = next(splitmix(seed & MASK))
+    bins = [0xFFFFFFFF] * num_slots
+    for value in hashes:
+        value = mix(value ^ salt)
+        place = (value >> 32) * num_slots >> 32
+        bins[place] = min(bins[place], value & 0xFFFFFFFF, 0xFFFFFFFE)
+    if not hashes:
+        return bins
+    filled = list(bins)
+    for i in range(num_slots):
+        if bins[i] == 0xFFFFFFFF:
+            full = [j for j in range(num_slots) if bins[j] != 0xFFFFFFFF]
+            filled[i] = bins[min(full, key=lambda j: mix((salt + GOLDEN * (i * num_slots + j + 1)) & MASK))]
+    return filled

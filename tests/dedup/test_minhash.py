@@ -1,5 +1,4 @@
 import importlib.util
-import math
 import os
 import subprocess
 import sys
@@ -13,11 +12,14 @@ from hypothesis import strategies as st
 from herdkern import _text
 from herdkern.dedup.lines import line_keys
 from herdkern.dedup.minhash import (
+    datasketch_parameters,
     estimate_jaccard,
     exact_jaccard,
     shingle_hashes,
+    sign_plan,
     signature_spec,
     signatures,
+    signatures_of_hashes,
     slot_parameters,
     word_factors,
 )
@@ -43,6 +45,7 @@ WORDS = [
     "한국어",
     "العربية",
 ]
+FAMILIES = ["fast32", "m61", "oph"]
 NASTY = [
     "", " ", "\n\n", "a", "A a", "one two three four", "one two three four five", "!!! ... ???", "😀 😀",
     "a\u00a0b\u3000c\u2003d\u0085e f", "iPhone手机很好用abc中文", "ภาษาไทยไม่มีช่องว่างระหว่างคำ",
@@ -57,14 +60,21 @@ def as_bytes(text):
     return text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
 
 
-def assert_like_twin(texts, ngram_size=5, seed=1, bands=3, rows=7):
-    expected = np.array([twin.signature(as_bytes(t), bands * rows, ngram_size, seed) for t in texts], dtype=np.uint32)
+def sign_at(level, texts, slots, ngram_size=5, unit="word", family="fast32", seed=1, num_threads=1):
+    """Signatures of one code path of the kernel."""
+    return _text.minhash_sign(texts, sign_plan(slots, ngram_size, unit, family, seed), num_threads, level)
+
+
+def shingles_at(level, text, ngram_size=5, unit="word"):
+    return _text.minhash_shingle([text], sign_plan(1, ngram_size, unit, "fast32", 1), 1, level)[0].tolist()
+
+
+def assert_like_twin(texts, ngram_size=5, seed=1, slots=21, **kind):
+    expected = [twin.signature(as_bytes(t), slots, ngram_size, seed, **kind) for t in texts]
     for level in LEVELS:
-        got = signatures(
-            texts, num_bands=bands, rows_per_band=rows, ngram_size=ngram_size, seed=seed, num_threads=1, level=level
-        )
+        got = sign_at(level, texts, slots, ngram_size, seed=seed, **kind)
         assert got.dtype == np.uint32
-        np.testing.assert_array_equal(got, expected, err_msg=level)
+        np.testing.assert_array_equal(got, np.array(expected, dtype=np.uint32), err_msg=level)
 
 
 @pytest.mark.parametrize("ngram_size", [1, 2, 5, 8])
@@ -72,15 +82,40 @@ def test_signatures_equal_the_plain_definition_on_hard_texts(ngram_size):
     assert_like_twin(NASTY + WORDS + [" ".join(WORDS * 3)], ngram_size)
 
 
+TAILS = ["É", "Ж", "手机很好用的", "𠀀𠀁", "\u00a0x", "\u3000x", "—x", "é" * 40, "中" * 40, "Ωmega中文Ж ", "ab中" * 30]
+
+
+@pytest.mark.parametrize("unit", ["word", "char"])
 @pytest.mark.parametrize("shift", [*range(58, 70)])
-def test_code_points_that_cross_a_block_of_64_bytes(shift):
-    tails = ["É", "Ж", "手机很好用的", "𠀀𠀁", "\u00a0x", "\u3000x", "—x", "é" * 40, "中" * 40, "Ωmega中文Ж "]
-    assert_like_twin(["a" * shift + tail + " end" for tail in tails] + ["b " * (shift // 2) + tail for tail in tails])
+def test_code_points_that_cross_a_block_of_64_bytes(shift, unit):
+    texts = ["a" * shift + tail + " end" for tail in TAILS] + ["b " * (shift // 2) + tail for tail in TAILS]
+    assert_like_twin(texts, 3, unit=unit, slots=3)
 
 
-@pytest.mark.parametrize("slots", [(1, 1), (1, 15), (2, 8), (1, 17), (9, 13), (14, 8), (20, 13)])
-def test_any_number_of_slots(slots):
-    assert_like_twin(["to be or not to be that is the question", "Ünïcödé wörds äre wörds töö"], 3, 7, *slots)
+@pytest.mark.parametrize("unit", ["word", "char"])
+@pytest.mark.parametrize(
+    "begin", [b"\x80", b"\xc3", b"\xe4\xb8", b"\xf0\x9f\x98", b"\xed\xa0\x80", b"\xe0\x80\x80", b"\xff"]
+)
+def test_broken_characters_at_every_place_of_a_block(begin, unit):
+    texts = [
+        b"x" * shift + begin + tail for shift in range(60, 66) for tail in (b"", b"\xb0", b" a \xd0\x96", b"y" * 70)
+    ]
+    assert_like_twin(texts, 2, unit=unit, slots=2)
+
+
+@pytest.mark.parametrize("slots", [1, 15, 16, 17, 112, 117, 128, 260])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_number_of_slots(slots, family):
+    texts = ["to be or not to be that is the question", "Ünïcödé wörds äre wörds töö", "one", ""]
+    assert_like_twin(texts, 3, 7, slots, family=family)
+
+
+@pytest.mark.parametrize("unit", ["word", "char"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_and_units_equal_the_plain_definition(family, unit):
+    for ngram_size in (1, 4, 24):
+        assert_like_twin([*NASTY, " ".join(WORDS * 3)], ngram_size, family=family, unit=unit, slots=9)
+    assert_like_twin(NASTY[::4], 24, seed=12345, family=family, unit=unit, slots=9)
 
 
 # Unassigned characters are left out: what they become depends on the Unicode version.
@@ -98,13 +133,14 @@ def has_unassigned(data):
 )
 @settings(max_examples=150, deadline=None)
 def test_signatures_equal_the_plain_definition(texts):
-    assert_like_twin(texts, 2, bands=2, rows=3)
+    assert_like_twin(texts, 2, slots=6)
+    assert_like_twin(texts, 3, slots=6, unit="char")
 
 
-@given(st.binary(max_size=400))
-@settings(max_examples=200, deadline=None)
-def test_any_bytes_give_the_same_on_every_level(data):
-    results = [signatures([data], num_bands=4, rows_per_band=4, num_threads=1, level=level) for level in LEVELS]
+@given(st.binary(max_size=400), st.sampled_from(["word", "char"]), st.sampled_from(FAMILIES))
+@settings(max_examples=300, deadline=None)
+def test_any_bytes_give_the_same_on_every_level(data, unit, family):
+    results = [sign_at(level, [data], 16, 3, unit, family) for level in LEVELS]
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
 
@@ -122,24 +158,114 @@ def library_texts(max_bytes):
 
 def test_threads_and_levels_do_not_change_real_signatures():
     texts = library_texts(4_000_000)
-    wanted = signatures(texts, num_bands=16, rows_per_band=8, num_threads=1, level="baseline")
+    wanted = sign_at("baseline", texts, 128)
     for level in LEVELS:
         for num_threads in (1, 2, 5):
-            got = signatures(texts, num_bands=16, rows_per_band=8, num_threads=num_threads, level=level)
-            np.testing.assert_array_equal(got, wanted)
+            np.testing.assert_array_equal(sign_at(level, texts, 128, num_threads=num_threads), wanted)
+    np.testing.assert_array_equal(signatures(texts, num_bands=16, rows_per_band=8), wanted)
 
 
-def test_a_long_document_is_the_sum_of_its_windows():
+def long_texts():
+    """Texts of several pieces of 8 kB, with words and runs that reach from one piece to the next."""
     rng = np.random.default_rng(3)
-    text = " ".join(f"w{i}" for i in rng.integers(0, 500, 9000))  # several batches of 2,048 words
-    assert_like_twin([text], 5, bands=2, rows=4)
-    assert shingle_hashes([text])[0].tolist() == twin.shingles(text.encode(), 5)
+    yield " ".join(f"w{i}" for i in rng.integers(0, 500, 6000))
+    alphabet = ["a", "b ", "é", "Ж ", "中", "文字", "ก", " ", "—", "\u3000", "𠀀", "x" * 50, "ß" * 60, "\udc80"]
+    for _ in range(3):
+        yield "".join(rng.choice(alphabet, 7000))
+    yield "x" * 20000 + " y " + "ж" * 9000
+    yield "中" * 9000 + "abc " * 3000
+    yield " " * 30000 + "end"
+
+
+@pytest.mark.parametrize("unit", ["word", "char"])
+def test_long_documents_are_the_sum_of_their_pieces(unit):
+    for text in long_texts():
+        data = text.encode("utf-8", "surrogateescape")
+        wanted = twin.shingles(data, 5, unit)
+        for level in LEVELS:
+            assert shingles_at(level, data, 5, unit) == wanted
+    mixed = list(long_texts())[1].encode("utf-8", "surrogateescape")
+    for family in FAMILIES:
+        assert_like_twin([mixed], 7, slots=3, unit=unit, family=family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("unit", ["word", "char"])
+def test_pieces_of_every_length(family, unit):
+    texts = [("ab cd中文, ÉÀ " * 800)[:size] + "tail" for size in range(8120, 8200, 7)]
+    assert_like_twin(texts, 3, slots=2, unit=unit, family=family)
+
+
+def test_strings_of_every_width_equal_their_utf8():
+    for text in ["plain", "Latin ÿ é ü, long enough to be cut " * 9, "Кириллица и ἑλληνικά — 中文 " * 9,
+                 "𝒳 and 😀 and 中 and é " * 9, "ÿ", "߿ࠀ￿", "lone \ud800 surrogate \udfff"]:  # fmt: skip
+        for cut in range(0, 20):
+            data = text[cut:].encode("utf-8", "surrogatepass")
+            for unit in ("word", "char"):
+                assert shingles_at("auto", text[cut:], 2, unit) == shingles_at("auto", data, 2, unit)
+
+
+def test_hashes_of_the_caller():
+    texts = library_texts(300_000)
+    hashes = shingle_hashes(texts)
+    begins = np.cumsum([0, *map(len, hashes)])
+    for family in ("fast32", "oph"):
+        settings = {"num_bands": 7, "rows_per_band": 11, "family": family, "seed": 3}
+        wanted = signatures(texts, **settings)
+        np.testing.assert_array_equal(signatures_of_hashes(np.concatenate(hashes), begins, **settings), wanted)
+    for bad in ([0, 5], [1, len(np.concatenate(hashes))], [], [0, 9, 4, len(np.concatenate(hashes))]):
+        with pytest.raises(ValueError, match="begins must rise from 0 to the number of hashes"):
+            signatures_of_hashes(np.concatenate(hashes), np.array(bad, dtype=np.int64), num_bands=2, rows_per_band=2)
+    with pytest.raises(TypeError, match=r"hashes must be uint64 \(num_hashes,\), got int64"):
+        signatures_of_hashes(np.arange(5), np.array([0, 5]), num_bands=2, rows_per_band=2)
+
+
+def datasketch_signatures(shingle_lists, num_perm, seed, hashfunc=None):
+    datasketch = pytest.importorskip("datasketch")
+    legacy = {"scheme": "legacy"} if hasattr(datasketch.minhash, "_SCHEME_LEGACY") else {}  # since 2.0
+    settings = {"num_perm": num_perm, "seed": seed, **legacy, **({"hashfunc": hashfunc} if hashfunc else {})}
+    return np.array([m.digest() for m in datasketch.MinHash.generator(shingle_lists, **settings)], dtype=np.uint64)
+
+
+def many_documents(num_docs, rng):
+    """Documents of a few words from real text, in several scripts."""
+    words = " ".join(library_texts(1_500_000)).split() + WORDS * 50 + ["这是一个测试", "テキスト", "ภาษาไทย"] * 50
+    for size in rng.integers(0, 40, num_docs):
+        yield " ".join(words[i] for i in rng.integers(0, len(words), size))
+
+
+def check_equals_datasketch(num_docs, num_perm):
+    texts = list(many_documents(num_docs, np.random.default_rng(1)))
+    for unit, ngram_size, seed in (("word", 5, 1), ("char", 12, 4242)):
+        lists = [twin.shingle_bytes(as_bytes(text), ngram_size, unit) for text in texts]
+        got = sign_at("auto", texts, num_perm, ngram_size, unit, "m61", seed)
+        np.testing.assert_array_equal(got, datasketch_signatures(lists, num_perm, seed))
+    for hashfunc in (lambda s: hash_of(s) & 0xFFFFFFFF, hash_of):  # of the caller: 32 bits, and more than that
+        hashes = [np.array([hashfunc(s) for s in some], dtype=np.uint64) for some in lists]
+        begins = np.cumsum([0, *map(len, hashes)])
+        got = signatures_of_hashes(
+            np.concatenate(hashes), begins, num_bands=1, rows_per_band=num_perm, family="m61", seed=7
+        )
+        np.testing.assert_array_equal(got, datasketch_signatures(lists, num_perm, 7, hashfunc))
+
+
+def hash_of(data):
+    return twin.hash_bytes(data)
+
+
+def test_m61_equals_datasketch():
+    check_equals_datasketch(300, 64)
+
+
+@pytest.mark.full
+def test_m61_equals_datasketch_on_ten_thousand_documents():
+    check_equals_datasketch(10_000, 128)
 
 
 @pytest.mark.parametrize("text", [*NASTY, " ".join(WORDS)], ids=range(len(NASTY) + 1))
 def test_shingles_equal_the_plain_definition(text):
     for level in LEVELS:
-        assert shingle_hashes([text], level=level)[0].tolist() == twin.shingles(as_bytes(text), 5)
+        assert shingles_at(level, text) == twin.shingles(as_bytes(text), 5)
 
 
 def test_every_kind_of_white_space_separates_words():
@@ -183,12 +309,20 @@ def test_no_documents():
         ({"rows_per_band": -1}, "rows_per_band must be at least 1, got -1"),
         ({"ngram_size": 0}, "ngram_size must be at least 1, got 0"),
         ({"num_threads": 0}, "num_threads must be at least 1 or None, got 0"),
-        ({"level": "avx9"}, "level must be auto or one of"),
+        ({"family": "fast64"}, "family must be one of fast32, m61, oph, got 'fast64'"),
+        ({"ngram_unit": "byte"}, "ngram_unit must be word or char, got 'byte'"),
+        ({"family": "m61", "seed": -1}, r"seed must lie in \[0, 2\*\*32\) for the family m61, got -1"),
+        ({"family": "oph", "num_bands": 4097}, "must be at most 4096 for the family oph, got 8194; take fast32"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         signatures(["a"], **{"num_bands": 2, "rows_per_band": 2, **arguments})
+
+
+def test_an_unknown_level_is_named():
+    with pytest.raises(ValueError, match="level must be auto or one of"):
+        sign_at("avx9", ["a"], 4)
 
 
 def test_a_text_of_another_type_is_named():
@@ -219,7 +353,7 @@ def test_pairs_of_texts_have_two_columns():
 
 
 def test_what_the_caches_hand_out_cannot_be_changed():
-    for array in (*slot_parameters(4, 1), word_factors(5)):
+    for array in (*slot_parameters(4, 1), *datasketch_parameters(4, 1), word_factors(5)):
         with pytest.raises(ValueError, match="read-only"):
             array[:] = 7
 
@@ -234,8 +368,12 @@ def test_signatures_of_other_settings_are_not_compared():
 def test_the_spec_names_everything_that_matters():
     spec = signature_spec(num_bands=20, rows_per_band=6, ngram_size=4, seed=9)
     assert spec == (
-        "herdkern-minhash/1 words=unicode-16.0.0 ngram_size=4 family=fast32 num_bands=20 rows_per_band=6 seed=9"
+        "herdkern-minhash/1 words=unicode-16.0.0 ngrams=words ngram_size=4 family=fast32 num_bands=20 rows_per_band=6 "
+        "seed=9"
     )
+    variants = [{}, {"ngram_unit": "char"}, {"family": "m61"}, {"family": "oph"}, {"seed": 2}, {"ngram_size": 6}]
+    specs = {signature_spec(**{"num_bands": 20, "rows_per_band": 6, **variant}) for variant in variants}
+    assert len(specs) == len(variants)
     multipliers, offsets = slot_parameters(120, 9)
     assert (multipliers % 2 == 1).all()
     assert len(set(multipliers.tolist())) == 120 == len(set(offsets.tolist()))
@@ -255,71 +393,6 @@ def test_a_lower_level_can_be_forced():
             [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
         )
         assert result.stdout.strip() == level
-
-
-def pairs_of_known_similarity(num_pairs, rng):
-    """Pairs of texts of distinct words and the exact Jaccard similarity of their 5-word shingles."""
-    texts, exact = [], []
-    for _ in range(num_pairs):
-        size = int(rng.integers(60, 400))
-        words = [f"w{i}" for i in rng.integers(0, 1 << 40, size)]
-        other = list(words)
-        for place in rng.choice(size, rng.integers(0, max(2, size // 8)), replace=False):
-            other[place] = f"v{rng.integers(0, 1 << 40)}"
-        first = {tuple(words[i : i + 5]) for i in range(size - 4)}
-        second = {tuple(other[i : i + 5]) for i in range(size - 4)}
-        texts += [" ".join(words), " ".join(other)]
-        exact.append(len(first & second) / len(first | second))
-    return texts, np.array(exact)
-
-
-def check_estimates(num_pairs, num_slots, seeds, rng):
-    """Mean and spread of the estimates against theory, with bounds that follow from the number of samples.
-
-    With z = (estimate - J) / sqrt(J (1 - J) / num_slots), sum z^2 over n independent pairs has mean n and variance near
-    2n + n * mean excess kurtosis; the bounds are 4 standard deviations, or 10 % of the variance where that is less.
-    """
-    texts, exact = pairs_of_known_similarity(num_pairs, rng)
-    pairs = np.arange(2 * num_pairs).reshape(-1, 2)
-    np.testing.assert_allclose(exact_jaccard(texts, pairs), exact, rtol=1e-12)
-    inner = (exact > 0) & (exact < 1)
-    share = exact[inner]
-    deviations = []
-    for seed in seeds:
-        signed = signatures(texts, num_bands=1, rows_per_band=num_slots, seed=seed)
-        estimate = estimate_jaccard(signed[0::2], signed[1::2])
-        assert (estimate[exact == 1] == 1).all()
-        deviations.append(estimate[inner] - share)
-    z = np.concatenate(deviations) / np.tile(np.sqrt(share * (1 - share) / num_slots), len(seeds))
-    kurtosis = float(np.mean((1 / (share * (1 - share)) - 6) / num_slots))
-    count = len(z)
-    bias_bound = 4 / math.sqrt(count)
-    variance_bound = 4 * math.sqrt((2 + kurtosis) / count)
-    assert abs(z.mean()) < bias_bound, (z.mean(), bias_bound)
-    assert abs((z**2).mean() - 1) < min(variance_bound, 0.1) if count >= 4000 else variance_bound
-    return z
-
-
-def test_estimates_are_unbiased_with_the_theoretical_variance():
-    z = check_estimates(5000, 128, [1], np.random.default_rng(11))
-    assert abs((z**2).mean() - 1) < 0.1
-
-
-@pytest.mark.full
-def test_estimates_over_many_seeds():
-    z = check_estimates(5000, 112, range(1, 21), np.random.default_rng(12))
-    assert abs((z**2).mean() - 1) < 0.1
-
-
-def test_estimates_by_similarity_have_no_bias():
-    texts, exact = pairs_of_known_similarity(3000, np.random.default_rng(5))
-    signed = signatures(texts, num_bands=32, rows_per_band=8)
-    difference = estimate_jaccard(signed[0::2], signed[1::2]) - exact
-    for low in np.arange(0.2, 1.0, 0.1):
-        inside = (exact >= low) & (exact < low + 0.1)
-        if inside.sum() >= 50:
-            bound = 4 * math.sqrt(float(np.mean(exact[inside] * (1 - exact[inside]))) / 256 / inside.sum())
-            assert abs(difference[inside].mean()) < bound, low
 
 
 def test_an_unknown_level_in_the_environment_is_an_error():
