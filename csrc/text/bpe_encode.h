@@ -65,7 +65,6 @@ class Encoder {
   template <typename Sink>
   void encode_word(const Word& word, const uint8_t* readable_end, WordCache::Entry* entry, Worker& worker,
                    Sink& sink) const;
-  void look_ahead(const Word* words, size_t num_words, WordCache& cache) const;
   template <typename Task>
   void run_tasks(size_t num_tasks, int num_threads, Task&& task) const;
 

@@ -87,8 +87,6 @@ class WordCache {
     return {record, num_ids};
   }
 
-  void prefetch_ids(const Entry& entry) const { __builtin_prefetch(&ring_[place_of(entry) & (ring_bytes_ - 1)]); }
-
   void insert(ShortKey key, uint64_t hash, const uint8_t* word, size_t len, const uint32_t* ids, size_t num_ids) {
     if (ring_bytes_ == 0) return;
     Entry entry{key, {}, uint32_t(num_ids)};
