@@ -46,30 +46,37 @@ class Decoder {
     return total;
   }
 
-  // Writes the bytes of the ids; `size` is what num_bytes said of them.
+  // Writes the bytes of the ids; `size` is what num_bytes said of them. Writes no further when another thread has
+  // changed the ids since: throws std::runtime_error then.
   template <typename Id>
   void decode(const Id* ids, size_t num_ids, char* out, size_t size) const {
     char* const end = out + size;
     size_t i = 0;
     for (; i < num_ids && end - out >= 16; ++i) {
-      const Record& record = records_[ids[i]];
+      const auto id = uint64_t(ids[i]);
+      if (id >= records_.size()) refuse_change();
+      const Record& record = records_[id];
       const uint8_t len = record.bytes[kInline];
       if (len == kLong) {
-        out = copy_long(ids[i], out);
+        if (lengths_[id] > size_t(end - out)) refuse_change();
+        out = copy_long(id, out);
       } else {
         std::memcpy(out, record.bytes, 16);
         out += len;
       }
     }
     for (; i < num_ids; ++i) {
-      const uint32_t len = lengths_[ids[i]];
+      const auto id = uint64_t(ids[i]);
+      if (id >= records_.size() || lengths_[id] > size_t(end - out)) refuse_change();
+      const uint32_t len = lengths_[id];
       if (len > kInline) {
-        out = copy_long(ids[i], out);
+        out = copy_long(id, out);
       } else {
-        std::memcpy(out, records_[ids[i]].bytes, len);
+        std::memcpy(out, records_[id].bytes, len);
         out += len;
       }
     }
+    if (out != end) refuse_change();
   }
 
   uint32_t length_of(uint32_t id) const { return lengths_[id]; }
@@ -82,12 +89,15 @@ class Decoder {
     uint8_t bytes[16] = {};  // a longer token: its place in long_bytes_
   };
 
-  template <typename Id>
-  char* copy_long(Id id, char* out) const {
+  char* copy_long(uint64_t id, char* out) const {
     uint64_t begin;
     std::memcpy(&begin, records_[id].bytes, sizeof(begin));
     std::memcpy(out, &long_bytes_[begin], lengths_[id]);
     return out + lengths_[id];
+  }
+
+  [[noreturn]] static void refuse_change() {
+    throw std::runtime_error("decode: ids must not change while they are decoded, they did; pass a copy");
   }
 
   [[noreturn]] void refuse(int64_t id, size_t place) const {

@@ -70,7 +70,10 @@ bool WordMap::grow(size_t max_table_bytes) {
   capacity_ = capacity;
   max_words_ = capacity / 4 * 3;
   for (size_t i = 0; i < old_capacity; ++i) {
-    if (i % (Pages::kHugePage / sizeof(Entry)) == 0) old.give_back(i * sizeof(Entry));
+    if (i % (Pages::kHugePage / sizeof(Entry)) == 0) {
+      old.give_back(i * sizeof(Entry));
+      pages_.expect_writes((i * sizeof(Entry) + Pages::kHugePage) / old_capacity * capacity);
+    }
     const Entry& entry = old_entries[i];
     if (entry.count == 0) continue;
     size_t slot = home(uint64_t(entry.tag) << 32);
