@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +302,7 @@ class Run:
             self._known[path.absolute()] = _named(record)
             for parent in path.relative_to(folder).parents:
                 name = path.relative_to(folder / parent).as_posix()
-                inner = FileRecord(name=name, bytes=record.bytes, sha256=record.sha256)
+                inner = replace(record, name=name)
                 below.setdefault((folder / parent).absolute(), []).append(inner)
         for parent, inside in below.items():
             self._known[parent] = folder_record(parent.name, inside)
@@ -435,9 +435,7 @@ def _expected(name: str, outputs: list[FileRecord]) -> FileRecord | None:
             return record
     prefix = f"{name}/" if name else ""
     inside = [
-        FileRecord(name=record.name.removeprefix(prefix), bytes=record.bytes, sha256=record.sha256)
-        for record in outputs
-        if record.name.startswith(prefix)
+        replace(record, name=record.name.removeprefix(prefix)) for record in outputs if record.name.startswith(prefix)
     ]
     return folder_record(name, inside) if inside or not name else None
 
@@ -450,7 +448,7 @@ def _is_pickling(e: Exception) -> bool:
 
 def _named(record: FileRecord) -> FileRecord:
     """The record under its file's own name, as it appears when the file is an input."""
-    return FileRecord(name=record.name.rpartition("/")[2], bytes=record.bytes, sha256=record.sha256)
+    return replace(record, name=record.name.rpartition("/")[2])
 
 
 def hint_for(error_number: int, run_dir: Path) -> str:

@@ -93,6 +93,6 @@ def test_same_files_and_clusters(corpus, wanted, kind, workers, order):
 
 def test_the_corpus_has_something_to_find(wanted):
     assert len(wanted["clusters"]) > 10
-    assert len(wanted["files"]) == 3 * (2 + 2 + 3)
+    assert len(wanted["files"]) >= 3 * (2 + 2 + 3)
     assert wanted["counters"]["urls"]["dropped"]["duplicate_url"] > 10
     assert wanted["counters"]["lines"]["lines_removed"] > 10

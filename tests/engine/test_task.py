@@ -2,13 +2,14 @@ import concurrent.futures
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
-from herdkern.engine import Run, StageError, code_version, make_executor, task_memory
+from herdkern.engine import Run, StageError, code_version, make_executor, shards, task_memory
 from herdkern.engine.executors import num_workers
 from herdkern.engine.shards import describe, is_as_recorded
 from herdkern.engine.task import default_memory, function_name
@@ -195,6 +196,25 @@ def test_a_damaged_output_is_no_input(tmp_path, inputs, inner, same_run):
     with Run(tmp_path / "r") as run:
         run.map("make", with_folder, inputs, config={})
         run.map("use", size_of_folder if inner != "deep/er/x" else copy, made, config={})
+
+
+def test_no_file_is_hashed_twice(tmp_path, inputs, monkeypatch):
+    """An input is hashed once by the driver, an output once by its worker; after that its stamp speaks for it."""
+    hashed = []
+    original = shards.sha256_file
+
+    def note(path):
+        hashed.append(re.sub(r"\.[0-9a-f]+\.tmp", "", str(path)))
+        return original(path)
+
+    monkeypatch.setattr(shards, "sha256_file", note)
+    with Run(tmp_path / "r") as run:
+        made = run.map("make", with_folder, inputs, config={})
+        run.map("again", copy, inputs, config={})
+        run.map("use", copy, made.files("deep/er/x"), config={})
+        run.map("folder", size_of_folder, made.tasks, config={})
+    assert len(hashed) == 4 + 4 * (2 + 1 + 1 + 1)
+    assert len(set(hashed)) == len(hashed)
 
 
 def test_a_record_holds_until_the_bytes_change(tmp_path):
