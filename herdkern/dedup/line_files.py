@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from herdkern import _text
 from herdkern.data.document import Document
+from herdkern.dedup.arrays import read_array
 
 BATCH_CHARS = 8 << 20
 BATCH_DOCUMENTS = 1 << 14
@@ -41,7 +42,7 @@ def read_chunks(path: Path, dtype: Any, size: int = CHUNK_KEYS) -> Iterator[tupl
     """(number of the first, entries) of a file of `dtype`, at most `size` at a time."""
     begin = 0
     with open(path, "rb") as file:
-        while len(entries := np.fromfile(file, dtype, size)):
+        while len(entries := read_array(file, dtype, size)):
             yield begin, entries
             begin += len(entries)
 
@@ -63,7 +64,7 @@ def join_marks(path: Path, pieces: Sequence[Path]) -> None:
     if len(pieces) == 1:
         pieces[0].rename(path)
         return
-    entries = np.concatenate([np.fromfile(piece, MARK) for piece in pieces])
+    entries = np.concatenate([read_array(piece, MARK) for piece in pieces])
     path.write_bytes(entries[np.argsort(entries["place"])].tobytes())
     for piece in pieces:
         piece.unlink()
@@ -79,7 +80,7 @@ class _MarkReader:
         """The marks on the next num_keys keys, their places counted from the first of these."""
         end = self.num_seen + num_keys
         while not (len(self.held) and self.held["place"][-1] >= end):
-            more = np.fromfile(self.file, MARK, 4096)
+            more = read_array(self.file, MARK, 4096)
             if not len(more):
                 break
             self.held = np.concatenate([self.held, more])
@@ -118,13 +119,13 @@ class ShardLines:
 
     def next_rows(self, num_documents: int) -> NDArray[Any]:
         """DOCUMENT_ROW of the next documents; fewer at the end."""
-        return np.fromfile(self.files[0], DOCUMENT_ROW, num_documents)
+        return read_array(self.files[0], DOCUMENT_ROW, num_documents)
 
     def keys_of(self, rows: NDArray[Any]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
         """(keys, begins) of the lines of the documents that next_rows gave last."""
         begins = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(rows["lines"], out=begins[1:])
-        return np.fromfile(self.files[1], "<u8", int(begins[-1])), begins
+        return read_array(self.files[1], "<u8", int(begins[-1])), begins
 
     def marks_of(
         self, rows: NDArray[Any], salts: NDArray[np.uint64]

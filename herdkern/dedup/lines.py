@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from herdkern import _text
 from herdkern.data.document import Document, DocumentWriter, read_documents, with_meta
+from herdkern.dedup.arrays import read_array
 from herdkern.dedup.line_files import (
     CHUNK_DOCUMENTS,
     DOCUMENT_ROW,
@@ -255,7 +256,7 @@ def _find_first(inputs: list[Path], out: Path, config: _CountConfig, num_partiti
 
 def _choose_first(inputs: list[Path], out: Path, config: _CountConfig) -> dict[str, Any]:
     """first-<shard>: places of the lines of a shard that stay although they are too frequent, uint64, sorted."""
-    pieces = [np.fromfile(path, _CANDIDATE) for path in inputs]
+    pieces = [read_array(path, _CANDIDATE) for path in inputs]
     shards = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
     candidates = np.concatenate(pieces) if pieces else np.zeros(0, _CANDIDATE)
     candidates["place"] |= shards.astype(np.uint64) << np.uint64(40)  # the last to decide: ids are one then
@@ -269,7 +270,7 @@ def _choose_first(inputs: list[Path], out: Path, config: _CountConfig) -> dict[s
 def _drop_lines(inputs: list[Path], out: Path, config: _CountConfig) -> dict[str, Any]:
     """Stage function. inputs: a shard of documents, its keys, the marks of every partition, places that stay."""
     marks, firsts = inputs[2 : 2 + config.num_partitions], inputs[2 + config.num_partitions :]
-    stays = np.concatenate([np.zeros(0, np.uint64), *(np.fromfile(path, np.uint64) for path in firsts)])
+    stays = np.concatenate([np.zeros(0, np.uint64), *(read_array(path, np.uint64) for path in firsts)])
     removed = _text.RemovedLines(MAX_REPORTED_LINES)
     counters = dict.fromkeys(("docs_in", "docs_out", "bytes_in", "bytes_out", "docs_changed", "lines_removed"), 0)
     first_line = 0

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from herdkern import _text
 from herdkern.data.document import Document, read_documents
+from herdkern.dedup.arrays import read_array
 from herdkern.dedup.drop import Decision, drop_documents, write_decisions
 from herdkern.dedup.line_files import batches, read_chunks
 from herdkern.engine import Run, StageResult
@@ -233,7 +234,7 @@ def _keep_newest(inputs: list[Path], out: Path, config: UrlDedupConfig) -> dict[
     names = pieces.table(0, 0, 1)
     for shard in range(len(inputs)):
         files = [out / f"drop-{shard:05d}.{number}" for number in range(num_passes)]
-        lost = np.concatenate([np.fromfile(path, np.uint32) for path in files]).reshape(-1, 2)
+        lost = np.concatenate([read_array(path, np.uint32) for path in files]).reshape(-1, 2)
         lost = lost[np.argsort(lost[:, 0])]
         write_decisions(out / f"drop-{shard:05d}", (_decision(names, row, winner) for row, winner in lost.tolist()))
         for path in files:

@@ -1,0 +1,34 @@
+"""Reading arrays from files so that an error of the disk is an error."""
+
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def read_array(source: Path | str | BinaryIO, dtype: Any, count: int = -1) -> NDArray[Any]:
+    """The next `count` entries of a file, fewer if it ends before; -1: all that are left. As np.fromfile, which however
+    takes a failed read for the end of the file, or (of all that are left) returns memory that was never written.
+
+    source: a path, or a file opened with "rb".
+    Raises: OSError if it cannot be read; ValueError naming the file if it ends within an entry.
+    """
+    if isinstance(source, str | os.PathLike):
+        with open(source, "rb") as file:
+            return read_array(file, dtype, count)
+    dtype = np.dtype(dtype)
+    left = os.fstat(source.fileno()).st_size - source.tell()
+    num_bytes = left if count < 0 else min(left, count * dtype.itemsize)
+    data = np.empty(num_bytes, np.uint8)
+    view = memoryview(data)
+    num_read = 0
+    while num_read < num_bytes and (more := source.readinto(view[num_read:])):  # type: ignore[attr-defined]
+        num_read += more
+    if num_read % dtype.itemsize:
+        raise ValueError(
+            f"read_array: {source.name} must hold whole entries of {dtype.itemsize} bytes, got {num_read} bytes more "
+            f"than at {source.tell() - num_read}; it is cut off or damaged"
+        )
+    return data[:num_read].view(dtype)
