@@ -2,13 +2,13 @@
 
 import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 
-def read_array(source: Path | str | BinaryIO, dtype: Any, count: int = -1) -> NDArray[Any]:
+def read_array(source: Path | str | IO[bytes], dtype: Any, count: int = -1) -> NDArray[Any]:
     """The next `count` entries of a file, fewer if it ends before; -1: all that are left. As np.fromfile, which however
     takes a failed read for the end of the file, or (of all that are left) returns memory that was never written.
 
@@ -22,7 +22,7 @@ def read_array(source: Path | str | BinaryIO, dtype: Any, count: int = -1) -> ND
     left = os.fstat(source.fileno()).st_size - source.tell()
     num_bytes = left if count < 0 else min(left, count * dtype.itemsize)
     data = np.empty(num_bytes, np.uint8)
-    view = memoryview(data)
+    view = data.data
     num_read = 0
     while num_read < num_bytes and (more := source.readinto(view[num_read:])):  # type: ignore[attr-defined]
         num_read += more
