@@ -1,14 +1,16 @@
 """Encoding and decoding with cl100k and o200k: herdkern and nine peers, on one thread, in CPU seconds.
 
-    python benchmarks/bench_bpe_encode.py [--quick] [--case PART] [--json FILE] [--rounds N] [--limit SECONDS]
+    python benchmarks/bench_bpe_encode.py [--quick] [--case PART] [--json FILE] [--minutes M] [--rounds N]
 
 English, source code and the other languages; one document, a batch of small texts, a batch of documents. Each candidate
 runs in a process of its own: "cold" is the first pass of a fresh process, "warm" encodes the same texts over and over,
 "steady" goes on with new text for long. Every candidate is called in its fastest way (arrays where it has them). A peer
 whose ids are not tiktoken's is named with a failing string and not compared on that row; `exactness` says more: the
 first torture string on which it differs. The last table is of hostile texts: time of 2n characters over time of n.
-HERDKERN_CORPUS names the folder of corpus.py's text, HERDKERN_TOKENIZERS that of the vocabularies; --quick does
-without both: a vocabulary of its own on text of the installation.
+Memory is what a candidate adds for the texts, and what its process held at most. HERDKERN_CORPUS names the folder of
+corpus.py's text, HERDKERN_TOKENIZERS that of the vocabularies; --quick does without both: a vocabulary of its own on
+text of the installation. The run fits into --minutes (default 12): second rounds go first, then peers that are slower
+by far, and it says so.
 """
 
 import argparse
@@ -21,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from apart import Meter, answer, make_row, print_row, run_apart
 from bpe_peers import ENCODERS, Files, Flat, Peer, write_files
 from corpus import corpus_folder, installed_texts, read_corpus
 from harness import OURS, Bench, Case, pytest_cases, write_json
-from machine import describe_machine
+from machine import describe_machine, status_bytes
 
 from herdkern.tokenizer import train_bpe
 from herdkern.tokenizer.export import read_tiktoken
@@ -41,6 +42,8 @@ MB = 1_000_000
 KINDS: dict[str, set[str]] = {"english": {"en"}, "code": {"c", "python", "javascript"}, "multilingual": set()}
 SHAPES = {"document": 1, "small": 1, "large": 5}  # megabytes
 QUICK_PEERS = (OURS, "tiktoken", "gigatoken", "snaptokens", "fastokens")
+NEAR = (OURS, "gigatoken", "snaptokens", "fastokens", "quicktok-v1")  # as fast as ours or nearly: the second round too
+TORTURE_STRINGS = 20_000
 STEADY = 24  # slices of a megabyte, none seen before
 SMALL_CHARACTERS = 300
 VOCABULARIES = {"cl100k": ("llama3", "cl100k*.tiktoken"), "o200k": ("o200k", "o200k*.tiktoken")}
@@ -122,7 +125,8 @@ def encode(candidate: str, files: list[str], path: str, shape: str, seconds: flo
         whole = b"".join(part if isinstance(part, bytes) else (part or "").encode() for part in text)
         result["decoded"] = hashlib.sha256(whole).hexdigest()
         result["decode"] = repeated(lambda: peer.decode(prepared), seconds / 2)
-        result["steady"] = steady(peer, path, 8 * seconds)
+        result["steady"] = steady(peer, path, 6 * seconds)
+    result["process_mib"] = status_bytes("VmHWM") / 2**20
     return result
 
 
@@ -147,7 +151,7 @@ def difference(candidate: str, files: list[str], path: str, shape: str) -> dict[
         flat, counts = which.flat(which.encode(texts))
         return [row.tolist() for row in np.split(flat, np.cumsum(counts)[:-1])]
 
-    texts = torture() if path == "torture" else shaped(path, shape)
+    texts = json.loads(Path(path).read_text()) if shape == "torture" else shaped(path, shape)
     theirs, right = ids(peer, texts), ids(reference, texts)
     wrong = [text for text, a, b in zip(texts, theirs, right) if a != b]
     if not wrong:
@@ -161,12 +165,12 @@ def difference(candidate: str, files: list[str], path: str, shape: str) -> dict[
     return {"string": text[:80], "number": len(wrong), "of": len(texts)}
 
 
-@cache
-def torture() -> list[str]:
+def write_torture(path: Path) -> None:
+    """The tests' torture strings, for processes that compare peers on them."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests/tokenizer"))
     from torture import torture_strings
 
-    return torture_strings(60_000, 77)
+    path.write_text(json.dumps(torture_strings(TORTURE_STRINGS, 77)))
 
 
 def worst_case(files: list[str]) -> list[dict[str, Any]]:
@@ -192,13 +196,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="end within 45 s, without corpus and vocabularies")
     parser.add_argument("--case", default="", metavar="PART", help="only rows whose name contains PART")
     parser.add_argument("--json", metavar="FILE", help="also write the report to FILE")
-    parser.add_argument("--rounds", type=int, metavar="N", help="processes for each row (default 2)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="processes of the fastest for each row (default 2)")
+    parser.add_argument("--minutes", type=float, metavar="M", help="the end of the run (default 12)")
     parser.add_argument("--limit", type=float, metavar="SECONDS", help="the end of one process (default 60)")
     parser.add_argument("--wrap", type=shlex.split, default=[], metavar="CMD", help="runs each process under CMD")
     options = parser.parse_args()
     options.rounds = options.rounds or (1 if options.quick else 2)
     options.limit = options.limit or (30 if options.quick else 60)
     options.seconds = 0.05 if options.quick else 0.5
+    options.until = time.time() + 60 * (options.minutes or (0.7 if options.quick else 12))
     return options
 
 
@@ -240,14 +246,18 @@ def write_texts(folder: Path, quick: bool) -> dict[str, str]:
     return paths
 
 
-def run_kind(files: Files, kind: str, path: str, shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of one text, vocabulary and shape: cold, warm, steady, decode."""
+def measure(
+    task: dict[str, Any], options: argparse.Namespace, until: float
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
+    """What the processes of each candidate found, and why one has none. until: when a second round may still begin."""
     found: dict[str, list[dict[str, Any]]] = {}
     failed: dict[str, str] = {}
-    task = {"files": list(files), "path": path, "shape": shape}
     for turn in range(options.rounds):
         for candidate in QUICK_PEERS if options.quick else ENCODERS:
-            if candidate in failed:
+            if candidate in failed or (turn and (candidate not in NEAR or time.time() > until)):
+                continue
+            if time.time() > options.until and candidate not in (*NEAR, REFERENCE):
+                failed[candidate] = "left out: the time of the whole run was over"
                 continue
             asked = task | {"function": "encode", "candidate": candidate, "seconds": options.seconds}
             one = run_apart(asked, seconds=options.limit, wrap=options.wrap)
@@ -258,6 +268,16 @@ def run_kind(files: Files, kind: str, path: str, shape: str, options: argparse.N
                 failed[candidate] = f"other ids, for instance for {what.get('string', what)!r}"
             else:
                 found.setdefault(candidate, []).append(one)
+    return found, failed
+
+
+def run_kind(files: Files, kind: str, path: str, shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of one text, vocabulary and shape: cold, warm, steady, decode."""
+    share = (options.until - time.time()) / max(1, options.left)
+    options.left -= 3 if shape == "large" else 1
+    share *= 3 if shape == "large" else 1
+    task = {"files": list(files), "path": path, "shape": shape}
+    found, failed = measure(task, options, time.time() + 0.7 * share)
     for name in (OURS, REFERENCE):
         if name not in found:
             print(f"\n{files.name} {kind} {shape}: no times: {name}: {failed[name]}", flush=True)
@@ -275,6 +295,7 @@ def run_kind(files: Files, kind: str, path: str, shape: str, options: argparse.N
             row["over_tiktoken"] = round(row[REFERENCE] / row[OURS], 2) if REFERENCE in row else None
             if phase == "cold":
                 row["peak_mib"] = {peer: round(runs[0]["peak_mib"], 1) for peer, runs in found.items()}
+                row["process_mib"] = {peer: round(runs[0]["process_mib"], 1) for peer, runs in found.items()}
             row |= {"failed": failed | wrong} if failed or wrong else {}
             print_row(row)
             rows.append(row)
@@ -309,8 +330,8 @@ def summarise(report: dict[str, Any]) -> None:
     print("\n" + "\n".join(f"{name}: {value}" for name, value in report["summary"].items()))
 
 
-def run_checks(files: Files, report: dict[str, Any], options: argparse.Namespace) -> None:
-    """The hostile families of ours, and the first torture string on which each peer differs."""
+def run_checks(files: Files, report: dict[str, Any], options: argparse.Namespace, strings: str) -> None:
+    """The hostile families of ours, and the first torture string on which each peer differs. strings: their file."""
     asked = {"function": "worst_case", "files": list(files)}
     worst = run_apart(asked, seconds=2 * options.limit, wrap=options.wrap)
     report.setdefault("worst_case", {})[files.name] = worst if isinstance(worst, list) else [worst]
@@ -323,8 +344,9 @@ def run_checks(files: Files, report: dict[str, Any], options: argparse.Namespace
     if options.quick:
         return
     exactness = report.setdefault("exactness", {}).setdefault(files.name, {})
+    task = {"function": "difference", "files": list(files), "path": strings, "shape": "torture"}
     for candidate in ENCODERS:
-        asked = {"function": "difference", "candidate": candidate, "files": list(files), "path": "torture", "shape": ""}
+        asked = task | {"candidate": candidate}
         exactness[candidate] = run_apart(asked, seconds=options.limit, wrap=options.wrap)
         print(f"  torture strings, {candidate}: {exactness[candidate]}", flush=True)
 
@@ -340,21 +362,29 @@ def main() -> int:
     start = time.time()
     with tempfile.TemporaryDirectory() as folder:
         texts = write_texts(Path(folder), options.quick)
-        for files in vocabularies(Path(folder), options):
+        write_torture(Path(folder, "torture.json"))
+        chosen = vocabularies(Path(folder), options)
+        asked = [(files, kind, shape) for files in chosen for kind in texts for shape in SHAPES]
+        asked = [one for one in asked if is_chosen(options, one[0].name, *one[1:])]
+        options.left = sum(3 if shape == "large" else 1 for _, _, shape in asked) + 2 * len(chosen)
+        for files in chosen:
             for kind, path in texts.items():
                 for shape in SHAPES:
-                    if not is_chosen(options, files.name, kind, shape):
+                    if (files, kind, shape) not in asked:
                         continue
                     found = run_kind(files, kind, path, shape, options)
                     missing += not found
                     rows += found
                     write_json(options.json, report | {"unfinished": True})
                     print(f"  {time.time() - start:.0f} s since the start", flush=True)
-            run_checks(files, report, options)
+            options.left -= 2
+            if not options.case or any(options.case in name for name in ("hostile", "torture")):
+                run_checks(files, report, options, str(Path(folder, "torture.json")))
     summarise(report)
     write_json(options.json, report)
     if options.json:
         bpe_picture.draw(Path(options.json))
+    print("\n" + json.dumps(report))
     return 1 if missing else 0
 
 

@@ -12,7 +12,8 @@ def tables(reports: dict[str, dict[str, Any]]) -> str:
     for name, write in (("bpe_train", train_table), ("bpe_encode", encode_table)):
         report = reports.get(name)
         full = report is not None and not report.get("quick") and "versions" in report["machine"]
-        parts.append(write(report) if full and report else f"`bench_{name}.py` has no full run on record.\n")
+        picture = f"![bench_{name}.py](../benchmarks/results/{name}.svg)\n\n"
+        parts.append(picture + write(report) if full and report else f"`bench_{name}.py` has no full run on record.\n")
     return "\n".join(parts)
 
 
@@ -43,7 +44,22 @@ def train_table(report: dict[str, Any]) -> str:
         for name, why in case.get("failed", {}).items():
             lines.append(f"| | {name} | {why} | | | |")
     note = "¹ another task, see the head of the script. " if any("¹" in line for line in lines) else ""
+    if "count_2_threads" in report:
+        note += f"Two threads count 700 MB {report['count_2_threads']} times as fast as one, by the clock on the wall. "
     return "\n".join([*lines, "", note + about(report, names)])
+
+
+def memory_lines(report: dict[str, Any]) -> list[str]:
+    """What the largest batch adds to the memory of each candidate, and what its process held in all."""
+    lines = []
+    for case in report["cases"]:
+        if case["case"].endswith("multilingual large cold") and case.get("process_mib"):
+            added = sorted(case["peak_mib"].items(), key=lambda item: item[1])
+            shown = ", ".join(f"{name} {mib:.0f} ({case['process_mib'][name]:.0f})" for name, mib in added)
+            lines.append(
+                f"- MiB that {case['case'].removesuffix(' cold')} adds (and the whole process holds): {shown}."
+            )
+    return lines
 
 
 def encode_table(report: dict[str, Any]) -> str:
@@ -55,14 +71,17 @@ def encode_table(report: dict[str, Any]) -> str:
         names |= set(case["spread"])
         row = case["case"].rsplit(" ", 1)[0]
         ours, peer = case["mb_per_s"][OURS], case["best_peer"]
-        over = f" ({case['ratio']:.2f} × {peer})" if peer else ""
+        over = f" ({case['ratio']:.2f} × {peer}" if peer else ""
+        if peer and case.get("over_tiktoken") and peer != "tiktoken":
+            over += f", {case['over_tiktoken']:.1f} × tiktoken"
+        over += ")" * bool(peer)
         cells.setdefault(row, {})[case["phase"]] = f"{ours:.3g}{over}"
         wrong |= {name: f"{why} ({row})" for name, why in case.get("failed", {}).items() if name not in wrong}
     lines = ["| MB/s | " + " | ".join(PHASES) + " |", "|---|" + "---|" * len(PHASES)]
     lines += [
         f"| {row} | " + " | ".join(found.get(phase, "") for phase in PHASES) + " |" for row, found in cells.items()
     ]
-    lines += ["", about(report, names)]
+    lines += ["", about(report, names), *memory_lines(report)]
     lines += [f"- {name}: {why}" for name, why in sorted(wrong.items())]
     for vocabulary, found in report.get("exactness", {}).items():
         for name, what in found.items():

@@ -1,198 +1,45 @@
 """Fuzzes the readers of tokenizer files: any bytes are read, or refused by a ValueError, OSError or TypeError.
 
-`python tools/fuzz_tokenizer.py READER [--runs N] [--seconds S]` (READER: tiktoken, huggingface, sentencepiece, tekken,
-counts, manifest) needs `pip install atheris` and stops at the first other exception, at an input that takes longer than
-a second for each MB (at least one second), and at 256 MB of memory beyond the interpreter's own. Inputs that it kept
-and those it stopped at are in --corpus DIR (a temporary folder otherwise).
+    python tools/fuzz_tokenizer.py READER [--runs N] [--seconds S] [--corpus DIR] [--sanitizer]
+
+tiktoken, huggingface, sentencepiece, tekken, counts, manifest: the readers in Python, by atheris (pip install atheris).
+json_lines, patterns, merges, runs, texts: the readers in C++, by libFuzzer (needs clang++; CXX may name it).
+
+An execution is one input through one reader. The run stops at the first exception that is no refusal, at an input that
+takes more than a second of CPU time for each MB (at least one second), and at 256 MB of memory, interpreter included.
+JSON is changed as bytes and, three times in four, as a value, so that most of it stays JSON. The vocabulary that was
+read is completed by the single bytes it lacks and used for one input in sixteen. --sanitizer builds the native readers
+with AddressSanitizer and UndefinedBehaviorSanitizer, whose own memory comes on top of the limit. Inputs that were kept
+and those it stopped at are in --corpus (a temporary folder otherwise).
 """
 
 import argparse
-import base64
-import contextlib
 import json
+import os
+import random
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-REFUSALS = (ValueError, OSError, TypeError)
-MAX_LEN = 1 << 14
+from fuzz_readers import MAX_LEN, NATIVE, OF_JSON, READERS, REFUSALS, WORDS, Uses, seeds
+
+ROOT = Path(__file__).resolve().parent.parent
 MEMORY_MB = 256
-
-
-def byte_tokens() -> dict[bytes, int]:
-    """A vocabulary that is small and whole."""
-    ranks = {bytes([b]): b for b in range(256)}
-    return ranks | {token: 256 + i for i, token in enumerate((b"ab", b" t", b" th", b"\xc3\xa9", b"aaab", b"aaa"))}
-
-
-def read_tiktoken(path: Path) -> None:
-    """Reads ranks, recovers their merges and encodes with them."""
-    from herdkern.tokenizer.formats import tiktoken
-    from herdkern.tokenizer.formats.merge_recovery import merges_of_ranks
-
-    contents = tiktoken.read(path)
-    merges_of_ranks(contents.mergeable_ranks)
-    use(contents)
-
-
-def read_huggingface(path: Path) -> None:
-    """Reads a tokenizer.json over bytes and one over characters."""
-    from herdkern.tokenizer.formats import huggingface, huggingface_characters
-
-    with contextlib.suppress(*REFUSALS):
-        huggingface_characters.read_merges(path)
-    use(huggingface.read(path, ignore_normalizer=True))
-
-
-def read_sentencepiece(path: Path) -> None:
-    """Reads a model, cuts a text with it, and writes it."""
-    from herdkern.tokenizer.formats import sentencepiece_export, sentencepiece_file
-    from herdkern.tokenizer.formats.sentencepiece import SentencePieceTokenizer
-
-    with contextlib.suppress(*REFUSALS):
-        use(sentencepiece_export.read(path))
-    tokenizer = SentencePieceTokenizer.load(path)
-    sentencepiece_file.to_bytes(tokenizer.model)
-    len(tokenizer.merges)
-    tokenizer.decode(tokenizer.encode("the  the é 日本"))
-
-
-def read_tekken(path: Path) -> None:
-    """Reads a tekken.json."""
-    from herdkern.tokenizer.formats import tekken
-
-    use(tekken.read(path))
-
-
-def read_manifest(path: Path) -> None:
-    """Reads a folder of ours with these bytes as its manifest."""
-    from herdkern.tokenizer.formats import files
-
-    manifest = path.parent / files.MANIFEST
-    manifest.write_bytes(path.read_bytes())
-    use(files.read(path.parent))
-
-
-def read_counts(path: Path) -> None:
-    """Reads a file of word counts as it is, and once more with its checksums put right: they hide all else."""
-    from herdkern.tokenizer import WordCounts
-    from herdkern.tokenizer.counts_file import iter_counts
-
-    data = path.read_bytes()
-    for content in (data, with_checksums(data)):
-        path.write_bytes(content)
-        for read in (lambda: list(WordCounts.load(path).items()), lambda: list(iter_counts(path))):
-            with contextlib.suppress(*REFUSALS):
-                read()
-    WordCounts.load(path)
-
-
-def with_checksums(data: bytes) -> bytes:
-    """A counts file with the checksums, lengths and totals that its blocks and header should have."""
-    magic, _, rest = data.partition(b"\n")
-    line, _, run = rest.partition(b"\n")
-    blocks, check, at = bytearray(), 0, 0
-    num_blocks = 0
-    while at + 8 <= len(run):
-        size = min(int.from_bytes(run[at : at + 4], "little"), len(run) - at - 8)
-        payload = run[at + 8 : at + 8 + size]
-        crc = zlib.crc32(payload).to_bytes(4, "little")
-        blocks += size.to_bytes(4, "little") + crc + payload
-        check, at, num_blocks = zlib.crc32(crc, check), at + 8 + size, num_blocks + 1
-    text = line[9:]
-    with contextlib.suppress(ValueError, RecursionError):
-        header = json.loads(text)
-        if isinstance(header, dict):
-            text = json.dumps(header | {"num_bytes": len(blocks), "num_blocks": num_blocks, "check": check}).encode()
-    text += b"\n"
-    return magic + b"\n" + f"{zlib.crc32(text):08x} ".encode() + text + blocks
-
-
-def use(contents: object) -> None:
-    """Makes the tokenizer and encodes a few words."""
-    from herdkern.tokenizer import Tokenizer
-    from herdkern.tokenizer.formats.contents import Contents
-
-    assert isinstance(contents, Contents)
-    pattern = contents.split_pattern or "llama3"
-    tokenizer = Tokenizer(contents.mergeable_ranks, contents.special_tokens, pattern)
-    ids = tokenizer.encode_ordinary("the  thé 123 aaaab")
-    assert tokenizer.decode(ids) == "the  thé 123 aaaab"
-
-
-def seeds(reader: str, folder: Path) -> list[bytes]:
-    """A few files of the reader's format, and parts of them."""
-    from herdkern.tokenizer import Tokenizer, WordCounts
-    from herdkern.tokenizer.formats import files, sentencepiece_export, sentencepiece_file, tekken
-
-    whole = Tokenizer(byte_tokens(), {"<s>": 300, "</s>": 301})
-    if reader == "tiktoken":
-        files.save(whole, folder / "seed", format="tiktoken", verify=False)
-        return [(folder / "seed").read_bytes(), b"YQ== 0\nYg== 1\nYWI= 2\n", b"= 0\n", b"YQ== 0"]
-    if reader == "huggingface":
-        files.save(whole, folder / "seed", format="huggingface", verify=False)
-        small = json.loads((folder / "seed").read_text())
-        small["model"] |= {"vocab": {"a": 0, "b": 1, "ab": 2, "<s>": 3}, "merges": ["a b"]}
-        characters = json.loads(json.dumps(small))
-        characters |= {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}]}}
-        return [(folder / "seed").read_bytes(), *(json.dumps(s).encode() for s in (small, characters))]
-    if reader == "sentencepiece":
-        of_type = sentencepiece_file.PieceType
-        pieces = [
-            sentencepiece_file.Piece("<unk>", 0.0, of_type.UNKNOWN),
-            sentencepiece_file.Piece("<s>", 0.0, of_type.CONTROL),
-        ]
-        pieces += [
-            sentencepiece_file.Piece(t, -float(i)) for i, t in enumerate(("▁t", "he", "▁the", "t", "h", "e", "▁"))
-        ]
-        pieces += [
-            sentencepiece_file.Piece("é", 0.0, of_type.USER_DEFINED),
-            sentencepiece_file.Piece("th", -9.0, of_type.UNUSED),
-        ]
-        plain = sentencepiece_file.ModelFile(pieces=tuple(pieces), settings=sentencepiece_file.Settings())
-        mapped = sentencepiece_file.with_settings(plain, sentencepiece_export.settings())
-        return [sentencepiece_file.to_bytes(plain), sentencepiece_file.to_bytes(mapped)]
-    if reader == "tekken":
-        vocabulary = [
-            {"rank": i, "token_bytes": base64.b64encode(t).decode()} for i, t in enumerate((b"a", b"b", b"ab"))
-        ]
-        config = {"pattern": "\\w+|\\W+", "default_vocab_size": 5, "default_num_special_tokens": 2, "version": "v3"}
-        special = [{"rank": 0, "token_str": "<s>"}, {"rank": 1, "token_str": "</s>"}]
-        small = {"config": config, "vocab": vocabulary}
-        files.save(
-            Tokenizer(*tekken.renumbered(byte_tokens(), {"<s>": 0})), folder / "seed", format="tekken", verify=False
-        )
-        whole_one = json.loads((folder / "seed").read_text())
-        for entry in whole_one["vocab"]:
-            del entry["token_str"]
-        contents = [small, small | {"special_tokens": special}, whole_one]
-        return [json.dumps(content, separators=(",", ":")).encode() for content in contents]
-    if reader == "manifest":
-        files.save(whole, folder, verify=False)
-        return [(folder / files.MANIFEST).read_bytes()]
-    counts = WordCounts()
-    counts.add(["the thé the 123 then there", "a b c " + "d" * 300])
-    counts.save(folder / "seed")
-    return [(folder / "seed").read_bytes()]
-
-
-READERS: dict[str, Callable[[Path], None]] = {
-    "tiktoken": read_tiktoken,
-    "huggingface": read_huggingface,
-    "sentencepiece": read_sentencepiece,
-    "tekken": read_tekken,
-    "counts": read_counts,
-    "manifest": read_manifest,
-}
+HANG_SECONDS = 600  # of the clock on the wall, for libFuzzer's own limit: CPU time is looked at after each input
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
 def one_input(reader: str, path: Path, data: bytes) -> bool:
     """Reads one input; True if it was accepted. Raises: whatever is no refusal; AssertionError if it took too long."""
     path.write_bytes(data)
     begin = time.process_time()
+    Uses.now = zlib.crc32(data) % 16 == 0
     try:
         READERS[reader](path)
         accepted = True
@@ -205,27 +52,160 @@ def one_input(reader: str, path: Path, data: bytes) -> bool:
     return accepted
 
 
+STRANGE: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, -1, 2, 3, 255, 256, 1 << 21, 1 << 31, 1 << 63, 1 << 70, 0.5, 1e300, "", "a", "ab", "b"),
+    *("é", "Ġ", "\ud800", "<s>", "a b", "\\p{L}+|.", "(", "[]", [], {}, [[]], ["a", "b"], {"type": "Sequence"}, "BPE"),
+    *(
+        "Split",
+        "ByteLevel",
+        "Digits",
+        "NFKC",
+        "Metaspace",
+        "Prepend",
+        "Removed",
+        {"String": "a"},
+        {"type": "ByteLevel"},
+    ),
+)
+
+
+def change_value(value: Any, draw: random.Random) -> Any:
+    """The value with one place changed: replaced, removed, doubled, moved, or a number or text close to what it was."""
+    places: list[tuple[Any, Any]] = []
+    stack = [value]
+    while stack and len(places) < 400:
+        inner = stack.pop()
+        keys = list(inner) if isinstance(inner, dict) else range(len(inner))
+        places += [(inner, key) for key in keys]
+        stack += [inner[key] for key in keys if isinstance(inner[key], dict | list)]
+    if not places:
+        return draw.choice(STRANGE)
+    inner, key = draw.choice(places)
+    old = inner[key]
+    kind = draw.randrange(6)
+    if kind == 0:
+        inner[key] = draw.choice(STRANGE)
+    elif kind == 1:
+        del inner[key]
+    elif kind == 2:
+        source, other = draw.choice(places)
+        taken = source[other] if (other in source if isinstance(source, dict) else other < len(source)) else None
+        inner[key] = taken if not isinstance(taken, dict | list) else json.loads(json.dumps(taken))
+    elif isinstance(inner, list) and kind == 3:
+        inner.insert(draw.randrange(len(inner) + 1), old)
+    elif isinstance(inner, dict) and kind == 3:
+        inner[draw.choice(("a", "b", "abab", "type", "ba", str(key) + "b", str(draw.randrange(300))))] = old
+    elif isinstance(old, str):
+        place = draw.randrange(len(old) + 1)
+        inner[key] = (
+            old[:place] + draw.choice(("", "a", "b", " ", "\\", "|", "é", "+", "(", "=")) + old[place + kind % 2 :]
+        )
+    elif isinstance(old, int):
+        inner[key] = old + draw.choice((-1, 1, 2, 255, 256))
+    else:
+        inner[key] = draw.choice(STRANGE)
+    return value
+
+
+def json_mutator(mutate: Callable[[bytes, int], bytes]) -> Callable[[bytes, int, int], bytes]:
+    """A mutator for atheris: three times in four on the value, else on the bytes."""
+
+    def change(data: bytes, max_size: int, seed: int) -> bytes:
+        draw = random.Random(seed)
+        if draw.randrange(4):
+            try:
+                value = json.loads(data)
+                for _ in range(1 + draw.randrange(3)):
+                    value = change_value(value, draw) if isinstance(value, dict | list) else draw.choice(STRANGE)
+                changed = json.dumps(value).encode()
+                if len(changed) <= max_size:
+                    return changed
+            except (ValueError, RecursionError):
+                pass
+        return mutate(data, max_size)
+
+    return change
+
+
+def build_native(sanitizer: bool) -> Path:
+    """Compiles the native readers with libFuzzer, what changed alone, and returns the program."""
+    compiler = os.environ.get("CXX") or shutil.which("clang++")
+    if not compiler:
+        sys.exit("fuzz_tokenizer: a native reader needs clang++ with libFuzzer on PATH, or named by CXX; got none")
+    folder = ROOT / "build" / ("fuzz-sanitizer" if sanitizer else "fuzz")
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [
+        p for p in (ROOT / "csrc/text").glob("*.cpp") if p.name != "module.cpp" and not p.name.startswith("bind_")
+    ]
+    flags = ["-std=c++17", "-O2", "-g1", "-DHK_X86=1", f"-I{ROOT / 'csrc'}", "-pthread", *SANITIZERS * sanitizer]
+    levels = {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
+    newest = max(header.stat().st_mtime for header in (ROOT / "csrc").rglob("*.h"))
+    objects = []
+    for source in [ROOT / "tools/fuzz_native.cpp", *sorted(sources)]:
+        made = folder / f"{source.stem}.o"
+        objects.append(str(made))
+        if not made.exists() or made.stat().st_mtime < max(newest, source.stat().st_mtime):
+            level = levels.get(source.stem.rpartition("_")[2], [])
+            command = [compiler, *flags, "-fsanitize=fuzzer-no-link", *level, "-c", str(source), "-o", str(made)]
+            subprocess.run(command, check=True)
+    program = folder / "fuzz_native"
+    link = [compiler, "-fsanitize=fuzzer", *SANITIZERS * sanitizer, "-pthread", *objects, "-o", str(program)]
+    subprocess.run(link, check=True)
+    return program
+
+
+def options_of(args: argparse.Namespace, corpus: Path) -> list[str]:
+    """libFuzzer's options."""
+    memory = 1024 if args.sanitizer else MEMORY_MB
+    options = [f"-runs={args.runs}", f"-max_len={MAX_LEN[args.reader]}", f"-timeout={HANG_SECONDS}"]
+    options += [f"-rss_limit_mb={memory}", f"-artifact_prefix={corpus}/", "-print_final_stats=1"]
+    options += [f"-max_total_time={args.seconds}"] if args.seconds else []
+    if words := WORDS.get(args.reader):
+        dictionary = corpus.parent / f"{corpus.name}.words"
+        dictionary.write_text("".join(f'"{word}"\n' for word in words))
+        options.append(f"-dict={dictionary}")
+    return options
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("reader", choices=READERS)
+    parser.add_argument("reader", choices=[*READERS, *NATIVE])
     parser.add_argument("--runs", type=int, default=5_000_000)
     parser.add_argument("--seconds", type=int, default=0, help="stop after this time; 0: after --runs")
     parser.add_argument("--corpus", type=Path)
+    parser.add_argument("--sanitizer", action="store_true", help="native readers: AddressSanitizer and UBSan")
     args = parser.parse_args()
+    corpus = args.corpus or Path(tempfile.mkdtemp(prefix=f"fuzz_{args.reader}_"))
+    corpus.mkdir(parents=True, exist_ok=True)
+    print(f"{args.reader}: corpus in {corpus}", flush=True)
+    in_memory = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
+    scratch = Path(tempfile.mkdtemp(prefix="fuzz_", dir=in_memory))
+    try:
+        return (_run_native if args.reader in NATIVE else _run_python)(args, corpus, scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _run_native(args: argparse.Namespace, corpus: Path, scratch: Path) -> int:
+    for number, seed in enumerate(seeds(args.reader, scratch)):
+        (corpus / f"seed_{number}").write_bytes(seed)
+    shutil.rmtree(scratch)
+    program = build_native(args.sanitizer)
+    os.environ.setdefault("ASAN_OPTIONS", "quarantine_size_mb=8:detect_leaks=0")
+    os.execv(program, [str(program), args.reader, *options_of(args, corpus), str(corpus)])
+
+
+def _run_python(args: argparse.Namespace, corpus: Path, scratch: Path) -> int:
     try:
         import atheris
     except ImportError:
         print("fuzz_tokenizer: needs atheris; pip install atheris", file=sys.stderr)
         return 1
-    in_memory = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
-    scratch = Path(tempfile.mkdtemp(prefix="fuzz_", dir=in_memory))
-    corpus = args.corpus or Path(tempfile.mkdtemp(prefix=f"fuzz_{args.reader}_"))
-    corpus.mkdir(parents=True, exist_ok=True)
-    with atheris.instrument_imports(include=["herdkern.tokenizer"]):
+    with atheris.instrument_imports(include=["herdkern.tokenizer.formats", "herdkern.tokenizer.counts_file"]):
         for number, seed in enumerate(seeds(args.reader, scratch)):
             (corpus / f"seed_{number}").write_bytes(seed)
-            assert one_input(args.reader, scratch / "input", seed) or number or args.reader != "tiktoken"
+            one_input(args.reader, scratch / "input", seed)
     counters = [0, 0]
 
     def target(data: bytes) -> None:
@@ -234,11 +214,8 @@ def main() -> int:
         if counters[0] % 100_000 == 0:
             print(f"{args.reader}: {counters[0]:,} inputs, {counters[1]:,} accepted", flush=True)
 
-    options = [f"-runs={args.runs}", f"-max_len={MAX_LEN}", "-timeout=5", f"-rss_limit_mb={MEMORY_MB}"]
-    options += [f"-max_total_time={args.seconds}"] if args.seconds else []
-    options += [f"-artifact_prefix={corpus}/", "-print_final_stats=1", "-use_value_profile=1"]
-    print(f"{args.reader}: corpus in {corpus}", flush=True)
-    atheris.Setup([sys.argv[0], *options, str(corpus)], target)
+    custom = {"custom_mutator": json_mutator(atheris.Mutate)} if args.reader in OF_JSON else {}
+    atheris.Setup([sys.argv[0], *options_of(args, corpus), str(corpus)], target, **custom)
     atheris.Fuzz()
     return 0
 
