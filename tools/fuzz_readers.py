@@ -57,10 +57,11 @@ WORDS: dict[str, tuple[str, ...]] = {
 }
 
 
-class Uses:
-    """Whether the input at hand is one whose vocabulary is used, which costs more than reading it."""
+class Chosen:
+    """What the hash of the input at hand chose. used: its vocabulary is used as well, which costs more than reading it
+    (one in sixteen). other: it is read by the other of two ways to read its format (one in four)."""
 
-    now = True
+    used = other = True
 
 
 def read_tiktoken(path: Path) -> None:
@@ -77,9 +78,10 @@ def read_huggingface(path: Path) -> None:
     """Reads a tokenizer.json over bytes and one over characters."""
     from herdkern.tokenizer.formats import huggingface, huggingface_characters
 
-    with contextlib.suppress(*REFUSALS):
+    if Chosen.other:
         huggingface_characters.read_merges(path)
-    use(huggingface.read(path, ignore_normalizer=True))
+    else:
+        use(huggingface.read(path, ignore_normalizer=True))
 
 
 def read_sentencepiece(path: Path) -> None:
@@ -87,12 +89,13 @@ def read_sentencepiece(path: Path) -> None:
     from herdkern.tokenizer.formats import sentencepiece_export, sentencepiece_file
     from herdkern.tokenizer.formats.sentencepiece import SentencePieceTokenizer
 
-    with contextlib.suppress(*REFUSALS):
+    if Chosen.other:
         use(sentencepiece_export.read(path))
+        return
     tokenizer = SentencePieceTokenizer.load(path)
     sentencepiece_file.to_bytes(tokenizer.model)
     len(tokenizer.merges)
-    if Uses.now:
+    if Chosen.used:
         tokenizer.decode(tokenizer.encode("the  the é 日本"))
 
 
@@ -104,34 +107,30 @@ def read_tekken(path: Path) -> None:
 
 
 def read_manifest(path: Path) -> None:
-    """Reads a folder of ours with these bytes as its manifest, once more with the hash that it should name."""
+    """Reads a folder with these bytes as its manifest, three times in four with the hash that it should name."""
     from herdkern.tokenizer.formats import files
 
     manifest = path.parent / files.MANIFEST
     data = path.read_bytes()
     with contextlib.suppress(ValueError, RecursionError):
         content = json.loads(data)
-        if isinstance(content, dict) and "sha256" in content:
+        if isinstance(content, dict) and "sha256" in content and not Chosen.other:
             content["sha256"] = files._own_hash(content)
-            manifest.write_text(json.dumps(content))
-            with contextlib.suppress(*REFUSALS):
-                use(files.read(path.parent))
+            data = json.dumps(content).encode()
     manifest.write_bytes(data)
     use(files.read(path.parent))
 
 
 def read_counts(path: Path) -> None:
-    """Reads a file of word counts as it is, and once more with its checksums put right: they hide all else."""
+    """Reads word counts in both ways; three times in four with the checksums put right that hide all else."""
     from herdkern.tokenizer import WordCounts
     from herdkern.tokenizer.counts_file import iter_counts
 
-    data = path.read_bytes()
-    for content in (with_checksums(data), data):
-        path.write_bytes(content)
-        for read in (lambda: list(WordCounts.load(path).items()), lambda: list(iter_counts(path))):
-            with contextlib.suppress(*REFUSALS):
-                read()
-    WordCounts.load(path)
+    if not Chosen.other:
+        path.write_bytes(with_checksums(path.read_bytes()))
+    with contextlib.suppress(*REFUSALS):
+        list(iter_counts(path))
+    list(WordCounts.load(path).items())
 
 
 def with_checksums(data: bytes) -> bytes:
@@ -161,7 +160,7 @@ def use(contents: object) -> None:
     from herdkern.tokenizer.formats.contents import Contents
 
     assert isinstance(contents, Contents)
-    if not Uses.now:
+    if not Chosen.used:
         return
     ranks, special = dict(contents.mergeable_ranks), contents.special_tokens
     free = max([0, *ranks.values(), *special.values()]) + 1
@@ -205,8 +204,9 @@ def seeds(reader: str, folder: Path) -> list[bytes]:
 
         whole = Tokenizer({bytes([b]): b for b in range(256)} | {b"ab": 256}, {"<s>": 300, "</s>": 301}, "gpt2")
         files.save(whole, folder, verify=False)
+        (folder / files.MODEL).write_bytes(b"YQ== 0\nYg== 1\nYWI= 2\n")  # few, so that many manifests are read
         content = json.loads((folder / files.MANIFEST).read_bytes())
-        content["files"].pop("tokenizer.json", None)  # so that less is read each time
+        content["files"] = {files.MODEL: files._describe(folder / files.MODEL)}
         content["sha256"] = files._own_hash(content)
         return [json.dumps(content).encode()]
     return [_counts_seed(folder)]

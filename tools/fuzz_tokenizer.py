@@ -1,6 +1,6 @@
 """Fuzzes the readers of tokenizer files: any bytes are read, or refused by a ValueError, OSError or TypeError.
 
-    python tools/fuzz_tokenizer.py READER [--runs N] [--seconds S] [--corpus DIR] [--sanitizer]
+    python tools/fuzz_tokenizer.py READER [--runs N] [--seconds S] [--corpus DIR] [--sanitizer] [--grow]
 
 tiktoken, huggingface, sentencepiece, tekken, counts, manifest: the readers in Python, by atheris (pip install atheris).
 json_lines, patterns, merges, runs, texts: the readers in C++, by libFuzzer (needs clang++; CXX may name it).
@@ -8,15 +8,17 @@ json_lines, patterns, merges, runs, texts: the readers in C++, by libFuzzer (nee
 An execution is one input through one reader. The run stops at the first exception that is no refusal, at an input that
 takes more than a second of CPU time for each MB (at least one second), and at 256 MB of memory, interpreter included.
 JSON is changed as bytes and, three times in four, as a value, so that most of it stays JSON. The vocabulary that was
-read is completed by the single bytes it lacks and used for one input in sixteen. --sanitizer builds the native readers
-with AddressSanitizer and UndefinedBehaviorSanitizer, whose own memory comes on top of the limit. Inputs that were kept
-and those it stopped at are in --corpus (a temporary folder otherwise).
+read is completed by the single bytes it lacks and used for one input in sixteen; so is a pattern. --sanitizer builds
+the native readers with AddressSanitizer and UndefinedBehaviorSanitizer, whose own memory comes on top of the limit.
+Inputs that were kept and those it stopped at are in --corpus (a temporary folder otherwise). --grow reads each kept
+input once more, repeated to a megabyte, so that time and memory that grow faster than the input are seen.
 """
 
 import argparse
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -27,11 +29,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fuzz_readers import MAX_LEN, NATIVE, OF_JSON, READERS, REFUSALS, WORDS, Uses, seeds
+from fuzz_readers import MAX_LEN, NATIVE, OF_JSON, READERS, REFUSALS, WORDS, Chosen, seeds
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY_MB = 256
 HANG_SECONDS = 600  # of the clock on the wall, for libFuzzer's own limit: CPU time is looked at after each input
+NO_READERS = ("module", "bind_", "bpe_train", "minhash")  # sources that the native readers do without
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
@@ -39,7 +42,8 @@ def one_input(reader: str, path: Path, data: bytes) -> bool:
     """Reads one input; True if it was accepted. Raises: whatever is no refusal; AssertionError if it took too long."""
     path.write_bytes(data)
     begin = time.process_time()
-    Uses.now = zlib.crc32(data) % 16 == 0
+    draw = zlib.crc32(data)
+    Chosen.used, Chosen.other = draw % 16 == 0, draw >> 8 & 3 == 0
     try:
         READERS[reader](path)
         accepted = True
@@ -134,9 +138,7 @@ def build_native(sanitizer: bool) -> Path:
         sys.exit("fuzz_tokenizer: a native reader needs clang++ with libFuzzer on PATH, or named by CXX; got none")
     folder = ROOT / "build" / ("fuzz-sanitizer" if sanitizer else "fuzz")
     folder.mkdir(parents=True, exist_ok=True)
-    sources = [
-        p for p in (ROOT / "csrc/text").glob("*.cpp") if p.name != "module.cpp" and not p.name.startswith("bind_")
-    ]
+    sources = [p for p in (ROOT / "csrc/text").glob("*.cpp") if not p.name.startswith(NO_READERS)]
     flags = ["-std=c++17", "-O2", "-g1", "-DHK_X86=1", f"-I{ROOT / 'csrc'}", "-pthread", *SANITIZERS * sanitizer]
     levels = {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
     newest = max(header.stat().st_mtime for header in (ROOT / "csrc").rglob("*.h"))
@@ -174,6 +176,9 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=5_000_000)
     parser.add_argument("--seconds", type=int, default=0, help="stop after this time; 0: after --runs")
     parser.add_argument("--corpus", type=Path)
+    parser.add_argument(
+        "--grow", action="store_true", help="only read what is in --corpus, each repeated to a megabyte"
+    )
     parser.add_argument("--sanitizer", action="store_true", help="native readers: AddressSanitizer and UBSan")
     args = parser.parse_args()
     corpus = args.corpus or Path(tempfile.mkdtemp(prefix=f"fuzz_{args.reader}_"))
@@ -187,16 +192,60 @@ def main() -> int:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def grown(reader: str, data: bytes) -> bytes:
+    """The input repeated to a megabyte: JSON as a value whose lists and objects hold more, else the bytes."""
+    if reader in OF_JSON:
+        try:
+            value = json.loads(data)
+            longer = [_repeated(value, times) for times in (10_000, 1000, 100, 10)]
+            return next((text for text in (json.dumps(one).encode() for one in longer) if len(text) <= 1 << 20), data)
+        except (ValueError, RecursionError):
+            pass
+    head, rest = (data[:1], data[1:]) if reader in ("merges", "texts") else (b"", data)
+    return head + rest * ((1 << 20) // max(1, len(rest)))
+
+
+def _repeated(value: Any, times: int) -> Any:
+    """The value whose innermost lists and objects hold so many times as much."""
+    if isinstance(value, list):
+        inner = [_repeated(one, times) for one in value]
+        return inner if any(isinstance(one, list | dict) for one in value) else inner * times
+    if isinstance(value, dict):
+        inner = {key: _repeated(one, times) for key, one in value.items()}
+        if inner and all(isinstance(one, int) for one in value.values()):
+            inner |= {f"{key}{i}": one + i for i in range(times) for key, one in value.items()}
+        return inner
+    return value
+
+
 def _run_native(args: argparse.Namespace, corpus: Path, scratch: Path) -> int:
     for number, seed in enumerate(seeds(args.reader, scratch)):
         (corpus / f"seed_{number}").write_bytes(seed)
-    shutil.rmtree(scratch)
     program = build_native(args.sanitizer)
     os.environ.setdefault("ASAN_OPTIONS", "quarantine_size_mb=8:detect_leaks=0")
+    if args.grow:
+        for kept in sorted(corpus.iterdir()):
+            (scratch / kept.name).write_bytes(grown(args.reader, kept.read_bytes()))
+            command = [str(program), args.reader, f"-rss_limit_mb={MEMORY_MB}", str(scratch / kept.name)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            (scratch / kept.name).unlink()
+            if done.returncode != 0:
+                print(f"{kept}: {done.stderr[-2000:]}")
+                return 1
+        print(f"{args.reader}: {len(list(corpus.iterdir())):,} inputs of a megabyte")
+        return 0
+    shutil.rmtree(scratch)
     os.execv(program, [str(program), args.reader, *options_of(args, corpus), str(corpus)])
 
 
 def _run_python(args: argparse.Namespace, corpus: Path, scratch: Path) -> int:
+    if args.grow:
+        seeds(args.reader, scratch)  # the files of a manifest
+        for kept in sorted(corpus.iterdir()):
+            one_input(args.reader, scratch / "input", grown(args.reader, kept.read_bytes()))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+        print(f"{args.reader}: {len(list(corpus.iterdir())):,} inputs of a megabyte, peak {peak} MiB")
+        return peak > MEMORY_MB
     try:
         import atheris
     except ImportError:
@@ -214,7 +263,11 @@ def _run_python(args: argparse.Namespace, corpus: Path, scratch: Path) -> int:
         if counters[0] % 100_000 == 0:
             print(f"{args.reader}: {counters[0]:,} inputs, {counters[1]:,} accepted", flush=True)
 
-    custom = {"custom_mutator": json_mutator(atheris.Mutate)} if args.reader in OF_JSON else {}
+    custom = (
+        {"custom_mutator": json_mutator(lambda data, size: atheris.Mutate(data, size))}
+        if args.reader in OF_JSON
+        else {}
+    )
     atheris.Setup([sys.argv[0], *options_of(args, corpus), str(corpus)], target, **custom)
     atheris.Fuzz()
     return 0

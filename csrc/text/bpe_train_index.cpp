@@ -19,7 +19,8 @@ constexpr size_t kMinBuckets = 1 << 16, kMaxBuckets = 1 << 20;  // of eight byte
 // a time and without branches, so that their places in `map` can be fetched ahead.
 template <typename Map, typename Visit>
 void PairIndex::for_each_frequent(int thread, const Map& map, Visit&& visit) const {
-  const auto [first, end] = buckets_of(thread);
+  const auto range = buckets_of(thread);
+  const auto first = range.first, end = range.second;
   const bool limited = max_length_ != UINT32_MAX;
   words_.with_symbols([&](const auto* symbols) {
     using Symbol = std::remove_const_t<std::remove_pointer_t<decltype(symbols)>>;
@@ -55,7 +56,8 @@ int64_t PairIndex::scan() {
   while (!by_bytes_ && num_buckets < kMaxBuckets && num_buckets < words_.num_slots() / 2) num_buckets *= 2;
   buckets_.assign(num_buckets, 0);
   parallel_for(num_threads_, num_threads_, [&](int64_t thread) {
-    const auto [first, end] = buckets_of(int(thread));
+    const auto range = buckets_of(int(thread));
+    const auto first = range.first, end = range.second;
     words_.with_symbols([&](const auto* symbols) {
       using Symbol = std::remove_const_t<std::remove_pointer_t<decltype(symbols)>>;
       words_.for_each_group([&](uint32_t slot, uint32_t group_end, int64_t weight) {

@@ -133,7 +133,9 @@ void WordEncoder::merge_short(const uint8_t* word, size_t len, uint32_t limit, I
 
 void WordEncoder::merge_with_heap(const uint8_t* word, size_t len, uint32_t limit, Scratch& scratch,
                                   IdBuffer& out) const {
-  auto& [unused, bytes, ids, next, previous, ranks, heap] = scratch;
+  auto& bytes = scratch.bytes;
+  auto &ids = scratch.ids, &next = scratch.next, &previous = scratch.previous, &ranks = scratch.ranks;
+  auto& heap = scratch.heap;
   bytes.resize(len + kPadding);
   std::memcpy(bytes.data(), word, len);
   ids.resize(len), next.resize(len), previous.resize(len), ranks.resize(len);
