@@ -61,6 +61,18 @@ class ExtensionReport:
     guard: Compression
     guard_unchanged: float
 
+    def evener_weights(self, weights: Mapping[str, float] | None = None) -> dict[str, float]:
+        """language_weights for another extension with the same text, in which languages that gained little gain more.
+
+        weights: those of this one; None: every language had the same. Once or twice is enough, mostly.
+        """
+        wanted = {
+            name: (weights[name] if weights else 1.0) * max(change.gain, 0.02) ** -0.7
+            for name, change in self.languages.items()
+        }
+        unit = SMOOTHING_UNIT / max(wanted.values(), default=1.0)
+        return {name: max(weight * unit, 1 / SMOOTHING_UNIT) for name, weight in wanted.items()}
+
     def __str__(self) -> str:
         lines = [
             f"{self.num_kept} ranks kept, {self.num_new} new, {self.num_vetoed} strings vetoed; "

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from herdkern.tokenizer import Tokenizer, train_bpe
-from herdkern.tokenizer.formats import files, huggingface, verify
+from herdkern.tokenizer.formats import files, huggingface, huggingface_characters, verify
 from herdkern.tokenizer.pretokenize import SPLIT_PATTERNS, split_words
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -167,3 +167,12 @@ def test_random_vocabularies_are_proved_or_refused(tmp_path, seed):
     texts = ["".join(rng.choices("ab c1", k=rng.randrange(1, 30))) for _ in range(500)]
     batch = theirs.encode_batch(texts, add_special_tokens=False)
     assert [encoding.ids for encoding in batch] == tokenizer.encode_ordinary_batch(texts)
+
+
+def test_a_merge_of_nothing_is_refused(tmp_path):
+    """Found by fuzzing: two empty halves make the empty token, which no vocabulary holds."""
+    model = {"vocab": {"a": 6, "ab": 258}, "merges": ["a b", " "]}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"model": model}))
+    with pytest.raises(ValueError, match="tokens of the vocabulary, got ''"):
+        huggingface_characters.read_merges(path)

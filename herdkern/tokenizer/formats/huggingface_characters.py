@@ -36,7 +36,8 @@ def _merges_of(model: Mapping[str, Any]) -> tuple[Merges, int]:
     order: dict[str, None] = {}  # what the merges make, in the order in which it is first made
     for left, right in listed:
         order.setdefault(left + right)
-    if unknown := next((made for made in order if made not in ids), None):
+    unknown = next((made for made in order if made not in ids), None)
+    if unknown is not None:  # it may be ""
         raise ValueError(f"merges must make tokens of the vocabulary, got {unknown!r:.80}")
     by_hand: list[str] = []
     learnt: list[str] = []
