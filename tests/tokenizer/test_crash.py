@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,22 +56,27 @@ def kill_at_random(tmp_path, texts, num_points, seed):
     assert {"counts", "counts-0", "counts-1", "tokenizer/tokenizer.model"} <= set(expected)
     rng = random.Random(seed)
     killed = 0
-    for point in range(num_points):
+    for point in range(4 * num_points):
         folder = tmp_path / f"run-{point}"
         process = start(folder)
         time.sleep(rng.uniform(0.1, 1.0) * took)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+        if process.returncode != -signal.SIGKILL:  # it was quicker than that; the machine has less to do now
+            took *= 0.9
         killed += process.returncode == -signal.SIGKILL
         finish(start(folder))
         assert files_of(folder) == expected, point
-    return killed
+        shutil.rmtree(folder)
+        if killed == num_points:
+            return
+    raise AssertionError(f"{killed} of {4 * num_points} runs were killed before their end")
 
 
 def test_kill_at_some_points(tmp_path, small_texts):
-    assert kill_at_random(tmp_path, small_texts, 4, 1) >= 2
+    kill_at_random(tmp_path, small_texts, 4, 1)
 
 
 @pytest.mark.full
 def test_kill_at_fifty_points(tmp_path, small_texts):
-    assert kill_at_random(tmp_path, small_texts, 50, 2) >= 40
+    kill_at_random(tmp_path, small_texts, 50, 2)
