@@ -234,13 +234,17 @@ def _run_native(args: argparse.Namespace, corpus: Path, scratch: Path) -> int:
     program = build_native(args.sanitizer)
     os.environ.setdefault("ASAN_OPTIONS", "quarantine_size_mb=8:detect_leaks=0")
     if args.grow:
-        for kept in sorted(corpus.iterdir()):
-            (scratch / kept.name).write_bytes(grown(args.reader, kept.read_bytes()))
-            command = [str(program), args.reader, f"-rss_limit_mb={MEMORY_MB}", str(scratch / kept.name)]
+        all_kept = sorted(corpus.iterdir())
+        for begin in range(0, len(all_kept), 64):
+            batch = [scratch / kept.name for kept in all_kept[begin : begin + 64]]
+            for path in batch:
+                path.write_bytes(grown(args.reader, (corpus / path.name).read_bytes()))
+            command = [str(program), args.reader, f"-rss_limit_mb={MEMORY_MB}", *map(str, batch)]
             done = subprocess.run(command, capture_output=True, text=True)
-            (scratch / kept.name).unlink()
+            for path in batch:
+                path.unlink()
             if done.returncode != 0:
-                print(f"{kept}: {done.stderr[-2000:]}")
+                print(done.stderr[-3000:])
                 return 1
         print(f"{args.reader}: {len(list(corpus.iterdir())):,} inputs of a megabyte")
         return 0
