@@ -175,7 +175,7 @@ void read_run(const std::string& content) {
 
 // The first byte chooses a pattern. The masks of that pattern and its automaton cut the bytes alike; ids decode to
 // them.
-struct Texts {
+struct Vocabularies {
   struct One {
     std::shared_ptr<const Splitter> masks, automaton;
     std::unique_ptr<Encoder> encoder;
@@ -185,7 +185,7 @@ struct Texts {
   std::vector<One> all;
   std::unique_ptr<Decoder> decoder;
 
-  Texts() {
+  Vocabularies() {
     for (int byte = 0; byte < 256; ++byte) strings.emplace_back(1, char(byte));
     for (const char* token : {"ab", "abab", " t", "th", " th", "  ", "    ", "\n\n", "\u00e9", "aa", "aaaa", "'s",
                               "aaaaaaaa", "aaaaaaaaaaaaaaaa", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "12", "123"})
@@ -205,9 +205,9 @@ struct Texts {
 };
 
 void read_text(std::string_view input) {
-  static const Texts texts;
+  static const Vocabularies texts;
   if (input.empty()) return;
-  const Texts::One& one = texts.all[uint8_t(input[0]) % texts.all.size()];
+  const Vocabularies::One& one = texts.all[uint8_t(input[0]) % texts.all.size()];
   const bool with_special = input[0] & 0x40;
   input.remove_prefix(1);
   const uint8_t* begin = bytes_of(input);
@@ -218,18 +218,25 @@ void read_text(std::string_view input) {
     HOLDS(end == automaton.next());
     if (end == nullptr) break;
   }
-  SpecialPolicy policy;
-  policy.all = with_special;
+  herdkern::text::Texts given{{input}, {}, {}};
+  given.special.all = with_special;
   IdBuffer ids;
-  one.encoder->encode(input, policy, ids);
+  one.encoder->encode(given, ids);
   const size_t size = texts.decoder->num_bytes(ids.data(), ids.size());
   HOLDS(size == input.size());
   const std::unique_ptr<char[]> decoded(new char[size + 1]);
   texts.decoder->decode(ids.data(), ids.size(), decoded.get(), size);
   HOLDS(std::memcmp(decoded.get(), input.data(), size) == 0);
   int64_t count = 0;
-  one.encoder->count_batch({input}, policy, 1, &count);
+  one.encoder->count_batch(given, 1, &count);
   HOLDS(count == int64_t(ids.size()));
+  if (crc32(0, begin, input.size()) % 16 != 0) return;
+  given.part_bytes = 16;  // two threads, and parts of a few words
+  IdBuffer again;
+  int64_t offsets[2];
+  one.encoder->encode_batch(given, 2, again, offsets);
+  HOLDS(again.size() == ids.size() && offsets[1] == count);
+  HOLDS(std::memcmp(again.data(), ids.data(), ids.size() * sizeof(uint32_t)) == 0);
 }
 
 void read_runs(std::string_view input) {
