@@ -161,8 +161,11 @@ def build_native(sanitizer: bool) -> Path:
             command = [compiler, *flags, "-fsanitize=fuzzer-no-link", *level, "-c", str(source), "-o", str(made)]
             subprocess.run(command, check=True)
     program = folder / "fuzz_native"
-    link = [compiler, "-fsanitize=fuzzer", *SANITIZERS * sanitizer, "-pthread", *objects, "-o", str(program)]
-    subprocess.run(link, check=True)
+    if not program.exists() or max(os.path.getmtime(made) for made in objects) > program.stat().st_mtime:
+        fresh = folder / f"fuzz_native.{os.getpid()}"  # the program itself may be running
+        link = [compiler, "-fsanitize=fuzzer", *SANITIZERS * sanitizer, "-pthread", *objects, "-o", str(fresh)]
+        subprocess.run(link, check=True)
+        fresh.replace(program)
     return program
 
 
