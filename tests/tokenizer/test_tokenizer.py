@@ -304,6 +304,26 @@ def test_cut_characters():
         TINY.decode(ids[:-1], errors="strict")
 
 
+@pytest.mark.parametrize("highest", [0xFF, 0xFFFF, 0x10FFFF], ids=hex)
+def test_texts_of_every_width(trained, highest):
+    """A str holds 1, 2 or 4 bytes a character; all borders of UTF-8 lie within and between groups of characters."""
+    rng = random.Random(highest)
+    borders = [0, 0x7F, 0x80, 0xFF, 0x7FF, 0x800, 0xD7FF, 0xE000, 0xFFFF, 0x10000, 0x10FFFF]
+    borders = [c for c in borders if c <= highest]
+    texts = []
+    for length in [*range(70), 1000]:
+        few = rng.sample(borders, rng.randrange(1, len(borders) + 1))
+        texts += ["".join(chr(rng.choice(few)) for _ in range(length)) + chr(highest) for _ in range(4)]
+    ids, offsets = trained.encode_to_numpy(texts)
+    wanted, their_offsets = trained.encode_to_numpy([text.encode() for text in texts])
+    assert np.array_equal(ids, wanted)
+    assert np.array_equal(offsets, their_offsets)
+    for length in (0, 5, 16, 40):
+        for half in ("\ud800", "\udfff"):
+            with pytest.raises(ValueError, match=rf"encode: texts\[1\] .* a lone surrogate at character {length};"):
+                trained.encode_to_numpy(["good", "é" * length + half + chr(highest)])
+
+
 def test_bad_texts_are_refused():
     with pytest.raises(
         ValueError, match="encode: text must be text that UTF-8 can hold, got a lone surrogate at character 2"
