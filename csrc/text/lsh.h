@@ -24,14 +24,20 @@ struct Signatures {
   }
 };
 
-inline uint64_t band_key(const Signatures& s, int64_t doc, int64_t band) {
-  uint64_t key = mix(kGolden * (band + 1)) ^ (s.groups ? mix(s.groups[doc]) : 0);
-  const uint32_t* rows = s.row(doc) + band * s.rows_per_band;
-  for (int64_t r = 0; r < s.rows_per_band; ++r) key = multiply_fold(key ^ rows[r], 0xD1B54A32D192ED03u) + kGolden;
+// Of one band's slots (uint32 or uint64). group_mix: mix(group), or 0 where all documents may meet.
+template <typename Slot>
+uint64_t key_of_band(const Slot* rows, int64_t rows_per_band, int64_t band, uint64_t group_mix) {
+  uint64_t key = mix(kGolden * (band + 1)) ^ group_mix;
+  for (int64_t r = 0; r < rows_per_band; ++r) key = multiply_fold(key ^ rows[r], 0xD1B54A32D192ED03u) + kGolden;
   return mix(key);
 }
 
-inline int64_t num_matches(const uint32_t* a, const uint32_t* b, int64_t num_slots) {
+inline uint64_t band_key(const Signatures& s, int64_t doc, int64_t band) {
+  return key_of_band(s.row(doc) + band * s.rows_per_band, s.rows_per_band, band, s.groups ? mix(s.groups[doc]) : 0);
+}
+
+template <typename Slot>
+int64_t num_matches(const Slot* a, const Slot* b, int64_t num_slots) {
   int64_t matches = 0;
   for (int64_t i = 0; i < num_slots; ++i) matches += a[i] == b[i];
   return matches;
@@ -78,16 +84,20 @@ inline std::vector<Pair> candidate_pairs(const Signatures& s, int64_t min_matche
 }
 
 // |A and B| / |A or B| of two sorted lists without repeats; 0 if both are empty.
-inline double jaccard(const std::vector<uint64_t>& a, const std::vector<uint64_t>& b) {
+inline double jaccard(const uint64_t* a, size_t a_size, const uint64_t* b, size_t b_size) {
   int64_t both = 0;
-  for (size_t i = 0, j = 0; i < a.size() && j < b.size();) {
+  for (size_t i = 0, j = 0; i < a_size && j < b_size;) {
     const uint64_t x = a[i], y = b[j];
     both += x == y;
     i += x <= y;
     j += y <= x;
   }
-  const int64_t either = static_cast<int64_t>(a.size() + b.size()) - both;
+  const int64_t either = static_cast<int64_t>(a_size + b_size) - both;
   return either ? static_cast<double>(both) / static_cast<double>(either) : 0.0;
+}
+
+inline double jaccard(const std::vector<uint64_t>& a, const std::vector<uint64_t>& b) {
+  return jaccard(a.data(), a.size(), b.data(), b.size());
 }
 
 }  // namespace herdkern::text

@@ -5,6 +5,7 @@ namespace herdkern::text {
 void bind_bpe_encode(pybind11::module_& m);      // bind_bpe_encode.cpp
 void bind_bpe_train(pybind11::module_& m);       // bind_bpe_train.cpp
 void bind_lines(pybind11::module_& m);           // bind_lines.cpp
+void bind_clusters(pybind11::module_& m);        // bind_clusters.cpp
 void bind_merge_recovery(pybind11::module_& m);  // bind_merge_recovery.cpp
 void bind_minhash(pybind11::module_& m);         // bind_minhash.cpp
 void bind_sentencepiece(pybind11::module_& m);   // bind_sentencepiece.cpp
@@ -27,5 +28,6 @@ PYBIND11_MODULE(_text, m) {
   herdkern::text::bind_urls(m);
   herdkern::text::bind_sentencepiece(m);
   herdkern::text::bind_signatures(m);
+  herdkern::text::bind_clusters(m);
   herdkern::text::bind_splitter(m);
 }

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from herdkern import _text
 from herdkern.dedup.minhash import check_pairs, usable_threads
 
-KeepPolicy = Literal["newest", "longest", "smallest_id"]
+KeepPolicy = Literal["newest", "longest", "best_score", "smallest_id"]
+KEEP_POLICIES: tuple[KeepPolicy, ...] = ("newest", "longest", "best_score", "smallest_id")
 
 
 def _groups(groups: NDArray[np.uint64] | None) -> NDArray[np.uint64]:
