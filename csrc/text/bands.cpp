@@ -104,21 +104,23 @@ void BandPartitioner::add(const BandRecord& record) {
 
 template <typename Slot>
 void BandPartitioner::add_signatures(const Slot* signatures, int64_t count, int64_t num_bands, int64_t rows_per_band,
-                                     const uint64_t* docs, const uint64_t* groups) {
+                                     const uint64_t* docs, const uint64_t* groups,
+                                     const uint64_t* texts) {
   const int64_t num_slots = num_bands * rows_per_band;
   for (int64_t i = 0; i < count; ++i) {
     const Slot* signature = signatures + i * num_slots;
+    const uint64_t group_mix = mix(groups[i]), sketch = sketch_of(signature, num_slots);
+    add({mix(texts[i] ^ kGolden), docs[i], sketch});
     if (!has_shingles(signature, num_slots)) continue;
-    const uint64_t group_mix = groups ? mix(groups[i]) : 0, sketch = sketch_of(signature, num_slots);
     for (int64_t band = 0; band < num_bands; ++band)
       add({key_of_band(signature + band * rows_per_band, rows_per_band, band, group_mix), docs[i], sketch});
   }
 }
 
 template void BandPartitioner::add_signatures(const uint32_t*, int64_t, int64_t, int64_t, const uint64_t*,
-                                              const uint64_t*);
+                                              const uint64_t*, const uint64_t*);
 template void BandPartitioner::add_signatures(const uint64_t*, int64_t, int64_t, int64_t, const uint64_t*,
-                                              const uint64_t*);
+                                              const uint64_t*, const uint64_t*);
 
 void BandPartitioner::write_run() {
   if (buffer_.empty()) return;

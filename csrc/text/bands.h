@@ -51,11 +51,12 @@ class BandPartitioner {
  public:
   BandPartitioner(const std::string& folder, uint64_t num_partitions, size_t max_bytes);
 
-  // A record for every band of `count` signatures, (count, num_bands * rows_per_band). docs: their numbers. groups: (0:
-  // of its own) or null. A signature without a single shingle (all bits set in all slots) gives none.
+  // Records of `count` signatures, (count, num_bands * rows_per_band): one for every band, unless the document has no
+  // shingle (all bits are set in all slots), and one for the text, so that exact copies meet whatever group they are in.
+  // docs: their numbers. groups: documents of different ones share no band. texts: hashes.
   template <typename Slot>
   void add_signatures(const Slot* signatures, int64_t count, int64_t num_bands, int64_t rows_per_band,
-                      const uint64_t* docs, const uint64_t* groups);
+                      const uint64_t* docs, const uint64_t* groups, const uint64_t* texts);
   void add(const BandRecord& record);
   // The records of a file with one sorted run, their numbers raised by doc_offset: no sorting is needed.
   void add_sorted(const std::string& path, uint64_t doc_offset);

@@ -231,21 +231,23 @@ void bind_bands(py::module_& m) {
       .def(
           "add_signatures",
           [](BandPartitioner& self, const py::array& signatures, int64_t num_bands, int64_t rows_per_band,
-             const Array<uint64_t>& docs, const Array<uint64_t>& groups) {
+             const Array<uint64_t>& docs, const Array<uint64_t>& groups, const Array<uint64_t>& texts) {
             const SignatureBlock block = view_block("add_signatures", signatures, num_bands * rows_per_band);
             check_size("add_signatures", "docs", docs.size(), block.count);
             check_size("add_signatures", "groups", groups.size(), block.count);
+            check_size("add_signatures", "texts", texts.size(), block.count);
             const void* data = block.array.data();
             py::gil_scoped_release release;
             if (block.is_wide) {
               self.add_signatures(static_cast<const uint64_t*>(data), block.count, num_bands, rows_per_band,
-                                  docs.data(), groups.data());
+                                  docs.data(), groups.data(), texts.data());
             } else {
               self.add_signatures(static_cast<const uint32_t*>(data), block.count, num_bands, rows_per_band,
-                                  docs.data(), groups.data());
+                                  docs.data(), groups.data(), texts.data());
             }
           },
-          py::arg("signatures"), py::arg("num_bands"), py::arg("rows_per_band"), py::arg("docs"), py::arg("groups"))
+          py::arg("signatures"), py::arg("num_bands"), py::arg("rows_per_band"), py::arg("docs"), py::arg("groups"),
+          py::arg("texts"))
       .def("add_sorted", &BandPartitioner::add_sorted, py::arg("path"), py::arg("doc_offset"),
            py::call_guard<py::gil_scoped_release>())
       .def("finish", &BandPartitioner::finish, py::call_guard<py::gil_scoped_release>())

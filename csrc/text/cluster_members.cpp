@@ -146,7 +146,7 @@ class Resolver {
     if (!has_shingles(signature, num_slots())) return;
     for (int64_t band = 0; band < rules_.num_bands; ++band)
       keys.push_back(
-          key_of_band(signature + band * rules_.rows_per_band, rules_.rows_per_band, band, group ? mix(group) : 0));
+          key_of_band(signature + band * rules_.rows_per_band, rules_.rows_per_band, band, mix(group)));
   }
 
   double exact(const Member& member, const Kept& kept) {

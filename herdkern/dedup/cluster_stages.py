@@ -97,14 +97,14 @@ def partition_bands(inputs: list[Path], out: Path, settings: dict[str, Any], num
         partitioner.add_sorted(str(inputs[0] / BANDS), settings["offsets"][inputs[0].name])
     else:
         docs = _numbers_of_rows(inputs[0], inputs[1])
-        groups = load_rows(inputs[0])["group"].copy()
+        rows = load_rows(inputs[0])
+        groups, texts = rows["group"].copy(), rows["text_low"].copy()
         with SignatureFile(inputs[0] / SIGNATURES, config.spec) as file:
             begin = 0
             for block in file.batches(BATCH_BYTES):
                 end = begin + len(block)
-                partitioner.add_signatures(
-                    block, config.num_bands, config.rows_per_band, docs[begin:end], groups[begin:end]
-                )
+                columns = docs[begin:end], groups[begin:end], texts[begin:end]
+                partitioner.add_signatures(block, config.num_bands, config.rows_per_band, *columns)
                 begin = end
     partitioner.finish()
     return {"band_records": partitioner.num_records}
@@ -241,7 +241,7 @@ def resolve_members(inputs: list[Path], out: Path, settings: dict[str, Any]) -> 
         config.verify,
         config.num_bands,
         config.rows_per_band,
-        8 if config.family == "m61" else 4,
+        4,
         config.min_matches,
         config.min_similarity,
         config.native_bytes,

@@ -9,7 +9,6 @@ import pytest
 
 from herdkern.data.document import Document, read_documents, write_documents
 from herdkern.dedup import MinHashConfig, dedup_minhash
-from herdkern.dedup.documents import _Corpus
 from herdkern.dedup.minhash import exact_jaccard
 from herdkern.engine import Run
 
@@ -188,7 +187,7 @@ def test_clusters_and_examples_are_written(tmp_path):
         ({"num_bands": 0}, "num_bands must be at least 1, got 0"),
         ({"min_similarity": 0.0}, r"min_similarity must lie in \(0, 1\], got 0.0"),
         ({"verify": "maybe"}, "verify must be exact, signature or none, got 'maybe'"),
-        ({"keep": "best"}, "keep must be newest, longest or smallest_id, got 'best'"),
+        ({"keep": "best"}, "keep must be one of newest, longest, best_score, smallest_id, got 'best'"),
     ],
 )
 def test_bad_settings_are_named(arguments, message):
