@@ -104,8 +104,7 @@ void BandPartitioner::add(const BandRecord& record) {
 
 template <typename Slot>
 void BandPartitioner::add_signatures(const Slot* signatures, int64_t count, int64_t num_bands, int64_t rows_per_band,
-                                     const uint64_t* docs, const uint64_t* groups,
-                                     const uint64_t* texts) {
+                                     const uint64_t* docs, const uint64_t* groups, const uint64_t* texts) {
   const int64_t num_slots = num_bands * rows_per_band;
   for (int64_t i = 0; i < count; ++i) {
     const Slot* signature = signatures + i * num_slots;
@@ -131,7 +130,9 @@ void BandPartitioner::write_run() {
     if (p + 1 == parts_.size()) {
       end = buffer_.size();
     } else {
-      const auto is_before = [&](const BandRecord& r, uint64_t part) { return partition_of(r.key, parts_.size()) < part; };
+      const auto is_before = [&](const BandRecord& r, uint64_t part) {
+        return partition_of(r.key, parts_.size()) < part;
+      };
       end = static_cast<size_t>(std::lower_bound(buffer_.begin() + ptrdiff_t(begin), buffer_.end(), p + 1, is_before) -
                                 buffer_.begin());
     }
@@ -147,7 +148,8 @@ void BandPartitioner::write_run() {
 void BandPartitioner::add_sorted(const std::string& path, uint64_t doc_offset) {
   write_run();
   const std::vector<RunPlace> runs = runs_of(path);
-  if (runs.size() > 1) throw std::invalid_argument(path + " must hold one sorted run, got " + std::to_string(runs.size()));
+  if (runs.size() > 1)
+    throw std::invalid_argument(path + " must hold one sorted run, got " + std::to_string(runs.size()));
   if (runs.empty()) return;
   RecordReader<BandRecord> reader(path, runs[0].begin, runs[0].end, kMostBuffer / sizeof(BandRecord));
   uint64_t last = ~uint64_t{0};

@@ -52,8 +52,8 @@ class BandPartitioner {
   BandPartitioner(const std::string& folder, uint64_t num_partitions, size_t max_bytes);
 
   // Records of `count` signatures, (count, num_bands * rows_per_band): one for every band, unless the document has no
-  // shingle (all bits are set in all slots), and one for the text, so that exact copies meet whatever group they are in.
-  // docs: their numbers. groups: documents of different ones share no band. texts: hashes.
+  // shingle (all bits are set in all slots), and one for the text, so that exact copies meet whatever group they are
+  // in. docs: their numbers. groups: documents of different ones share no band. texts: hashes.
   template <typename Slot>
   void add_signatures(const Slot* signatures, int64_t count, int64_t num_bands, int64_t rows_per_band,
                       const uint64_t* docs, const uint64_t* groups, const uint64_t* texts);
@@ -82,8 +82,8 @@ template <typename Slot>
 uint64_t sketch_of(const Slot* signature, int64_t num_slots) {
   uint64_t sketch = 0;
   for (int64_t i = 0; i < 64; ++i) {
-    const uint64_t mixed = (static_cast<uint64_t>(signature[i % num_slots]) + static_cast<uint64_t>(i / num_slots)) *
-                           0x9E3779B97F4A7C15u;
+    const uint64_t mixed =
+        (static_cast<uint64_t>(signature[i % num_slots]) + static_cast<uint64_t>(i / num_slots)) * 0x9E3779B97F4A7C15u;
     sketch |= (mixed >> 63) << i;
   }
   return sketch;
@@ -98,8 +98,8 @@ struct LinkCounts {
 };
 
 // Merges the runs of one partition and writes edges that connect what its star edges connect: each document of a key is
-// linked to those leaders of the key with which it agrees in at least min_bits bits of the sketch, or leads itself while
-// the key has fewer than 256 leaders. With min_bits = 0 all of a key are linked to its first.
+// linked to those leaders of the key with which it agrees in at least min_bits bits of the sketch, or leads itself
+// while the key has fewer than 256 leaders. With min_bits = 0 all of a key are linked to its first.
 LinkCounts link_bands(const std::vector<std::string>& run_files, const std::string& out, int min_bits,
                       size_t max_bytes);
 

@@ -1,5 +1,5 @@
-// Python functions of document clusters: lines of documents, banding, components, whom to keep. Paths and arrays in, files
-// and arrays out; the GIL is released meanwhile. The stages are herdkern/dedup/documents.py and clusters.py.
+// Python functions of document clusters: lines of documents, banding, components, whom to keep. Paths and arrays in,
+// files and arrays out; the GIL is released meanwhile. The stages are herdkern/dedup/documents.py and clusters.py.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -99,7 +99,8 @@ class DocumentLines {
   }
 
   // What `actions` (uint8, one a document) asks for of a piece, in order: bytes of neighbouring lines for kCopy, (row,
-  // line number, line) for kLine, (row, line number, text) for kText, which only plain lines may have; nothing for kSkip.
+  // line number, line) for kLine, (row, line number, text) for kText, which only plain lines may have; nothing for
+  // kSkip.
   py::list deal(const py::bytes& piece, bool last, const Array<uint8_t>& actions) {
     const std::string_view data = piece;
     std::vector<Other> found;
@@ -195,8 +196,8 @@ class DocumentLines {
     }
     fields.timestamp = values["timestamp"].cast<int64_t>();
     const py::object score = values["meta"].attr("get")(score_key_);
-    const bool is_number = (py::isinstance<py::float_>(score) || py::isinstance<py::int_>(score)) &&
-                           !py::isinstance<py::bool_>(score);
+    const bool is_number =
+        (py::isinstance<py::float_>(score) || py::isinstance<py::int_>(score)) && !py::isinstance<py::bool_>(score);
     fields.score = is_number ? score.attr("__float__")().cast<double>() : -std::numeric_limits<double>::infinity();
   }
 

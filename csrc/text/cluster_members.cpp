@@ -145,8 +145,7 @@ class Resolver {
     keys.clear();
     if (!has_shingles(signature, num_slots())) return;
     for (int64_t band = 0; band < rules_.num_bands; ++band)
-      keys.push_back(
-          key_of_band(signature + band * rules_.rows_per_band, rules_.rows_per_band, band, mix(group)));
+      keys.push_back(key_of_band(signature + band * rules_.rows_per_band, rules_.rows_per_band, band, mix(group)));
   }
 
   double exact(const Member& member, const Kept& kept) {
@@ -232,8 +231,7 @@ class Resolver {
       names_.add(kept->url.data(), kept->url.size());
     }
     if (kept->dropped.size() < kMostListed) kept->dropped.push_back(member_.id);
-    const bool is_copy =
-        kept->head.text_low == member_.head.text_low && kept->head.text_high == member_.head.text_high;
+    const bool is_copy = kept->head.text_low == member_.head.text_low && kept->head.text_high == member_.head.text_high;
     add_decision(member_.head, *kept, similarity, is_copy ? kExactDuplicate : kNearDuplicate);
   }
 
@@ -279,7 +277,8 @@ class Resolver {
       ++counts_.sizes[63 - __builtin_clzll(size)];
       char id[24];
       std::snprintf(id, sizeof(id), "%016llx", static_cast<unsigned long long>(kept.head.id_hash));
-      std::string line = std::string("{\"cluster\": \"") + id + "\", \"size\": " + std::to_string(size) + ", \"kept\": ";
+      std::string line =
+          std::string("{\"cluster\": \"") + id + "\", \"size\": " + std::to_string(size) + ", \"kept\": ";
       put_json(line, kept.id);
       line += ", \"dropped\": [";
       std::sort(kept.dropped.begin(), kept.dropped.end());

@@ -1,7 +1,7 @@
 // Who of a component is kept. The documents of every component are brought together with what is needed to compare them
-// (signature, shingles), and gone through in the order in which they are to be kept: a document is dropped for the first
-// kept one that shares a band with it and is similar, or has the same text; otherwise it is kept. So no document is
-// dropped for one it is not similar to, however long the chain between them.
+// (signature, shingles), and gone through in the order in which they are to be kept: a document is dropped for the
+// first kept one that shares a band with it and is similar, or has the same text; otherwise it is kept. So no document
+// is dropped for one it is not similar to, however long the chain between them.
 #pragma once
 #include <cstdint>
 #include <string>

@@ -116,7 +116,8 @@ class Sweep {
     answers_[block].for_each([&](const Question& answer) { labels[answer.root - begin] = answer.low; });
     answers_[block].clear();
     for (uint64_t x = 0; x < labels.size(); ++x)
-      if (labels[x] != kNoCluster && labels[x] >= begin && labels[x] != begin + x) labels[x] = labels[labels[x] - begin];
+      if (labels[x] != kNoCluster && labels[x] >= begin && labels[x] != begin + x)
+        labels[x] = labels[labels[x] - begin];
     questions_[block].for_each([&](const Question& question) {
       answers_[question.root / block_docs_].add({labels[question.low - begin], question.root}, folder_);
     });

@@ -1,14 +1,14 @@
 // From documents to numbers and from edges to components, both out of core.
 //
-// Numbers: the documents of all shards are numbered 0, 1, … in the order in which they are to be kept. Every shard brings
-// its sort keys in ascending order; a merge gives each document its place among all.
+// Numbers: the documents of all shards are numbered 0, 1, … in the order in which they are to be kept. Every shard
+// brings its sort keys in ascending order; a merge gives each document its place among all.
 //
-// Components: documents are cut into blocks of neighbouring numbers, few enough for memory. From the highest block down,
-// the edges whose higher end lies in the block are united within it; of the lower documents that one component of the
-// block touches, the lowest becomes its parent and an edge to each other one goes down to the block of that one's higher
-// end. Then every component hangs on one lower document at most. From the lowest block up, labels (the smallest document
-// of the component) are handed to the components above that asked for them. An edge moves down at most once per block;
-// each document is written and read once. With one block this is union-find in memory.
+// Components: documents are cut into blocks of neighbouring numbers, few enough for memory. From the highest block
+// down, the edges whose higher end lies in the block are united within it; of the lower documents that one component of
+// the block touches, the lowest becomes its parent and an edge to each other one goes down to the block of that one's
+// higher end. Then every component hangs on one lower document at most. From the lowest block up, labels (the smallest
+// document of the component) are handed to the components above that asked for them. An edge moves down at most once
+// per block; each document is written and read once. With one block this is union-find in memory.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -41,8 +41,9 @@ void number_documents(const std::vector<std::string>& keys, const std::vector<ui
 void label_components(const std::vector<std::string>& edge_files, uint64_t num_docs, const std::string& folder,
                       const std::string& out, size_t max_bytes);
 
-// Deals the labels of documents [first, first + number of shards' documents) out to folder/labels-00000, …, in the order
-// of `shards` (uint32 per document). Returns the number of documents that have a label, and of labels that are their own.
+// Deals the labels of documents [first, first + number of shards' documents) out to folder/labels-00000, …, in the
+// order of `shards` (uint32 per document). Returns the number of documents that have a label, and of labels that are
+// their own.
 struct LabelCounts {
   uint64_t members = 0, clusters = 0;
 };

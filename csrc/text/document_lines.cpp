@@ -254,7 +254,8 @@ Hash128 hash_text(std::string_view text) {
   const uint64_t x = load(p, left < 8 ? left : 8), y = left > 8 ? load(p + 8, left - 8) : 0;
   a = multiply_fold(x ^ a, y ^ 0xE7037ED1A0B428DBu) + y;
   b = multiply_fold(y ^ b, x ^ 0xA0761D6478BD642Fu) + x;
-  return {mix(multiply_fold(a ^ 0x589965CC75374CC3u, b ^ kGolden) + a), mix(multiply_fold(b, a ^ 0x1D8E4E27C47D124Fu) ^ b)};
+  return {mix(multiply_fold(a ^ 0x589965CC75374CC3u, b ^ kGolden) + a),
+          mix(multiply_fold(b, a ^ 0x1D8E4E27C47D124Fu) ^ b)};
 }
 
 DocumentRow make_row(std::string_view line, const PlainLine& fields, bool use_groups, std::string& names,

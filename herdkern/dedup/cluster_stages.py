@@ -325,7 +325,7 @@ def _write_examples(folders: list[Path], signed: list[Path], files: list[Path], 
                 id_ = f.read(int(rows["id_bytes"][row])).decode()
                 url = f.read(int(rows["url_bytes"][row])).decode()
                 found[shard << 32 | row] = (id_, url, text.decode())
-    with open(out / PAIRS, "w", encoding="utf-8", newline="\n") as f:
+    with open(out / PAIRS, "w", encoding="utf-8", newline="\n") as pairs:
         for _, decision in chosen:
             dropped, kept = found.get(int(decision["place"])), found.get(int(decision["kept_place"]))
             if dropped is None or kept is None:  # the kept one is in an index, which has no texts
@@ -335,7 +335,7 @@ def _write_examples(folders: list[Path], signed: list[Path], files: list[Path], 
             for which, (id_, url, text) in (("kept", kept), ("dropped", dropped)):
                 entry[which] = text[begin : begin + SNIPPET_CHARS]
                 entry[f"{which}_id"], entry[f"{which}_url"] = id_, url
-            f.write(json.dumps(entry, sort_keys=True) + "\n")
+            pairs.write(json.dumps(entry, sort_keys=True) + "\n")
 
 
 def describe_clusters(inputs: list[Path], out: Path, settings: dict[str, Any]) -> dict[str, Any]:

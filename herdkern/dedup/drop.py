@@ -119,7 +119,8 @@ def drop_members(inputs: list[Path], out: Path, settings: dict[str, Any]) -> dic
     is_dropped = np.zeros(len(rows), bool)
     is_dropped[list(dropped)] = True
     with contextlib.ExitStack() as stack:
-        kept_writer = stack.enter_context(LineWriter(out / "documents.jsonl.zst"))
+        kept_writer = LineWriter(out / "documents.jsonl.zst")
+        stack.enter_context(kept_writer)
         aside = stack.enter_context(DocumentWriter(out / "dropped.jsonl.zst")) if config.write_dropped else None
         for segment in _segments(path, rows, is_dropped, aside is not None):
             if isinstance(segment, bytes):

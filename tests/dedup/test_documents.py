@@ -9,8 +9,9 @@ import pytest
 
 from herdkern.data.document import Document, read_documents, write_documents
 from herdkern.dedup import MinHashConfig, dedup_minhash
-from herdkern.dedup.minhash import exact_jaccard
-from herdkern.engine import Run
+from herdkern.dedup.clusters import band_keys
+from herdkern.dedup.minhash import exact_jaccard, signatures
+from herdkern.engine import Run, StageError
 
 
 def corpus(rng, num_families):
@@ -127,25 +128,132 @@ def test_a_timestamp_of_any_size_stops_nothing(tmp_path, timestamp):
     assert [d.id for d in dropped] == [documents[1].id]
 
 
-def test_verification_in_passes_gives_the_same(tmp_path, monkeypatch):
-    documents, _ = corpus(np.random.default_rng(3), 40)
-    trees = []
-    for name, limit in (("one", 1 << 28), ("many", 3000)):
-        monkeypatch.setattr("herdkern.dedup.documents._VERIFY_CHARS", limit)
-        passes = []
-        read = _Corpus.texts
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                _Corpus, "texts", lambda self, wanted, read=read, n=passes: n.append(wanted) or read(self, wanted)
-            )
-            (tmp_path / name).mkdir()
-            run_dedup(tmp_path / name, [documents[::2], documents[1::2]], MinHashConfig())
-        folder = tmp_path / name / "run" / "data"
-        trees.append({p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()})
-        lengths = {i: len(d.text) for i, d in enumerate(sorted(documents, key=lambda d: d.id))}
-        assert max(sum(lengths[i] for i in wanted) for wanted in passes[:-1]) <= limit + 2 * max(lengths.values())
-    assert len(passes) > 10
-    assert trees[0] == trees[1]
+def files_below(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("verify", ["exact", "signature", "none"])
+def test_little_memory_gives_the_same(tmp_path, monkeypatch, verify):
+    """Sorted runs are spilled, components take several passes, shingles are read again."""
+    documents, _ = corpus(np.random.default_rng(3), 200)
+    rng = np.random.default_rng(4)
+    shared = [f"s{i}" for i in range(100)]  # a component of many that are kept: each has half of this text
+    for _ in range(150):
+        own = [f"o{rng.integers(0, 1 << 40)}" for _ in range(40)]
+        documents.append(Document(id=f"{rng.integers(0, 1 << 48):012x}", text=" ".join(shared + own), lang="en"))
+    found = []
+    for name, native_bytes in (("much", 1 << 28), ("little", 1 << 15)):
+        monkeypatch.setattr(MinHashConfig, "native_bytes", property(lambda _, n=native_bytes: n))
+        (tmp_path / name).mkdir()
+        run_dedup(
+            tmp_path / name,
+            [documents[::2], documents[1::2]],
+            MinHashConfig(verify=verify, num_bands=40, rows_per_band=3),
+        )
+        data = tmp_path / name / "run" / "data"
+        found.append(files_below(data / "dedup_minhash") | files_below(data / "dedup_minhash.cluster"))
+    assert found[0] == found[1]
+
+
+def naive_kept(documents, config):
+    """Ids of the kept: in keep order, each document that is not similar to a kept one with which it shares a band."""
+    ordered = sorted(documents, key=lambda d: (-d.timestamp, -len(d.text), d.id))
+    signed = signatures([d.text for d in ordered], **config.signature_settings)
+    keys = band_keys(signed, num_bands=config.num_bands, rows_per_band=config.rows_per_band)
+    kept = []
+    for i, document in enumerate(ordered):
+        near = [j for j in kept if (keys[i] == keys[j]).any()]
+        near = [
+            j for j in near if exact_jaccard([document.text, ordered[j].text], [(0, 1)])[0] >= config.min_similarity
+        ]
+        if not near and document.text not in {ordered[j].text for j in kept}:
+            kept.append(i)
+    return sorted(ordered[i].id for i in kept)
+
+
+def test_a_chain_is_cut_where_documents_are_not_similar_to_the_kept_one(tmp_path):
+    """Each text differs from the one before in some words: neighbours are similar, the ends are not."""
+    documents = []
+    for chain in range(12):
+        words = [f"c{chain}w{i}" for i in range(120)]
+        for step in range(9):
+            documents.append(Document(id=f"{chain:02d}{(step * 7) % 9}", text=" ".join(words), timestamp=step % 3))
+            for place in range(step * 10, step * 10 + 3):
+                words[place] = f"c{chain}n{step}p{place}"
+    config = MinHashConfig()
+    _, kept, dropped = run_dedup(tmp_path, [documents[::2], documents[1::2]], config)
+    assert sorted(d.id for d in kept) == naive_kept(documents, config)
+    assert 12 < len(kept) < len(documents)
+    by_id = {d.id: d for d in documents}
+    for document in dropped:
+        keeper = by_id[document.meta["kept_id"]]
+        assert keeper.id in {d.id for d in kept}
+        assert exact_jaccard([by_id[document.id].text, keeper.text], [(0, 1)])[0] >= config.min_similarity
+
+
+def test_clusters_are_kept_beside_the_documents(tmp_path):
+    documents, _ = corpus(np.random.default_rng(6), 40)
+    result, kept, dropped = run_dedup(tmp_path, [documents[:60], documents[60:]], MinHashConfig())
+    cluster_of = {}
+    for shard, path in zip((documents[:60], documents[60:]), result.files("clusters.npy"), strict=True):
+        clusters = np.load(path)
+        assert clusters.dtype == np.uint64
+        cluster_of |= dict(zip((d.id for d in shard), clusters.tolist(), strict=True))
+    for document in dropped:
+        assert cluster_of[document.id] == cluster_of[document.meta["kept_id"]] != 0
+    with_copies = {d.meta["kept_id"] for d in dropped}
+    assert all((cluster_of[d.id] != 0) == (d.id in with_copies) for d in kept)
+    assert len({cluster_of[i] for i in with_copies}) == len(with_copies)
+
+
+def test_the_best_score_is_kept(tmp_path):
+    text = " ".join(f"word{i}" for i in range(60))
+    scores = [0.25, None, 0.8234567890123456, "high", True]
+    documents = [
+        Document(id=f"{i}", text=text + f" {i}", meta={} if score is None else {"quality": score}, timestamp=9 - i)
+        for i, score in enumerate(scores)
+    ]
+    _, kept, _ = run_dedup(tmp_path, [documents], MinHashConfig(keep="best_score", score_key="quality"))
+    assert [d.id for d in kept] == ["2"]
+
+
+def test_nothing_is_written_aside_unless_wanted(tmp_path):
+    documents, _ = corpus(np.random.default_rng(5), 10)
+    result, kept, dropped = run_dedup(tmp_path, [documents], MinHashConfig(write_dropped=False))
+    assert not dropped
+    assert len(kept) == result.counters["docs_out"] < len(documents)
+
+
+AWKWARD = [
+    b'{"text":"only a text"}',
+    b'  {"id": "spaced", "text": "with spaces", "meta": {"b": 1, "a": 2.50}}',
+    b'{"text":"escapes \\u00e9 \\/ \\ud83d\\ude00 \\ud800 end","url":"http://h/\\u0041"}',
+    b"",
+    b'{"id":"a","text":"t\\u0001","url":"","source":"","lang":"","timestamp":1,"record":"r",'
+    b'"meta":{"x":1e3,"y":[1,{"k":null}]}}',
+    b'{"id":"b","text":"plain \xc3\xa9","url":"u","source":"s","lang":"en","timestamp":-5,"record":"r#1",'
+    b'"meta":{"x":0.1}}\r',
+    b'{"id":"c","text":"twice","text":"the last","url":"","source":"","lang":"","timestamp":1,"record":"r","meta":{}}',
+    b'{"id":"d","text":"","url":"","source":"","lang":"","timestamp":99999999999999999999,"record":"r","meta":{"a":-0.0}}',
+    b'{"id":"","text":"no id","url":"","source":"","lang":"","timestamp":true,"record":"","meta":{"a":"\\/"}}',
+]
+
+
+def test_lines_of_every_kind_come_out_as_read_documents_reads_them(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(AWKWARD))  # a byte order mark, no line end at the end
+    with Run(tmp_path / "run") as run:
+        result = dedup_minhash(run, [path])
+    kept = list(read_documents(result.tasks[0] / "documents.jsonl.zst"))
+    assert [d.to_json() for d in kept] == [d.to_json() for d in read_documents(path)]
+    assert len(kept) == 8
+
+
+def test_a_bad_line_is_named(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(AWKWARD[0] + b"\n{broken\n")
+    with Run(tmp_path / "run") as run, pytest.raises(StageError, match=r"in\.jsonl, line 2"):
+        dedup_minhash(run, [path])
 
 
 def test_languages_are_apart_unless_asked(tmp_path):
@@ -187,6 +295,7 @@ def test_clusters_and_examples_are_written(tmp_path):
         ({"num_bands": 0}, "num_bands must be at least 1, got 0"),
         ({"min_similarity": 0.0}, r"min_similarity must lie in \(0, 1\], got 0.0"),
         ({"verify": "maybe"}, "verify must be exact, signature or none, got 'maybe'"),
+        ({"max_memory": 1 << 20}, "max_memory must be at least 134217728 bytes, got 1048576"),
         ({"keep": "best"}, "keep must be one of newest, longest, best_score, smallest_id, got 'best'"),
     ],
 )
