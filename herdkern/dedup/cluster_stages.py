@@ -86,7 +86,7 @@ def number(inputs: list[Path], out: Path, settings: dict[str, Any]) -> dict[str,
             ties.append(int((hashes ^ weights).sum(dtype=np.uint64)))
     keys = [str(folder / KEYS) for folder in inputs]
     _text.number_documents(keys, ties, settings["first"], str(out), config.native_bytes)
-    return {}
+    return {"numbered_documents": (out / "shards").stat().st_size // 4}
 
 
 def partition_bands(inputs: list[Path], out: Path, settings: dict[str, Any], num_partitions: int) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _texts_of(path: Path, rows: NDArray[np.void], wanted: NDArray[np.bool_]) -> 
             yield row, line if rows["is_plain"][row] else line_document(line, path, line_number).text.encode()
 
 
-def _batches_of_shingles(
+def batches_of_shingles(
     path: Path, rows: NDArray[np.void], members: NDArray[np.int64], config: MinHashConfig
 ) -> Iterator[tuple[NDArray[np.int64], list[NDArray[np.uint64]]]]:
     """(rows, hashes of their shingles) of the members of a file, in order."""
@@ -213,7 +213,7 @@ def partition_members(inputs: list[Path], out: Path, settings: dict[str, Any], n
     elif len(inputs) == 2:
         batches = _batches_of_segment(folder, members, len(rows))
     else:
-        batches = _batches_of_shingles(inputs[3], rows, members, config)
+        batches = batches_of_shingles(inputs[3], rows, members, config)
     writer = _text.MemberWriter(str(out), num_partitions, config.native_bytes // 2)
     names = np.memmap(folder / NAMES, np.uint8, "r") if name_begins[-1] else np.zeros(0, np.uint8)
     plain_rows = rows.view(np.uint8)
@@ -332,16 +332,16 @@ def _write_examples(folders: list[Path], signed: list[Path], files: list[Path], 
                 continue
             begin = max(0, _first_difference(kept[2], dropped[2]) - SNIPPET_CHARS // 3)
             entry: dict[str, Any] = {"similarity": round(float(decision["similarity"]), 6)}
-            for which, (id_, url, text) in (("kept", kept), ("dropped", dropped)):
-                entry[which] = text[begin : begin + SNIPPET_CHARS]
-                entry[f"{which}_id"], entry[f"{which}_url"] = id_, url
+            for which, shown in (("kept", kept), ("dropped", dropped)):
+                entry[f"{which}_id"], entry[f"{which}_url"] = shown[:2]
+                entry[which] = shown[2][begin : begin + SNIPPET_CHARS]
             pairs.write(json.dumps(entry, sort_keys=True) + "\n")
 
 
 def describe_clusters(inputs: list[Path], out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Stage: clusters.jsonl, pairs.jsonl and sizes.json from [resolved, …, signed, …, documents, …]."""
     num_shards = settings["num_shards"]
-    resolved = inputs[: len(inputs) - 2 * num_shards]
+    resolved = inputs[: len(inputs) - (2 if settings["has_files"] else 1) * num_shards]
     signed, files = inputs[len(resolved) : len(resolved) + num_shards], inputs[len(resolved) + num_shards :]
     sizes: dict[str, int] = {}
     largest = largest_component = num_clusters = similar = 0
@@ -357,7 +357,7 @@ def describe_clusters(inputs: list[Path], out: Path, settings: dict[str, Any]) -
                     sizes[str(1 << power)] = sizes.get(str(1 << power), 0) + count
             with open(folder / CLUSTERS, "rb") as f:
                 shutil.copyfileobj(f, clusters, MIB)
-    _write_examples(resolved, signed, files, out)
+    _write_examples(resolved, signed, files, out)  # none without files
     histogram = {"clusters_of_at_least": dict(sorted(sizes.items(), key=lambda item: int(item[0])))}
     write_json_atomic(out / SIZES, {**histogram, "largest_cluster": largest, "largest_component": largest_component})
     return {

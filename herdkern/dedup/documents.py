@@ -42,8 +42,9 @@ class Segment:
 class DedupRun:
     """What the stages of one dedup left: enough to make an index of."""
 
-    result: StageResult
+    files: list[Path]
     signed: list[Path]  # folders of `sign`
+    numbered: Path
     labels: list[Path]
     resolved: list[Path]
 
@@ -52,38 +53,45 @@ def _partitions(count: int, size: int) -> int:
     return max(2, min(MAX_PARTITIONS, -(-count // size)))
 
 
-def dedup_against(
-    run: Run, segments: Sequence[Segment], inputs: Sequence[Path], config: MinHashConfig, *, name: str
+def cluster_signed(
+    run: Run,
+    segments: Sequence[Segment],
+    signed: Sequence[Path],
+    config: MinHashConfig,
+    *,
+    name: str,
+    files: Sequence[Path] = (),
 ) -> DedupRun:
-    """The stages of `dedup_minhash`, with the documents of an index before those of the inputs."""
-    files = [Path(path) for path in inputs]
-    signed = run.map(f"{name}.sign", sign, files, config=config)
-    first = sum(segment.num_docs for segment in segments)
-    num_docs = first + signed.counters.get("signed_documents", 0)
+    """The stages from numbers to decisions, with the documents of an index before those of the signed shards.
+
+    files: the document files of the shards; needed for verification "exact", and for examples of what was found.
+    """
+    num_docs = sum(segment.num_docs for segment in segments)
     base: dict[str, Any] = {
         "config": config,
-        "first": first,
-        "num_shards": len(files),
+        "first": num_docs,
+        "num_shards": len(signed),
         "offsets": {segment.folder.name: segment.first for segment in segments},
         "segments": [(segment.folder.name, segment.num_docs) for segment in segments],
     }
-    numbered = run.once(f"{name}.number", stages.number, signed.tasks, config=base).tasks[0]
-    numbers = [numbered / f"numbers-{shard:05d}" for shard in range(len(files))]
+    numbered = run.once(f"{name}.number", stages.number, signed, config=base)
+    num_docs += numbered.counters["numbered_documents"]
+    numbers = [numbered.tasks[0] / f"numbers-{shard:05d}" for shard in range(len(signed))]
     old = [segment.folder for segment in segments]
     linked = run.exchange(
         f"{name}.bands",
         stages.partition_bands,
         stages.link_bands,
-        [*([folder] for folder in old), *([a, b] for a, b in zip(signed.tasks, numbers, strict=True))],
+        [*([folder] for folder in old), *([a, b] for a, b in zip(signed, numbers, strict=True))],
         num_partitions=_partitions(num_docs * config.num_bands, BAND_RECORDS),
         config=base,
     )
     edges = linked.files(stages.EDGES)
-    labelled = run.once(f"{name}.components", stages.components, [numbered, *edges], config=base)
-    labels = [labelled.tasks[0] / f"labels-{shard:05d}" for shard in range(len(files) + len(old))]
-    groups = [[folder, label] for folder, label in zip(old, labels[len(files) :], strict=True)]
-    for shard, folder in enumerate(signed.tasks):
-        groups.append([folder, labels[shard], numbers[shard], files[shard]])
+    labelled = run.once(f"{name}.components", stages.components, [numbered.tasks[0], *edges], config=base)
+    labels = [labelled.tasks[0] / f"labels-{shard:05d}" for shard in range(len(signed) + len(old))]
+    groups = [[folder, label] for folder, label in zip(old, labels[len(signed) :], strict=True)]
+    for shard, folder in enumerate(signed):
+        groups.append([folder, labels[shard], numbers[shard], *files[shard : shard + 1]])
     members = run.exchange(
         f"{name}.members",
         stages.partition_members,
@@ -92,11 +100,22 @@ def dedup_against(
         num_partitions=_partitions(labelled.counters.get("linked_documents", 0), MEMBERS),
         config=base,
     )
-    found = {**base, "candidate_pairs": linked.counters.get("candidate_pairs", 0)}
-    run.once(f"{name}.cluster", stages.describe_clusters, [*members.tasks, *signed.tasks, *files], config=found)
-    shards = [[path, signed.tasks[i], labels[i], *members.tasks] for i, path in enumerate(files)]
-    result = run.map(name, drop_members, shards, config=base)
-    return DedupRun(result=result, signed=signed.tasks, labels=labels, resolved=members.tasks)
+    found = {**base, "candidate_pairs": linked.counters.get("candidate_pairs", 0), "has_files": len(files) > 0}
+    run.once(f"{name}.cluster", stages.describe_clusters, [*members.tasks, *signed, *files], config=found)
+    return DedupRun(
+        files=list(files), signed=list(signed), numbered=numbered.tasks[0], labels=labels, resolved=members.tasks
+    )
+
+
+def dedup_against(
+    run: Run, segments: Sequence[Segment], inputs: Sequence[Path], config: MinHashConfig, *, name: str
+) -> tuple[StageResult, DedupRun]:
+    """The stages of `dedup_minhash`, with the documents of an index before those of the inputs."""
+    files = [Path(path) for path in inputs]
+    signed = run.map(f"{name}.sign", sign, files, config=config)
+    found = cluster_signed(run, segments, signed.tasks, config, name=name, files=files)
+    shards = [[path, found.signed[i], found.labels[i], *found.resolved] for i, path in enumerate(files)]
+    return run.map(name, drop_members, shards, config={"config": config}), found
 
 
 def dedup_minhash(
@@ -110,4 +129,4 @@ def dedup_minhash(
     RUN/data/<name>.cluster/task-00000 holds clusters.jsonl, pairs.jsonl and sizes.json.
     Raises: StageError if an input cannot be read.
     """
-    return dedup_against(run, [], inputs, config or MinHashConfig(), name=name).result
+    return dedup_against(run, [], inputs, config or MinHashConfig(), name=name)[0]

@@ -1,0 +1,217 @@
+"""An index of what was kept, against which new crawls are deduplicated without reading the old texts again.
+
+The folder holds index.json (version, rules, segments) and one folder per run that added to it. A segment has the kept
+documents of that run in keep order: signatures, columns, names, the band records sorted by key, and with verification
+"exact" the shingle sets. Segments are never changed; a new one counts when index.json, replaced as a whole, names it.
+
+The rule: documents in the index stay, whatever comes. The new documents are gone through in keep order, and one is
+dropped for the first of the index (oldest segment first) or of the kept new ones that it is similar to. So adding in
+parts gives what one run over everything gives if the keep policy ranks every document of an earlier part before those
+of a later part and verification is not "none" (where a new document may connect two old ones, which both stay).
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from herdkern import _text
+from herdkern.dedup import cluster_stages as stages
+from herdkern.dedup.documents import DedupRun, MinHashConfig, Segment, dedup_against
+from herdkern.dedup.sign_stage import BATCH_BYTES, DOCUMENTS, NAMES, ORDER, SIGNATURES
+from herdkern.dedup.signature_file import SignatureFile, write_signatures
+from herdkern.engine import Run, StageResult, read_json, write_json_atomic
+from herdkern.engine.shards import describe, remove_folder, seal_folder, sync_folder
+
+INDEX_VERSION = 1
+INDEX = "index.json"
+
+
+def read_index(index: Path | str, config: MinHashConfig) -> list[Segment]:
+    """The segments of an index, checked against their hashes.
+
+    Raises: OSError if it is missing; ValueError naming the file if it is of another version or damaged, or naming the
+    settings in which it differs from `config`.
+    """
+    index = Path(index)
+    path = index / INDEX
+    values = read_json(path)
+    if not isinstance(values, dict) or values.get("version") != INDEX_VERSION:
+        raise ValueError(f"read_index: {path} must be an index of version {INDEX_VERSION}; make it anew")
+    wanted = {"spec": config.spec, **config.rules}
+    held = values["rules"]
+    other = [f"{key}={held.get(key)!r} (asked for {wanted.get(key)!r})" for key in sorted({*wanted, *held})
+             if held.get(key) != wanted.get(key)]  # fmt: skip
+    if other:
+        raise ValueError(f"read_index: {index} was made with {', '.join(other)}; use those settings or a new index")
+    segments = []
+    first = 0
+    for entry in values["segments"]:
+        folder = index / entry["name"]
+        if describe(folder).sha256 != entry["sha256"]:
+            raise ValueError(f"read_index: the segment {folder} is damaged: it differs from what {INDEX} says")
+        segments.append(Segment(folder=folder, first=first, num_docs=entry["num_docs"]))
+        first += entry["num_docs"]
+    return segments
+
+
+def _kept_rows(found: DedupRun, shard: int, num_docs: int) -> np.ndarray[Any, Any]:
+    is_kept = np.ones(num_docs, bool)
+    for folder in found.resolved:
+        decisions = stages.shard_decisions(folder, shard)
+        dropped = decisions["place"][decisions["reason"] != stages.KEPT]
+        is_kept[(dropped & np.uint64(0xFFFFFFFF)).astype(np.int64)] = False
+    return is_kept
+
+
+def _kept_in_order(found: DedupRun) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """(shard, row) of all kept documents of a run, in keep order."""
+    orders = [np.load(folder / ORDER, allow_pickle=False) for folder in found.signed]
+    kept = [_kept_rows(found, shard, len(order)) for shard, order in enumerate(orders)]
+    shards = np.fromfile(found.numbered / "shards", np.uint32)
+    rows = np.empty(len(shards), np.uint32)
+    for shard, order in enumerate(orders):
+        rows[shards == shard] = order
+    is_kept = np.empty(len(shards), bool)
+    for shard in range(len(orders)):
+        mine = shards == shard
+        is_kept[mine] = kept[shard][rows[mine]]
+    return shards[is_kept], rows[is_kept]
+
+
+def write_segment(found: DedupRun, out: Path, config: MinHashConfig) -> int:
+    """The kept documents of a run as a segment in the fresh folder `out`; returns their number."""
+    shards, rows = _kept_in_order(found)
+    num_docs = len(rows)
+    documents = np.zeros(num_docs, stages.DOCUMENT)
+    names: list[bytes] = [b""] * num_docs
+    width = config.num_bands * config.rows_per_band
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(SignatureFile(folder / SIGNATURES, config.spec)) for folder in found.signed]
+        dtype = files[0].dtype if files else np.dtype(np.uint32)
+        signed = np.empty((num_docs, width), dtype)
+        for shard, file in enumerate(files):
+            mine = np.flatnonzero(shards == shard)
+            held = stages.load_rows(found.signed[shard])
+            documents[mine] = held[rows[mine]]
+            begins = np.concatenate([[0], np.cumsum(held["id_bytes"].astype(np.int64) + held["url_bytes"])])
+            data = (found.signed[shard] / NAMES).read_bytes()
+            for place, row in zip(mine.tolist(), rows[mine].tolist(), strict=True):
+                names[place] = data[begins[row] : begins[row + 1]]
+            begin = 0
+            for block in file.batches(BATCH_BYTES):
+                inside = mine[(rows[mine] >= begin) & (rows[mine] < begin + len(block))]
+                signed[inside] = block[rows[inside] - begin]
+                begin += len(block)
+    documents["is_old"] = 1
+    (out / NAMES).write_bytes(b"".join(names))
+    np.save(out / DOCUMENTS, documents, allow_pickle=False)
+    write_signatures(out / SIGNATURES, config.spec, [signed])
+    partitioner = _text.BandPartitioner(str(out), 1, config.native_bytes // 2)
+    columns = np.arange(num_docs, dtype=np.uint64), documents["group"].copy(), documents["text_low"].copy()
+    partitioner.add_signatures(signed, config.num_bands, config.rows_per_band, *columns)
+    partitioner.finish()
+    _text.merge_band_runs(str(out / "part-00000"), str(out / stages.BANDS), config.native_bytes // 2)
+    (out / "part-00000").unlink()
+    if config.verify == "exact":
+        _write_shingles(found, shards, rows, out, config)
+    return num_docs
+
+
+def _write_shingles(
+    found: DedupRun, shards: np.ndarray[Any, Any], rows: np.ndarray[Any, Any], out: Path, config: MinHashConfig
+) -> None:
+    """The shingle sets of the documents, one behind the other, and where each begins; the texts are read again."""
+    sizes = np.zeros(len(rows) + 1, np.int64)
+    parts = []  # of each shard: a file of its own, put in order afterwards
+    for shard, folder in enumerate(found.signed):
+        mine = np.flatnonzero(shards == shard)
+        mine = mine[np.argsort(rows[mine], kind="stable")]
+        held = stages.load_rows(folder)
+        lengths = []
+        with open(out / f"shingles-{shard:05d}", "wb") as f:
+            batches = stages.batches_of_shingles(found.files[shard], held, rows[mine].astype(np.int64), config)
+            for _, shingles in batches:
+                for values in shingles:
+                    unique = np.unique(values)
+                    unique.tofile(f)
+                    lengths.append(len(unique))
+        sizes[mine + 1] = lengths
+        begins = np.zeros(len(rows), np.int64)
+        begins[mine] = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if lengths else []
+        parts.append(begins)
+    np.cumsum(sizes).tofile(out / f"{stages.SHINGLES}.begins")
+    with contextlib.ExitStack() as stack, open(out / stages.SHINGLES, "wb") as joined:
+        files = [stack.enter_context(open(out / f"shingles-{i:05d}", "rb")) for i in range(len(parts))]
+        for place, shard in enumerate(shards.tolist()):
+            files[shard].seek(8 * int(parts[shard][place]))
+            joined.write(files[shard].read(8 * int(sizes[place + 1])))
+    for i in range(len(parts)):
+        (out / f"shingles-{i:05d}").unlink()
+
+
+def _add_segment(index: Path, segments: Sequence[Segment], found: DedupRun, config: MinHashConfig) -> None:
+    index.mkdir(parents=True, exist_ok=True)
+    values = read_json(index / INDEX) if segments or (index / INDEX).exists() else None
+    entries = list(values["segments"]) if values else []
+    temporary = index / f"segment.{secrets.token_hex(6)}.tmp"
+    temporary.mkdir()
+    try:
+        num_docs = write_segment(found, temporary, config)
+        seal_folder(temporary)
+        name = f"segment-{len(entries):05d}"
+        remove_folder(index / name)  # of a run that ended before index.json named it
+        os.rename(temporary, index / name)
+        sync_folder(index)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    entries.append({"name": name, "num_docs": num_docs, "sha256": describe(index / name).sha256})
+    rules = {"spec": config.spec, **config.rules}
+    write_json_atomic(index / INDEX, {"version": INDEX_VERSION, "rules": rules, "segments": entries})
+
+
+def save_index(
+    run: Run,
+    index: Path | str,
+    inputs: Sequence[Path],
+    config: MinHashConfig | None = None,
+    *,
+    name: str = "dedup_minhash",
+) -> StageResult:
+    """`dedup_minhash`, and an index of what it kept. After `dedup_minhash` in the same run only the index is made.
+
+    Raises: FileExistsError if there is an index already; otherwise as `dedup_minhash`.
+    """
+    index, config = Path(index), config or MinHashConfig()
+    if (index / INDEX).exists():
+        raise FileExistsError(f"save_index: index must be a new folder, got {index}; use add_to_index")
+    result, found = dedup_against(run, [], inputs, config, name=name)
+    _add_segment(index, [], found, config)
+    return result
+
+
+def add_to_index(
+    run: Run,
+    index: Path | str,
+    inputs: Sequence[Path],
+    config: MinHashConfig | None = None,
+    *,
+    name: str = "dedup_add",
+) -> StageResult:
+    """Deduplicate new documents against an index and among each other, and add those that are kept to the index.
+
+    run: with a folder of its own for every crawl.  config: as of the index, but for max_memory and write_dropped.
+    The result is that of `dedup_minhash`.
+    Raises: ValueError naming the settings in which the index differs, or what is damaged; OSError if it is missing.
+    """
+    index, config = Path(index), config or MinHashConfig()
+    segments = read_index(index, config)
+    result, found = dedup_against(run, segments, inputs, config, name=name)
+    _add_segment(index, segments, found, config)
+    return result
