@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from herdkern.dedup.clusters import KEEP_POLICIES, KeepPolicy
-from herdkern.dedup.minhash import signature_spec
+from herdkern.dedup.minhash import Family, NgramUnit, check_settings, signature_spec
+from herdkern.dedup.presets import preset
 
 MIB = 1 << 20
 RESERVE_BYTES = 96 * MIB  # of max_memory: the interpreter, NumPy and what reading a file takes
@@ -19,7 +20,7 @@ class MinHashConfig:
 
     num_bands, rows_per_band: two documents of Jaccard similarity s are compared with probability
     1 - (1 - s^rows_per_band)^num_bands; the defaults find s = 0.75 with 0.98 and s = 0.85 with 0.9999.
-    ngram_size, seed: of the signatures, herdkern.dedup.minhash.
+    ngram_size, ngram_unit, family, seed: of the signatures, herdkern.dedup.minhash.
     min_similarity: what counts as a near-duplicate, by `verify`: of the shingle sets themselves ("exact"), of the
     signatures ("signature"); with "none" everything that is connected by shared bands is one cluster.
     keep: who of a cluster stays. newest: by timestamp, then length; longest: by length, then timestamp; best_score: by
@@ -31,6 +32,8 @@ class MinHashConfig:
     num_bands: int = 20
     rows_per_band: int = 6
     ngram_size: int = 5
+    ngram_unit: NgramUnit = "word"
+    family: Family = "fast32"
     seed: int = 1
     min_similarity: float = 0.75
     verify: Literal["exact", "signature", "none"] = "exact"
@@ -41,9 +44,7 @@ class MinHashConfig:
     max_memory: int = 1024 * MIB
 
     def __post_init__(self) -> None:
-        for name in ("num_bands", "rows_per_band", "ngram_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"MinHashConfig: {name} must be at least 1, got {getattr(self, name)}")
+        check_settings("MinHashConfig", **self.signature_settings)
         if not 0.0 < self.min_similarity <= 1.0:
             raise ValueError(f"MinHashConfig: min_similarity must lie in (0, 1], got {self.min_similarity}")
         if self.verify not in ("exact", "signature", "none"):
@@ -53,16 +54,24 @@ class MinHashConfig:
         if self.max_memory < LEAST_MEMORY:
             raise ValueError(f"MinHashConfig: max_memory must be at least {LEAST_MEMORY} bytes, got {self.max_memory}")
 
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "MinHashConfig":
+        """The settings of herdkern.dedup.presets by name ("fineweb", "curator", "llama3"), with changes.
+
+        Raises: ValueError for another name.
+        """
+        return cls(**{**preset(name), **changes})
+
     @property
     def signature_settings(self) -> dict[str, Any]:
         """Keywords of herdkern.dedup.minhash.signatures."""
-        names = ("num_bands", "rows_per_band", "ngram_size", "seed")
+        names = ("num_bands", "rows_per_band", "ngram_size", "ngram_unit", "family", "seed")
         return {name: getattr(self, name) for name in names}
 
     @property
     def shingle_settings(self) -> dict[str, Any]:
         """Keywords of herdkern.dedup.minhash.shingle_hashes."""
-        return {"ngram_size": self.ngram_size}
+        return {"ngram_size": self.ngram_size, "ngram_unit": self.ngram_unit}
 
     @property
     def spec(self) -> str:
@@ -86,6 +95,8 @@ class MinHashConfig:
             return 0
         share = (1 + self.min_similarity) / 2
         slots = min(64, self.num_bands * self.rows_per_band)
+        if self.family == "oph":  # bins that borrow from each other are worth less
+            slots = min(slots, 32)
         return max(0, math.floor(64 * (share - _STANDARD_DEVIATIONS * math.sqrt(share * (1 - share) / slots))))
 
     @property
@@ -94,5 +105,6 @@ class MinHashConfig:
         num_slots, floor = self.num_bands * self.rows_per_band, self.min_similarity
         if self.verify == "signature":
             return math.ceil(floor * num_slots - 1e-9)
-        floor -= _STANDARD_DEVIATIONS * math.sqrt(floor * (1 - floor) / num_slots)
+        slots = num_slots if self.family != "oph" else num_slots // 2
+        floor -= _STANDARD_DEVIATIONS * math.sqrt(floor * (1 - floor) / max(1, slots))
         return max(0, math.ceil(floor * num_slots - 1e-9))
