@@ -1,30 +1,66 @@
-"""MinHash signatures from text, and near-duplicate flags from text: herdkern, rensa, datasketch.
+"""MinHash signatures from text: herdkern, its families and code paths, and six packages.
 
-All start from a list of str and end with 128 slots per document over the set of its 5-word shingles. The peers take
-lists of shingles, which the caller has to cut in Python; "rensa, shingles ready" leaves that out and is only a part of
-the job. Every implementation uses all cores it knows to use. Before any time is taken, the estimates of each must agree
-with the exact similarity of 400 pairs within what theory allows.
+    python benchmarks/bench_minhash.py [--quick] [--full] [--case PART] [--json FILE] [--rounds N] [--peers PYTHON ...]
+
+All start from a list of str and end with 128 slots per document over the set of its 5-word shingles, on one thread, in
+a process of their own (minhash_peers.py); times are CPU seconds, memory is what the signing adds to the list at its
+peak. gaoya puts its signatures into an index, the others hand them out. Beside each speed stands the error of the
+estimates on pairs of known similarity: its root mean square over what theory allows, sqrt(J (1 - J) / 128), and its
+mean in standard errors. No time of ours is shown if that is off. --peers: other interpreters, for packages that cannot
+be installed beside each other. The text is the corpus that HERDKERN_CORPUS names, else what Python's packages carry (up
+to 20 MB); --full adds 700 MB.
 """
 
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from corpus import installed_texts
-from harness import Bench, Case, pytest_cases
+from apart import make_row, print_row
+from corpus import corpus_folder, installed_texts, read_corpus
+from harness import OURS, Bench, Case, pytest_cases, write_json
+from machine import describe_machine
+from minhash_peers import CANDIDATES, NUM_SLOTS
 
-from herdkern.dedup.clusters import candidate_pairs, connected_components
 from herdkern.dedup.minhash import exact_jaccard, signatures
 
-NUM_BANDS, ROWS_PER_BAND, NGRAM_SIZE, SEED = 16, 8, 5, 1
-NUM_SLOTS = NUM_BANDS * ROWS_PER_BAND
 PIECE_CHARS = 5000  # documents of a crawl are this long on average
+OWN = (OURS, "herdkern-avx2", "herdkern-oph", "herdkern-m61")
+MODULES = {"rensa-cminhash": "rensa"}
 
-Signer = Callable[[list[str]], np.ndarray]
+
+class Signing(NamedTuple):
+    """One row: the candidates that are fast enough for so many megabytes."""
+
+    name: str
+    megabytes: int
+    candidates: tuple[str, ...]
+
+
+FAST = (*OWN, "gaoya", "rensa", "rensa-cminhash", "FastSketchLSH")
+SIGNINGS = [
+    Signing("sign-1MB", 1, (*FAST, "datasketch")),
+    Signing("sign-2MB", 2, tuple(CANDIDATES)),
+    Signing("sign-20MB", 20, FAST),
+    Signing("sign-700MB", 700, (*OWN, "gaoya", "rensa")),
+]
+IN_QUICK, IN_FULL = {"sign-1MB"}, {"sign-700MB"}
 
 
 def documents(num_bytes: int) -> list[str]:
-    """Installed texts in pieces of about PIECE_CHARS, cut at line ends."""
+    """Documents of the corpus; where there is none, installed texts in pieces of about PIECE_CHARS."""
+    folder = corpus_folder()
+    if folder:
+        return read_corpus(folder, num_bytes)
     pieces = []
     for text in installed_texts(num_bytes):
         lines, size = [], 0
@@ -39,133 +75,166 @@ def documents(num_bytes: int) -> list[str]:
     return pieces
 
 
-def shingles(texts: Sequence[str]) -> list[list[str]]:
-    """Word shingles as a user of the peers cuts them in Python; a short text is one shingle."""
-    found = []
-    for text in texts:
-        words = text.lower().split()
-        windows = zip(*(words[i:] for i in range(NGRAM_SIZE)), strict=False)
-        found.append(list(map(" ".join, windows)) or [" ".join(words)])
-    return found
-
-
-def sign_herdkern(texts: list[str]) -> np.ndarray:
-    return signatures(texts, num_bands=NUM_BANDS, rows_per_band=ROWS_PER_BAND, ngram_size=NGRAM_SIZE, seed=SEED)
-
-
-def sign_rensa(texts: list[str]) -> np.ndarray:
-    from rensa import RMinHash
-
-    return RMinHash.digest_matrix_from_token_sets(shingles(texts), NUM_SLOTS, SEED)
-
-
-def sign_datasketch(texts: list[str]) -> list[np.ndarray]:
-    from datasketch import MinHash
-
-    encoded = [[shingle.encode() for shingle in some] for some in shingles(texts)]
-    return [signed.digest() for signed in MinHash.bulk(encoded, num_perm=NUM_SLOTS, seed=SEED)]
-
-
-def flag_herdkern(texts: list[str]) -> np.ndarray:
-    pairs = candidate_pairs(sign_herdkern(texts), num_bands=NUM_BANDS, rows_per_band=ROWS_PER_BAND)
-    labels = connected_components(pairs, len(texts))
-    return np.bincount(labels, minlength=len(texts))[labels] > 1
-
-
-def flag_rensa(texts: list[str]) -> list[bool]:
-    from rensa import RMinHashLSH
-
-    index = RMinHashLSH(threshold=0.7, num_perm=NUM_SLOTS, num_bands=NUM_BANDS)
-    return index.query_duplicate_flags_matrix_one_shot(sign_rensa(texts))
-
-
-SIGNERS: dict[str, Callable] = {"herdkern": sign_herdkern, "rensa": sign_rensa, "datasketch": sign_datasketch}
-FLAGGERS: dict[str, Callable] = {"herdkern": flag_herdkern, "rensa": flag_rensa}
-
-
-def importable(peers: Sequence[str], case_name: str) -> list[str]:
-    """Those of the peers that are installed."""
-    found = []
-    for peer in peers:
-        try:
-            __import__(peer)
-            found.append(peer)
-        except ImportError as e:
-            print(f"{case_name}: without {peer}: {e}", file=sys.stderr)
-    return found
-
-
-def check_estimates(names: Sequence[str]) -> None:
-    """Over pairs of known similarity the mean square error is at most 1.5 J (1 - J) / slots and there is no bias."""
+def pairs_of_texts(num_pairs: int) -> tuple[list[str], np.ndarray]:
+    """Pairs of texts and the exact similarity of their shingles: none, a few or many of 300 words are changed."""
     rng = np.random.default_rng(0)
     texts = []
-    for _ in range(400):
+    for _ in range(num_pairs):
         words = [f"w{i}" for i in rng.integers(0, 1 << 40, 300)]
         other = list(words)
-        for place in rng.choice(300, int(rng.integers(1, 30)), replace=False):
-            other[place] = "changed"
+        for place in rng.choice(300, int(rng.integers(1, 60)), replace=False):
+            other[place] = f"v{rng.integers(0, 1 << 40)}"
         texts += [" ".join(words), " ".join(other)]
-    exact = exact_jaccard(texts, np.arange(800).reshape(-1, 2), ngram_size=NGRAM_SIZE)
-    for name in names:
-        signed = SIGNERS[name](texts)
-        rows = np.array(signed.to_rows() if hasattr(signed, "to_rows") else signed)
-        error = (rows[0::2] == rows[1::2]).mean(axis=1) - exact
-        theory = float(np.mean(exact * (1 - exact))) / NUM_SLOTS
-        assert np.mean(error**2) < 1.5 * theory, f"{name}: mean square error {np.mean(error**2)}, theory {theory}"
-        assert abs(error.mean()) < 5 * (theory / len(error)) ** 0.5, f"{name}: bias {error.mean()}"
+    return texts, exact_jaccard(texts, np.arange(2 * num_pairs).reshape(-1, 2))
 
 
-def signature_case(name: str, num_bytes: int, peers: Sequence[str], *, shingles_ready: bool = False) -> Case:
-    """Text to signatures; with `shingles_ready` also rensa's part alone."""
-    names: list[str] = []
-
-    def setup() -> dict[str, Callable[[], object]]:
-        texts = documents(num_bytes)
-        names[:] = ["herdkern", *importable(peers, name)]
-        fns: dict[str, Callable[[], object]] = {n: lambda n=n: SIGNERS[n](texts) for n in names}  # type: ignore[misc]
-        if shingles_ready and "rensa" in names:
-            from rensa import RMinHash
-
-            ready = shingles(texts)
-            fns["rensa, shingles ready"] = lambda: RMinHash.digest_matrix_from_token_sets(ready, NUM_SLOTS, SEED)
-        return fns
-
-    return Case(name=name, setup=setup, check=lambda fns: check_estimates(names), bytes=num_bytes)
+def error_of(estimates: Sequence[float], exact: np.ndarray) -> dict[str, float]:
+    """{"rms": root mean square error over that of theory, "bias": mean error in standard errors}."""
+    error = np.array(estimates) - exact
+    theory = float(np.mean(exact * (1 - exact))) / NUM_SLOTS
+    return {
+        "rms": round(math.sqrt(float(np.mean(error**2)) / theory), 3),
+        "bias": round(float(error.mean()) / math.sqrt(theory / len(error)), 2),
+    }
 
 
-def flag_case(name: str, num_bytes: int) -> Case:
-    """Text to one flag per document: has it a near-duplicate?"""
-    texts: list[str] = []
-
-    def setup() -> dict[str, Callable[[], object]]:
-        rng = np.random.default_rng(1)
-        texts[:] = documents(num_bytes // 10 * 9)
-        for place in rng.choice(len(texts), len(texts) // 10, replace=False).tolist():  # copies with an edit
-            words = texts[place].split(" ")
-            words[len(words) // 2] = "edited"
-            texts.append(" ".join(words))
-        names = ["herdkern", *importable(["rensa"], name)]
-        return {n: lambda n=n: FLAGGERS[n](texts) for n in names}  # type: ignore[misc]
-
-    def check(fns: dict[str, Callable[[], object]]) -> None:
-        num_copies = len(texts) // 11
-        for label, fn in fns.items():
-            flags = np.array(fn(), dtype=bool)
-            found = flags[-num_copies:].mean()
-            assert found > 0.9, f"{label}: only {found:.3f} of the edited copies were found"
-
-    return Case(name=name, setup=setup, check=check, bytes=num_bytes)
+def python_of(candidate: str, options: argparse.Namespace) -> str | None:
+    """The first interpreter that has the candidate's package."""
+    module = MODULES.get(candidate, candidate)
+    for python in (sys.executable, *options.peers):
+        if candidate in OWN:
+            return python
+        code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+        if subprocess.run([python, "-c", code], capture_output=True).returncode == 0:
+            return python
+    return None
 
 
-BENCH = Bench(
-    "minhash",
-    [
-        signature_case("text to signatures, 1 MB", 1_000_000, ("rensa", "datasketch")),
-        signature_case("text to signatures, 20 MB", 20_000_000, ("rensa",), shingles_ready=True),
-        flag_case("text to duplicate flags, 20 MB", 20_000_000),
-    ],
-)
-test_minhash = pytest_cases(BENCH)
+def run_one(candidate: str, files: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """What the candidate's process tells, or {"failed": reason}."""
+    python = python_of(candidate, options)
+    if python is None:
+        return {"failed": "not installed"}
+    isa = {"HERDKERN_ISA": "avx2"} if candidate == "herdkern-avx2" else {}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", **isa}
+    script = str(Path(__file__).with_name("minhash_peers.py"))
+    try:
+        done = subprocess.run(
+            [*options.wrap.split(), python, script, candidate, *files],
+            capture_output=True, text=True, timeout=options.limit, env=environment,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not finished in {options.limit:.0f} s"}
+    if done.returncode or not done.stdout:
+        said = [line for line in done.stderr.splitlines() if line.strip()] or [f"ended with {done.returncode}"]
+        return {"failed": said[-1][:300]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_signing(signing: Signing, folder: Path, options: argparse.Namespace) -> dict[str, Any] | None:
+    """The row of one case; None, said aloud, if ours failed or its estimates are off."""
+    texts = documents(signing.megabytes * 1_000_000)
+    joined = "\0".join(text.replace("\0", " ") for text in texts).encode("utf-8", "surrogateescape")
+    num_bytes = len(joined) - len(texts) + 1
+    (folder / "texts").write_bytes(joined)
+    del joined, texts
+    pairs, exact = pairs_of_texts(400 if options.quick else 4000)
+    (folder / "pairs").write_text("\0".join(pairs), encoding="utf-8")
+    found: dict[str, list[dict[str, Any]]] = {}
+    failed: dict[str, str] = {}
+    for turn in range(options.rounds):
+        for candidate in signing.candidates:
+            if candidate in failed or (turn and found[candidate][0]["wall_s"] > options.limit / 20):
+                continue
+            files = [str(folder / "texts")] + ([str(folder / "pairs")] if turn == 0 else [])
+            one = run_one(candidate, files, options)
+            if "failed" in one:
+                failed[candidate] = f"failed: {one['failed']}"
+            else:
+                found.setdefault(candidate, []).append(one)
+            said = failed.get(candidate) or f"{num_bytes / 1e6 / one['cpu_s']:.1f} MB/s, {one['peak_mib']:.0f} MiB"
+            print(f"    {signing.name} {candidate}: {said}", flush=True)
+    errors = {name: error_of(runs[0]["estimates"], exact) for name, runs in found.items() if runs[0]["estimates"]}
+    off = [f"{name} {errors.get(name)}" for name in OWN if name in found and is_off(name, errors.get(name))]
+    if OURS not in found or off:
+        print(f"\n{signing.name}: no times: {failed.get(OURS) or 'WRONG RESULT: ' + ', '.join(off)}", flush=True)
+        return None
+    samples = {name: [one["cpu_s"] for one in runs] for name, runs in found.items()}
+    aside = {name: "another family or code path of ours" for name in OWN[1:] if name in found}
+    row = make_row(signing.name, samples, num_bytes, clock="cpu_s", aside=aside, threads=1)
+    row["peak_mib"] = {name: round(min(one["peak_mib"] for one in runs), 1) for name, runs in found.items()}
+    row["error"] = errors
+    row["times"] = {name: round(row[name] / row[OURS], 2) for name in samples if name != OURS}
+    row["versions"] = {name: runs[0]["version"] for name, runs in found.items() if runs[0]["version"]}
+    row["docs_per_s"] = {
+        name: round(runs[0]["num_docs"] / statistics.median(samples[name]), 1) for name, runs in found.items()
+    }
+    if failed:
+        row["failed"] = failed
+    print_row(row)
+    shown = ", ".join(f"{name} {e['rms']:.2f} ({e['bias']:+.1f})" for name, e in errors.items())
+    print(f"  error over theory (bias in standard errors): {shown}", flush=True)
+    return row
+
+
+def is_off(name: str, error: dict[str, float] | None) -> bool:
+    """Whether estimates of ours have more error than theory allows; that of oph is larger for these small sets."""
+    return error is None or abs(error["bias"]) > 4 or error["rms"] > (1.4 if name == "herdkern-oph" else 1.15)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=f"Cases: {', '.join(s.name for s in SIGNINGS)}")
+    parser.add_argument("--quick", action="store_true", help="end within 45 s, without the corpus")
+    parser.add_argument("--full", action="store_true", help="also 700 MB")
+    parser.add_argument("--case", default="", metavar="PART", help="only cases whose name contains PART")
+    parser.add_argument("--json", metavar="FILE", help="also write the report to FILE")
+    parser.add_argument("--rounds", type=int, metavar="N", help="runs of those that take no time (default 3)")
+    parser.add_argument("--limit", type=float, default=0, metavar="SECONDS", help="the end of a candidate")
+    parser.add_argument("--peers", nargs="*", default=[], metavar="PYTHON", help="interpreters that have other peers")
+    parser.add_argument("--wrap", default="", metavar="CMD", help="runs each process under CMD")
+    options = parser.parse_args()
+    options.rounds = options.rounds or (1 if options.quick else 3)
+    options.limit = options.limit or (30 if options.quick else 600)
+    return options
+
+
+def chosen(options: argparse.Namespace) -> list[Signing]:
+    """The cases that were asked for and whose text is there."""
+    if options.quick:
+        os.environ.pop("HERDKERN_CORPUS", None)
+        return [s for s in SIGNINGS if s.name in IN_QUICK and options.case in s.name]
+    some = [s for s in SIGNINGS if options.case in s.name and s.name not in IN_QUICK]
+    some = [s for s in some if options.full or s.name not in IN_FULL]
+    if corpus_folder() is None and any(s.megabytes > 20 for s in some):
+        print("larger cases are left out: HERDKERN_CORPUS must name a folder of corpus.py", flush=True)
+        some = [s for s in some if s.megabytes <= 20]
+    return some
+
+
+def main() -> int:
+    options = parse()
+    signings = chosen(options)
+    machine = describe_machine(1) | {"clock": "cpu", "corpus": "installed" if corpus_folder() is None else "corpus"}
+    print(f"minhash on {machine['cpu']}, {machine['cores']} cores, CPU seconds of one thread, {machine['corpus']} text")
+    rows: list[dict[str, Any]] = []
+    report = {"bench": "minhash", "unit": "ms", "quick": options.quick, "cases": rows, "machine": machine}
+    start = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        for i, signing in enumerate(signings):
+            row = run_signing(signing, Path(folder), options)
+            rows += [row] if row else []
+            write_json(options.json, report | {"unfinished": True})
+            print(f"  {i + 1} of {len(signings)}, {time.time() - start:.0f} s since the start", flush=True)
+    write_json(options.json, report)
+    return 1 if len(rows) < len(signings) else 0
+
+
+def small() -> dict[str, Any]:
+    texts = documents(1_000_000)
+    return {OURS: lambda: signatures(texts, num_bands=16, rows_per_band=8)}
+
+
+test_minhash = pytest_cases(Bench("minhash", [Case(name="1MB", setup=small)]))
 
 if __name__ == "__main__":
-    sys.exit(BENCH.main())
+    sys.exit(main())
