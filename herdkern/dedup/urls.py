@@ -33,7 +33,7 @@ _SESSION_IN_PATH = re.compile(r";(jsessionid|phpsessid|sid)=[^/?#]*", re.IGNOREC
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 TABLE_BYTES_PER_URL = 22  # 16 bytes a slot, at most 3/4 full
 # What is exchanged: 48 bytes, csrc/text/url_table.h. name: where id and URL lie in names.bin.
-_RECORD = np.dtype(
+RECORD = np.dtype(
     [("low", "<u8"), ("high", "<u8"), ("timestamp", "<i8"), ("length", "<u4"), ("row", "<u4"), ("id_prefix", "<u8"),
      ("name", "<u8")]
 )  # fmt: skip
@@ -140,7 +140,7 @@ def _records_of(documents: list[Document], first_row: int, config: UrlDedupConfi
     places = np.flatnonzero(is_web)
     chosen = [documents[place] for place in places.tolist()]
     ids = [document.id.encode("utf-8", "surrogatepass") for document in chosen]
-    records = np.zeros(len(chosen), _RECORD)
+    records = np.zeros(len(chosen), RECORD)
     records["low"], records["high"] = keys[places, 0], keys[places, 1]
     records["timestamp"] = [document.timestamp for document in chosen]
     records["length"] = [len(document.text) for document in chosen]
@@ -185,7 +185,7 @@ class _Pieces:
 
     def __init__(self, folders: Sequence[Path]):
         self.folders = folders
-        sizes = [(folder / "records.bin").stat().st_size // _RECORD.itemsize for folder in folders]
+        sizes = [(folder / "records.bin").stat().st_size // RECORD.itemsize for folder in folders]
         self.firsts = [0, *np.cumsum(sizes, dtype=np.int64).tolist()]
         self.num_records = self.firsts[-1]
         if self.num_records >= 1 << 32:
@@ -203,7 +203,7 @@ class _Pieces:
 
     def chunks(self, shard: int) -> Iterator[tuple[int, NDArray[Any]]]:
         """(number of the first, records) of a shard, in pieces."""
-        for begin, records in read_chunks(self.folders[shard] / "records.bin", _RECORD, _CHUNK_RECORDS):
+        for begin, records in read_chunks(self.folders[shard] / "records.bin", RECORD, _CHUNK_RECORDS):
             yield self.firsts[shard] + begin, records
 
 

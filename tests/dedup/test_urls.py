@@ -352,11 +352,11 @@ def records_file(folder, records, names=b"", shard=0):
 
 
 def test_passes_and_a_small_table_find_the_same_winners(tmp_path):
-    from herdkern.dedup.urls import _RECORD
+    from herdkern.dedup.urls import RECORD
 
     rng = np.random.default_rng(2)
     number = 30_000
-    records = np.zeros(number, _RECORD)
+    records = np.zeros(number, RECORD)
     classes = rng.integers(0, 12_000, number)
     records["low"], records["high"] = rng.integers(0, 1 << 63, (2, 12_000), dtype=np.uint64)[:, classes]
     records["timestamp"], records["length"] = rng.integers(-3, 3, number), rng.integers(0, 3, number)
@@ -380,9 +380,9 @@ def test_passes_and_a_small_table_find_the_same_winners(tmp_path):
 
 
 def test_a_table_names_the_file_that_it_cannot_read(tmp_path):
-    from herdkern.dedup.urls import _RECORD
+    from herdkern.dedup.urls import RECORD
 
-    records = np.zeros(2, _RECORD)  # one key, and ids of which only names.bin knows more
+    records = np.zeros(2, RECORD)  # one key, and ids of which only names.bin knows more
     paths = records_file(tmp_path, records)
     table = _text.UrlTable([(*paths, 0, 2)], 2, 0, 1, 1)
     with pytest.raises(RuntimeError, match=r"cannot read .*names\.bin: it is too short"):
