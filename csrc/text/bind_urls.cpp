@@ -45,19 +45,6 @@ class Strings {
   std::vector<std::string_view> views_;
 };
 
-UrlRules make_rules(bool merge_schemes, bool merge_trailing_slash, const std::vector<std::string>& names,
-                    const std::vector<std::string>& prefixes) {
-  UrlRules rules;
-  rules.merge_schemes = merge_schemes;
-  rules.merge_trailing_slash = merge_trailing_slash;
-  rules.ignored_names = names;
-  rules.ignored_prefixes = prefixes;
-  for (const auto* list : {&names, &prefixes})
-    for (const std::string& name : *list)
-      if (name.size() > 64) throw py::value_error("UrlRules: a name must have at most 64 bytes");
-  return rules;
-}
-
 constexpr int64_t kUrlsPerTask = 4096;
 
 // (keys uint64 (n, 2), found uint8 (n,)): 0 asks for canonical_url, 1 has its key, 2 is an empty URL.
@@ -75,8 +62,9 @@ py::tuple key_urls(const py::sequence& objects, const UrlRules& rules, int num_t
       for (int64_t i = task * kUrlsPerTask; i < std::min(size, (task + 1) * kUrlsPerTask); ++i) {
         const std::string_view url = urls.views()[i];
         UrlKey hash{0, 0};
-        kind[i] = url.empty() ? kIsEmpty : canonicalise_url(url, rules, scratch) ? kHasKey : kAskPython;
-        if (kind[i] == kHasKey) hash = hash_url(scratch.canonical);
+        const std::string_view form = canonicalise_url(url, rules, scratch);
+        kind[i] = url.empty() ? kIsEmpty : form.empty() ? kAskPython : kHasKey;
+        if (!form.empty()) hash = hash_url(form);
         key[2 * i] = hash.low;
         key[2 * i + 1] = hash.high;
       }
@@ -91,10 +79,11 @@ py::list canonicalise(const py::sequence& objects, const UrlRules& rules) {
   UrlScratch scratch;
   py::list out;
   for (const std::string_view url : urls.views()) {
-    if (canonicalise_url(url, rules, scratch)) {
-      out.append(py::str(scratch.canonical));
-    } else {
+    const std::string_view form = canonicalise_url(url, rules, scratch);
+    if (form.empty()) {
       out.append(py::none());
+    } else {
+      out.append(py::str(form.data(), form.size()));
     }
   }
   return out;
@@ -124,7 +113,8 @@ const UrlRecord* records_of(const Bytes& bytes) {
 }  // namespace
 
 void bind_urls(py::module_& m) {
-  py::class_<UrlRules>(m, "UrlRules").def(py::init(&make_rules));
+  py::class_<UrlRules>(m, "UrlRules")
+      .def(py::init<bool, bool, const std::vector<std::string>&, const std::vector<std::string>&>());
   m.def("url_keys", &key_urls);
   m.def("canonicalise_urls", &canonicalise);
   m.def("hash_urls", &hash_urls);

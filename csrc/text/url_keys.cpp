@@ -11,27 +11,57 @@ namespace herdkern::text {
 namespace {
 
 enum UrlByte : uint8_t {
-  kAsk,         // needs other rules
-  kUnreserved,  // stands for itself everywhere
-  kInPath,      // stands for itself in a path, also where it was encoded
-  kQuoted,      // is encoded in a path
+  kAsk,     // needs other rules
+  kCopy,    // stands for itself
+  kQuoted,  // is encoded
+  kSlash,
+  kEscape,
+  kPlus,
+  kEqual,
+  kAnd,
+  kStop,  // ends this part of the URL
 };
 
-// Of every byte, as it stands in a path. Not here: / and % (of their own), ; (parameters), what versions of w3lib treat
-// differently ([ ] |), and what the URL standard rewrites (\).
+constexpr bool is_unreserved(int c) {
+  return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '-' || c == '_' ||
+         c == '~' || c == '.';
+}
+
+// Of every byte, as it stands in a path or, behind %, for what it was encoded. Asked about: ; (parameters), what
+// versions of w3lib treat differently ([ ] |), and what the URL standard rewrites (\).
 constexpr std::array<uint8_t, 256> make_path_bytes() {
   std::array<uint8_t, 256> kinds{};
-  for (int c = 0; c < 128; ++c) {
-    const bool letter = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z'), digit = c >= '0' && c <= '9';
-    kinds[c] = letter || digit || c == '-' || c == '_' || c == '~' || c == '.' ? kUnreserved : kAsk;
-  }
-  for (const char c : {'!', '$', '&', '\'', '(', ')', '*', '+', ',', '=', ':', '@'})
-    kinds[static_cast<int>(c)] = kInPath;
+  for (int c = 0; c < 256; ++c) kinds[c] = is_unreserved(c) ? kCopy : c >= 128 ? kQuoted : kAsk;
+  for (const char c : {'!', '$', '&', '\'', '(', ')', '*', '+', ',', '=', ':', '@'}) kinds[static_cast<int>(c)] = kCopy;
   for (const char c : {'"', '<', '>', '^', '`', '{', '}'}) kinds[static_cast<int>(c)] = kQuoted;
-  for (int c = 128; c < 256; ++c) kinds[c] = kQuoted;
+  kinds['/'] = kSlash;
+  kinds['%'] = kEscape;
+  kinds['?'] = kinds['#'] = kStop;
   return kinds;
 }
 constexpr std::array<uint8_t, 256> kPathBytes = make_path_bytes();
+
+// As they stand in a query: all but white space and controls have a meaning there.
+constexpr std::array<uint8_t, 256> make_query_bytes() {
+  std::array<uint8_t, 256> kinds{};
+  for (int c = 0; c < 256; ++c) kinds[c] = c > 0x20 && c != 0x7F ? kCopy : kAsk;
+  kinds['%'] = kEscape;
+  kinds['+'] = kPlus;
+  kinds['='] = kEqual;
+  kinds['&'] = kAnd;
+  kinds['#'] = kStop;
+  return kinds;
+}
+constexpr std::array<uint8_t, 256> kQueryBytes = make_query_bytes();
+
+// As they are written in a query.
+constexpr std::array<uint8_t, 256> make_written_bytes() {
+  std::array<uint8_t, 256> kinds{};
+  for (int c = 0; c < 256; ++c) kinds[c] = is_unreserved(c) ? kCopy : kQuoted;
+  kinds[' '] = kPlus;
+  return kinds;
+}
+constexpr std::array<uint8_t, 256> kWrittenBytes = make_written_bytes();
 
 constexpr std::array<int8_t, 256> make_hex() {
   std::array<int8_t, 256> values{};
@@ -53,123 +83,120 @@ int escaped(std::string_view text, size_t i) {
   return high < 0 || low < 0 ? -1 : high << 4 | low;
 }
 
-void add_escape(std::string& out, uint8_t c) {
-  const char code[3] = {'%', "0123456789ABCDEF"[c >> 4], "0123456789ABCDEF"[c & 15]};
-  out.append(code, 3);
+void add_escape(char*& out, uint8_t c) {
+  *out++ = '%';
+  *out++ = "0123456789ABCDEF"[c >> 4];
+  *out++ = "0123456789ABCDEF"[c & 15];
+}
+
+void add_text(char*& out, std::string_view text) {
+  std::memcpy(out, text.data(), text.size());
+  out += text.size();
 }
 
 // Scheme and host with its port, up to the path; place of the path, or 0.
-size_t add_host(std::string_view url, const UrlRules& rules, std::string& out) {
+size_t add_host(std::string_view url, const UrlRules& rules, char*& out) {
   const auto lower = [&](size_t i) { return static_cast<uint8_t>(byte_at(url, i) | 0x20); };
   if (url.size() < 8 || lower(0) != 'h' || lower(1) != 't' || lower(2) != 't' || lower(3) != 'p') return 0;
   const bool secure = lower(4) == 's';
   size_t at = secure ? 5 : 4;
   if (url.substr(at, 3) != "://") return 0;
   at += 3;
-  out = secure && !rules.merge_schemes ? "https://" : "http://";
-  const size_t host = out.size();
+  add_text(out, secure && !rules.merge_schemes ? "https://" : "http://");
+  char* const host = out;
   for (; at < url.size(); ++at) {
     const uint8_t c = byte_at(url, at);
     const uint8_t small = c | 0x20;
     if (static_cast<uint8_t>(small - 'a') < 26 && c < 0x80) {
-      out += static_cast<char>(small);
+      *out++ = static_cast<char>(small);
     } else if (static_cast<uint8_t>(c - '0') < 10 || c == '.' || c == '-' || c == '_') {
-      out += static_cast<char>(c);
+      *out++ = static_cast<char>(c);
     } else {
       break;
     }
   }
-  while (out.size() > host && out.back() == '.') out.pop_back();
-  if (out.size() == host) return 0;
+  while (out > host && out[-1] == '.') --out;
+  if (out == host) return 0;
   if (at < url.size() && url[at] == ':') {
     const size_t first = ++at;
     int port = 0;
-    while (at < url.size() && static_cast<uint8_t>(url[at] - '0') < 10 && at - first < 5)
-      port = 10 * port + url[at++] - '0';
+    for (; at < url.size() && static_cast<uint8_t>(url[at] - '0') < 10 && at - first < 5; ++at)
+      port = 10 * port + (url[at] - '0');
     if (at == first || url[first] == '0' || port > 65535) return 0;
-    if (port != (secure ? 443 : 80)) out.append(1, ':').append(std::to_string(port));
+    if (port != (secure ? 443 : 80)) add_text(out, url.substr(first - 1, at - first + 1));
   }
   return at == url.size() || url[at] == '/' || url[at] == '?' || url[at] == '#' ? at : 0;
 }
 
 // The path from `at` on; place of what comes behind it, or 0.
-size_t add_path(std::string_view url, size_t at, const UrlRules& rules, std::string& out) {
-  const size_t begin = out.size();
-  bool after_slash = false;
+size_t add_path(std::string_view url, size_t at, const UrlRules& rules, char*& out) {
+  char* const begin = out;
   for (; at < url.size(); ++at) {
-    uint8_t c = byte_at(url, at);
-    if (c == '/') {
-      out += '/';
-      after_slash = true;
-      continue;
-    }
-    if (c == '?' || c == '#') break;
-    if (c == '%') {
+    const uint8_t c = byte_at(url, at);
+    const uint8_t kind = kPathBytes[c];
+    if (kind == kCopy) {
+      *out++ = static_cast<char>(c);
+    } else if (kind == kSlash) {
+      if (at + 1 < url.size() && url[at + 1] == '.') return 0;
+      *out++ = '/';
+    } else if (kind == kEscape) {
       const int value = escaped(url, at);
       if (value < 0 || value == '.') return 0;
-      c = static_cast<uint8_t>(value);
-      if (kPathBytes[c] == kAsk && c != ' ') return 0;
+      const uint8_t inner = kPathBytes[value];
+      if (inner == kCopy) {
+        *out++ = static_cast<char>(value);
+      } else if (inner == kQuoted || value == ' ') {
+        add_escape(out, static_cast<uint8_t>(value));
+      } else {
+        return 0;
+      }
       at += 2;
-    } else if (kPathBytes[c] == kAsk || (c == '.' && after_slash)) {
-      return 0;
-    }
-    after_slash = false;
-    if (kPathBytes[c] == kUnreserved || kPathBytes[c] == kInPath) {
-      out += static_cast<char>(c);
-    } else {
+    } else if (kind == kQuoted) {
       add_escape(out, c);
+    } else if (kind == kStop) {
+      break;
+    } else {
+      return 0;
     }
   }
   if (rules.merge_trailing_slash)
-    while (out.size() > begin && out.back() == '/') out.pop_back();
-  if (out.size() == begin) out += '/';
+    while (out > begin && out[-1] == '/') --out;
+  if (out == begin) *out++ = '/';
   return at;
 }
 
-enum NameVerdict { kCounts, kIgnored, kUnclear };
-
-NameVerdict judge_name(std::string_view name, const UrlRules& rules) {
-  if (rules.ignored_names.empty() && rules.ignored_prefixes.empty()) return kCounts;
-  char small[64];
-  const size_t size = std::min(name.size(), sizeof(small));
-  for (size_t i = 0; i < name.size(); ++i) {
-    const uint8_t c = byte_at(name, i);
-    if (c >= 0x80) return kUnclear;  // lower case may lead to a letter of ASCII
-    if (i < size) small[i] = static_cast<char>(c >= 'A' && c <= 'Z' ? c | 0x20 : c);
-  }
-  for (const std::string& ignored : rules.ignored_names)
-    if (ignored.size() == name.size() && ignored.compare(0, size, small, size) == 0 && name.size() <= sizeof(small))
-      return kIgnored;
-  for (const std::string& prefix : rules.ignored_prefixes)
-    if (prefix.size() <= size && std::memcmp(prefix.data(), small, prefix.size()) == 0) return kIgnored;
-  return kCounts;
-}
-
-// Appends url[at...) up to `stop` characters, decoded. Place of the stop, or npos.
-size_t decode_part(std::string_view url, size_t at, bool is_name, std::string& decoded) {
+// Appends url[at...) decoded up to & # or, in a name, =. Place of the stop, or npos.
+size_t decode_part(std::string_view url, size_t at, bool is_name, char*& out) {
   for (; at < url.size(); ++at) {
     const uint8_t c = byte_at(url, at);
-    if (c == '&' || c == '#' || (c == '=' && is_name)) break;
-    if (c == '%') {
+    const uint8_t kind = kQueryBytes[c];
+    if (kind == kCopy) {
+      *out++ = static_cast<char>(c);
+    } else if (kind == kAnd || kind == kStop || (kind == kEqual && is_name)) {
+      break;
+    } else if (kind == kEqual) {
+      *out++ = '=';
+    } else if (kind == kPlus) {
+      *out++ = ' ';
+    } else if (kind == kEscape) {
       const int value = escaped(url, at);
       if (value < 0) return std::string_view::npos;
-      decoded += static_cast<char>(value);
+      *out++ = static_cast<char>(value);
       at += 2;
-    } else if (c <= 0x20 || c == 0x7F) {
-      return std::string_view::npos;
     } else {
-      decoded += c == '+' ? ' ' : static_cast<char>(c);
+      return std::string_view::npos;
     }
   }
   return at;
 }
 
-void add_quoted(std::string_view text, std::string& out) {
+void add_quoted(std::string_view text, char*& out) {
   for (const char c : text) {
-    if (kPathBytes[static_cast<uint8_t>(c)] == kUnreserved) {
-      out += c;
-    } else if (c == ' ') {
-      out += '+';
+    const uint8_t kind = kWrittenBytes[static_cast<uint8_t>(c)];
+    if (kind == kCopy) {
+      *out++ = c;
+    } else if (kind == kPlus) {
+      *out++ = '+';
     } else {
       add_escape(out, static_cast<uint8_t>(c));
     }
@@ -177,43 +204,43 @@ void add_quoted(std::string_view text, std::string& out) {
 }
 
 // The query from `at` on, sorted, without parameters that do not count. False if other rules are needed.
-bool add_query(std::string_view url, size_t at, const UrlRules& rules, UrlScratch& scratch) {
-  std::string& decoded = scratch.decoded;
-  decoded.clear();
+bool add_query(std::string_view url, size_t at, const UrlRules& rules, UrlScratch& scratch, char*& out) {
+  char* const decoded = scratch.decoded.data();
+  char* next = decoded;
   scratch.fields.clear();
+  const auto place = [&] { return static_cast<uint32_t>(next - decoded); };
   while (at < url.size() && url[at] != '#') {
-    UrlScratch::Field field{decoded.size(), 0, 0};
+    UrlScratch::Field field{place(), 0, 0};
     const size_t begin = at;
-    at = decode_part(url, at, true, decoded);
+    at = decode_part(url, at, true, next);
     if (at == std::string_view::npos) return false;
-    field.value = decoded.size();
+    field.value = place();
     if (at < url.size() && url[at] == '=') {
-      at = decode_part(url, at + 1, false, decoded);
+      at = decode_part(url, at + 1, false, next);
       if (at == std::string_view::npos) return false;
     }
-    field.end = decoded.size();
+    field.end = place();
     const bool is_empty = at == begin;
     if (at < url.size() && url[at] == '&') ++at;
     if (is_empty) continue;
-    const NameVerdict verdict =
-        judge_name(std::string_view(decoded).substr(field.name, field.value - field.name), rules);
-    if (verdict == kUnclear) return false;
-    if (verdict == kCounts) scratch.fields.push_back(field);
+    const UrlRules::Verdict verdict = rules.judge({decoded + field.name, field.value - field.name});
+    if (verdict == UrlRules::kUnclear) return false;
+    if (verdict == UrlRules::kCounts) scratch.fields.push_back(field);
   }
-  const std::string_view all = decoded;
-  const auto name = [&](const UrlScratch::Field& f) { return all.substr(f.name, f.value - f.name); };
-  const auto value = [&](const UrlScratch::Field& f) { return all.substr(f.value, f.end - f.value); };
+  using Field = UrlScratch::Field;
+  const auto name = [&](const Field& f) { return std::string_view(decoded + f.name, f.value - f.name); };
+  const auto value = [&](const Field& f) { return std::string_view(decoded + f.value, f.end - f.value); };
   if (scratch.fields.size() > 1)
-    std::sort(scratch.fields.begin(), scratch.fields.end(), [&](const auto& a, const auto& b) {
+    std::sort(scratch.fields.begin(), scratch.fields.end(), [&](const Field& a, const Field& b) {
       const int order = name(a).compare(name(b));
       return order ? order < 0 : value(a) < value(b);
     });
   char mark = '?';
-  for (const UrlScratch::Field& field : scratch.fields) {
-    scratch.canonical += mark;
-    add_quoted(name(field), scratch.canonical);
-    scratch.canonical += '=';
-    add_quoted(value(field), scratch.canonical);
+  for (const Field& field : scratch.fields) {
+    *out++ = mark;
+    add_quoted(name(field), out);
+    *out++ = '=';
+    add_quoted(value(field), out);
     mark = '&';
   }
   return true;
@@ -221,13 +248,51 @@ bool add_query(std::string_view url, size_t at, const UrlRules& rules, UrlScratc
 
 }  // namespace
 
-bool canonicalise_url(std::string_view url, const UrlRules& rules, UrlScratch& scratch) {
-  if (url.empty() || byte_at(url, url.size() - 1) >= 0x80) return false;  // may be white space, which is stripped
-  size_t at = add_host(url, rules, scratch.canonical);
-  if (at == 0) return false;
-  at = add_path(url, at, rules, scratch.canonical);
-  if (at == 0) return false;
-  return at == url.size() || url[at] == '#' || add_query(url, at + 1, rules, scratch);
+UrlRules::UrlRules(bool schemes, bool trailing_slash, const std::vector<std::string>& names,
+                   const std::vector<std::string>& prefixes)
+    : merge_schemes(schemes), merge_trailing_slash(trailing_slash), has_any_(!names.empty() || !prefixes.empty()) {
+  for (const auto* list : {&names, &prefixes}) {
+    const bool is_prefix = list == &prefixes;
+    for (const std::string& start : *list) {
+      if (start.empty()) {
+        (is_prefix ? ignores_all_ : ignores_empty_) = true;
+      } else {
+        by_first_[start[0] & 127].push_back({start, is_prefix});
+      }
+    }
+  }
+}
+
+UrlRules::Verdict UrlRules::judge(std::string_view name) const {
+  if (!has_any_) return kCounts;
+  for (const char c : name)
+    if (static_cast<uint8_t>(c) >= 0x80) return kUnclear;  // its lower case may be a letter of ASCII
+  if (ignores_all_ || (name.empty() && ignores_empty_)) return kIgnored;
+  if (name.empty()) return kCounts;
+  const auto lower = [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c | 0x20) : c; };
+  for (const Pattern& pattern : by_first_[static_cast<int>(lower(name[0]))]) {
+    if (pattern.is_prefix ? name.size() < pattern.start.size() : name.size() != pattern.start.size()) continue;
+    size_t i = 0;
+    while (i < pattern.start.size() && lower(name[i]) == pattern.start[i]) ++i;
+    if (i == pattern.start.size()) return kIgnored;
+  }
+  return kCounts;
+}
+
+std::string_view canonicalise_url(std::string_view url, const UrlRules& rules, UrlScratch& scratch) {
+  if (url.empty() || url.size() >= (1u << 30) || byte_at(url, url.size() - 1) >= 0x80)
+    return {};                                           // the end may be white space, which is stripped
+  if (scratch.canonical.size() < 4 * url.size() + 64) {  // a byte becomes three at most, a field without = one more
+    scratch.canonical.resize(8 * url.size() + 64);
+    scratch.decoded.resize(2 * url.size() + 64);
+  }
+  char* out = scratch.canonical.data();
+  size_t at = add_host(url, rules, out);
+  if (at == 0) return {};
+  at = add_path(url, at, rules, out);
+  if (at == 0) return {};
+  if (at < url.size() && url[at] == '?' && !add_query(url, at + 1, rules, scratch, out)) return {};
+  return {scratch.canonical.data(), static_cast<size_t>(out - scratch.canonical.data())};
 }
 
 UrlKey hash_url(std::string_view canonical) {

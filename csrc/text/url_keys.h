@@ -16,23 +16,36 @@ struct UrlKey {
 // Not cryptographic: two multiply-fold chains with different salts.
 UrlKey hash_url(std::string_view canonical);
 
-struct UrlRules {
-  bool merge_schemes = true, merge_trailing_slash = true;
-  std::vector<std::string> ignored_names;     // query parameters that do not count: in lower case, ASCII
-  std::vector<std::string> ignored_prefixes;  // what starts so does not count either
+class UrlRules {
+ public:
+  // names: query parameters that do not count, in lower case, ASCII; what starts with one of the prefixes neither.
+  UrlRules(bool merge_schemes, bool merge_trailing_slash, const std::vector<std::string>& names,
+           const std::vector<std::string>& prefixes);
+  enum Verdict { kCounts, kIgnored, kUnclear };
+  Verdict judge(std::string_view name) const;
+
+  const bool merge_schemes, merge_trailing_slash;
+
+ private:
+  struct Pattern {
+    std::string start;
+    bool is_prefix;
+  };
+  std::vector<Pattern> by_first_[128];  // by the first letter
+  bool has_any_ = false, ignores_all_ = false, ignores_empty_ = false;
 };
 
 // Memory of one thread, reused from URL to URL.
 struct UrlScratch {
-  std::string canonical;
-  std::string decoded;  // names and values of the query
   struct Field {
-    size_t name, value, end;  // begins in `decoded`
+    uint32_t name, value, end;  // begins in `decoded`
   };
+  std::vector<char> canonical, decoded;  // decoded: names and values of the query
   std::vector<Field> fields;
 };
 
-// Writes the canonical form of `url` (UTF-8) to scratch.canonical. False if other rules are needed, or if it is none.
-bool canonicalise_url(std::string_view url, const UrlRules& rules, UrlScratch& scratch);
+// Writes the canonical form of `url` (UTF-8) to scratch.canonical and views it. An empty view if other rules are
+// needed, or if it is none.
+std::string_view canonicalise_url(std::string_view url, const UrlRules& rules, UrlScratch& scratch);
 
 }  // namespace herdkern::text

@@ -55,7 +55,7 @@ void FileReader::read(size_t file, void* to, size_t size, uint64_t offset) {
 UrlTable::UrlTable(const std::vector<UrlPiece>& pieces, uint64_t num_records, int64_t first_part, int64_t last_part,
                    int64_t num_parts)
     : files_(paths_of(pieces)),
-      slots_(num_records / 3 * 4 + 8),
+      slots_(num_records / 17 * 20 + 40),
       known_(kKnown),
       first_part_(first_part),
       last_part_(last_part),
@@ -72,18 +72,18 @@ void UrlTable::add(const UrlRecord* records, int64_t size, uint32_t first) {
     for (uint64_t at = home_of(record);; at = at + 1 == slots_.size() ? 0 : at + 1) {
       Slot& slot = slots_[at];
       if (slot.number_plus_1 == 0) {
-        if (static_cast<uint64_t>(++num_urls_) * 4 > slots_.size() * 3) throw std::runtime_error("too many URLs");
+        if (static_cast<uint64_t>(++num_urls_) * 20 > slots_.size() * 17) throw std::runtime_error("too many URLs");
         slot = {number + 1,
                 {static_cast<uint32_t>(record.low), static_cast<uint32_t>(record.high),
-                 static_cast<uint32_t>(record.high >> 32)}};
+                 static_cast<uint32_t>(record.high >> 32)},
+                time_code(record.timestamp)};
         break;
       }
       if (!has_key(slot, record)) continue;
-      const uint32_t best = slot.number_plus_1 - 1;
-      if (is_better(record, number, read_record(best), best)) {
-        slot.number_plus_1 = number + 1;
-        known_[number % kKnown] = {number + 1, record};
-      }
+      const uint32_t best = slot.number_plus_1 - 1, time = time_code(record.timestamp);
+      if (time < slot.time || (time == slot.time && !is_better(record, number, read_record(best), best))) break;
+      slot.number_plus_1 = number + 1;
+      slot.time = time;
       break;
     }
   }

@@ -1,4 +1,4 @@
-// The newest record of every URL, in 16 bytes a slot. Records lie in files ("pieces", one per shard) and are numbered
+// The newest record of every URL, in 20 bytes a slot. Records lie in files ("pieces", one per shard) and are numbered
 // through all of them; the table holds 96 bits of the key and the number of the best record so far. What decides is
 // read from the files when a key is met again.
 #pragma once
@@ -51,7 +51,7 @@ inline int64_t part_of_url_key(const UrlRecord& record, int64_t num_parts) {
   return static_cast<int64_t>((record.low >> 32) * static_cast<uint64_t>(num_parts) >> 32);
 }
 
-// Keys of parts [first_part, last_part) of num_parts; `capacity` slots that are never more than 3/4 full.
+// Keys of parts [first_part, last_part) of num_parts; a table that is never more than 0.85 full.
 class UrlTable {
  public:
   // num_records: that will enter it, at most.
@@ -74,6 +74,7 @@ class UrlTable {
   struct Slot {
     uint32_t number_plus_1;  // 0: empty
     uint32_t key[3];
+    uint32_t time;  // time_code of the record
   };
   struct Known {
     uint32_t number_plus_1 = 0;
@@ -87,6 +88,10 @@ class UrlTable {
   }
   uint64_t home_of(const UrlRecord& r) const {
     return static_cast<uint64_t>(static_cast<unsigned __int128>(r.high) * slots_.size() >> 64);
+  }
+  // The time stamp cut to 32 bits: what differs here is in the same order as the whole ones.
+  static uint32_t time_code(int64_t timestamp) {
+    return timestamp <= 0 ? 0 : timestamp >= 0xFFFFFFFF ? 0xFFFFFFFFu : static_cast<uint32_t>(timestamp);
   }
   static bool has_key(const Slot& slot, const UrlRecord& r) {
     return slot.key[0] == static_cast<uint32_t>(r.low) && slot.key[1] == static_cast<uint32_t>(r.high) &&
