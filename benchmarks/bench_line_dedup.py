@@ -4,10 +4,11 @@
 
 Each candidate runs on one thread in a process of its own that holds the documents as a list of str; times are its CPU
 seconds, memory is what the work adds to the list at its peak. "herdkern" finds and removes. Not compared, since they do
-not do the same: "herdkern hash + count" leaves the removal out; "herdkern stages" is dedup_lines from JSON lines to
-compressed JSON lines, all stages, files synced; "datatrove" is the work of its sentence dedup set to single lines (the
-first stage and the search, its own normal form): every copy but the first is found, nothing is removed. "cc_net in
-NumPy" is the plain method: CCNet's normal form by regular expressions, SHA-1, numpy.unique, lines joined again.
+not do the same: "herdkern hash + count" leaves the removal out, from bytes or from str; "herdkern stages" is
+dedup_lines from JSON lines to compressed JSON lines, all stages, files synced; "datatrove" is the work of its sentence
+dedup set to single lines (the first stage and the search, its own normal form): every copy but the first is found,
+nothing is removed. "cc_net in NumPy" is the plain method: CCNet's normal form by regular expressions, SHA-1,
+numpy.unique, lines joined again.
 Before any time is taken, lines planted 1 to 12 times must be gone exactly if they occur more than six times. The text
 is the corpus that HERDKERN_CORPUS names; without it the case of 10 MB takes what Python's packages carry.
 """
@@ -21,7 +22,7 @@ import shlex
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,11 @@ from machine import describe_machine
 from herdkern import _text
 from herdkern.dedup.lines import remove_frequent_lines
 
-COUNT, STAGES, CC_NET, DATATROVE = "herdkern hash + count", "herdkern stages", "cc_net in NumPy", "datatrove"
+COUNT, COUNT_STR = "herdkern hash + count", "herdkern hash + count, str"
+STAGES, CC_NET, DATATROVE = "herdkern stages", "cc_net in NumPy", "datatrove"
 ASIDE = {
-    COUNT: "leaves the removal out",
+    COUNT: "leaves the removal out; texts are bytes of UTF-8",
+    COUNT_STR: "leaves the removal out",
     STAGES: "reads and writes files",
     DATATROVE: "finds all copies but the first, removes none",
 }
@@ -56,18 +59,21 @@ def remove_herdkern(texts: list[str]) -> dict[str, Any]:
     return {"characters_left": sum(map(len, kept))}
 
 
-def count_herdkern(texts: list[str]) -> dict[str, Any]:
-    """Keys and exact counts, a few megabytes of text at a time, as the stages work."""
-    table = _text.LineCounts(0, 1, 1, 0)
+def count_herdkern(texts: Sequence[str | bytes]) -> dict[str, Any]:
+    """Keys, a few megabytes of text at a time, then exact counts, as the stages work."""
+    keys = []
     begin = 0
     while begin < len(texts):
         end, size = begin, 0
         while end < len(texts) and size < 8 << 20:
             size += len(texts[end])
             end += 1
-        keys, begins = _text.line_keys(texts[begin:end], 1, "auto")
-        table.add(_text.partition_lines(keys, begins, np.zeros(end - begin, np.uint64), False, 1)[0])
+        some, begins = _text.line_keys(texts[begin:end], 1, "auto")
+        keys.append(_text.partition_lines(some, begins, np.zeros(end - begin, np.uint64), False, 1)[0])
         begin = end
+    table = _text.LineCounts(0, 1, 1, sum(map(len, keys)))
+    for some in keys:
+        table.add(some)
     num_keys = table.num_keys()
     return {"distinct_lines": num_keys, "bytes_per_line": round(table.table_bytes() / max(1, num_keys), 2)}
 
@@ -123,9 +129,10 @@ def find_datatrove(texts: list[str]) -> dict[str, Any]:
     return {"copies": int((table["hash"][1:] == table["hash"][:-1]).sum())}
 
 
-CANDIDATES: dict[str, Callable[[list[str]], dict[str, Any]]] = {
+CANDIDATES: dict[str, Callable[[Any], dict[str, Any]]] = {
     OURS: remove_herdkern,
     COUNT: count_herdkern,
+    COUNT_STR: count_herdkern,
     STAGES: run_stages,
     CC_NET: remove_cc_net,
     DATATROVE: find_datatrove,
@@ -136,6 +143,8 @@ def work(candidate: str, megabytes: int) -> dict[str, Any]:
     """Runs in the candidate's own process."""
     texts = texts_of(megabytes)
     size, lines = sum(len(text.encode()) for text in texts), sum(text.count("\n") + 1 for text in texts)
+    if candidate == COUNT:
+        texts = [text.encode() for text in texts]
     CANDIDATES[candidate](texts[:1].copy())  # imports are no part of the work
     with Meter() as meter:
         found = CANDIDATES[candidate](texts)
@@ -169,7 +178,7 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any] | None:
     failed: dict[str, str] = {}
     peers = (CC_NET, DATATROVE) if megabytes <= LARGEST_OF_PEERS else ()
     for turn in range(options.rounds):
-        for candidate in (OURS, COUNT, STAGES, *peers):
+        for candidate in (OURS, COUNT, COUNT_STR, STAGES, *peers):
             if candidate in failed or (turn and runs[candidate][0]["wall_s"] > options.limit / 20):
                 continue
             task = {"function": "work", "candidate": candidate, "megabytes": megabytes}

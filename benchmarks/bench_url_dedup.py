@@ -33,9 +33,7 @@ ASIDE = {KEYS: "the keys alone", "url-normalize": "another rule", "courlan": "an
 CASES = {"20k": 20_000, "200k": 200_000, "1M": 1_000_000, "5M": 5_000_000}
 LARGEST_OF_PEERS = 200_000
 CHUNK = 1 << 16
-WORDS = (
-    "news Artikel 2024 index.html caf%C3%A9 wiki Straße view.php p %C3%BCber-uns tag a_b product en".split()
-)
+WORDS = "news Artikel 2024 index.html caf%C3%A9 wiki Straße view.php p %C3%BCber-uns tag a_b product en".split()
 
 
 def make_urls(number: int) -> tuple[list[str], np.ndarray, np.ndarray]:
