@@ -21,7 +21,7 @@ USAGE = """usage: herdkern COMMAND [ARGUMENTS]
   tokenizer train   learn a byte-level BPE vocabulary from word counts, JSONL, Parquet or text
   tokenizer encode  token ids of a text
   extract           clean documents from WARC, HTML, JSONL, Parquet or text
-  dedup             drop URL, near-duplicate and repeated-line copies from documents
+  dedup             drop copies from documents: by URL, text, near-duplicate text, line, embedding; or all in a row
   pipeline show     an interleaved pipeline schedule: order, bubble, memory, picture
   env               versions, processor, backends and a self-test
 
@@ -224,35 +224,9 @@ def _extract(args: list[str]) -> int:
 
 
 def _dedup(args: list[str]) -> int:
-    def dedup(
-        inputs: tuple[Path, ...],
-        /,
-        out: Path,
-        skip_urls: bool = False,
-        skip_documents: bool = False,
-        skip_lines: bool = False,
-        min_similarity: float = 0.75,
-    ) -> int:
-        """Drop copies from documents: the same URL, near-duplicate text, lines that repeat across documents.
+    from herdkern.dedup.cli import main as dedup_main
 
-        Args:
-            inputs: JSONL, Parquet or text files, or folders of them.
-            out: The run folder; its report shows what was dropped.
-            skip_urls: Do not drop older documents of the same URL.
-            skip_documents: Do not drop near-duplicates (MinHash).
-            skip_lines: Do not remove lines that occur more than six times.
-            min_similarity: Jaccard similarity from which on two documents are near-duplicates.
-        """
-        from herdkern.dedup.documents import MinHashConfig
-        from herdkern.recipes.text_only import dedup_documents
-
-        minhash = None if skip_documents else MinHashConfig(min_similarity=min_similarity)
-        given = _some(inputs, "dedup")
-        files = dedup_documents(given, out, urls=not skip_urls, minhash=minhash, lines=not skip_lines)
-        print("\n".join(map(str, files)))
-        return 0
-
-    return parse(dedup, args, "dedup")
+    return dedup_main(args)
 
 
 def _some(inputs: tuple[Path, ...], command: str) -> tuple[Path, ...]:

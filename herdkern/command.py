@@ -1,6 +1,7 @@
 """What the commands share: how a wrong command line is told, and parameters read from it."""
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
 
 
@@ -19,3 +20,12 @@ def parse(function: Callable[..., int], args: list[str], name: str) -> int:
     import tyro
 
     return tyro.cli(function, args=args, prog=f"herdkern {name}", config=(tyro.conf.FlagCreatePairsOff,))
+
+
+def to_bytes(size: str, command: str) -> int:
+    """The bytes of "200MB", "1.5 GiB" or "1000". Raises: UsageError, as `command` would tell it."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", size.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise UsageError(f"{command}: max_memory must be a size as 200MB or 4GiB, got {size!r}")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " kmgt".index(match[2].lower() or " "))

@@ -17,7 +17,7 @@ BELOW = {  # floor -> what it may import of herdkern (itself always)
     "engine": {"_text"},
     "tokenizer": {"engine", "_text", "command", *READERS},
     "data": {"tokenizer", "engine", "_text"},
-    "dedup": {"data", "tokenizer", "engine", "_text"},
+    "dedup": {"data", "tokenizer", "engine", "report", "command", "_text"},
     "documents": set(),
     "memory": set(),
     "ops": {"_ops", "_cuda"},

@@ -34,8 +34,12 @@ from herdkern.engine import read_json, write_json_atomic
 EDGES, LABELS, BANDS, SHINGLES, COUNTS = "edges", "labels", "bands", "shingles", "counts.json"
 DECISIONS, CLUSTERS, PAIRS, SIZES = "decisions", "clusters.jsonl", "pairs.jsonl", "sizes.json"
 NO_CLUSTER = np.uint64((1 << 64) - 1)
-KEPT, EXACT_DUPLICATE, NEAR_DUPLICATE = 0, 1, 2
-REASONS = {EXACT_DUPLICATE: "exact_duplicate", NEAR_DUPLICATE: "near_duplicate"}
+KEPT, EXACT_DUPLICATE, NEAR_DUPLICATE, SEMANTIC_DUPLICATE = 0, 1, 2, 3
+REASONS = {
+    EXACT_DUPLICATE: "exact_duplicate",
+    NEAR_DUPLICATE: "near_duplicate",
+    SEMANTIC_DUPLICATE: "semantic_duplicate",
+}
 MAX_EXAMPLES = 20
 SNIPPET_CHARS = 300
 _SIMILARITY_BINS = 20

@@ -1,4 +1,4 @@
-"""The text side by itself: clean documents from raw records, and dedup of documents, each in its own run folder."""
+"""The first half of the text side by itself: clean documents from raw records, in a run folder of its own."""
 
 import os
 from collections.abc import Sequence
@@ -9,9 +9,6 @@ from herdkern.data.extract import ExtractConfig, extract_shard
 from herdkern.data.filter import FilterConfig, filter_shard
 from herdkern.data.language import LanguageConfig, language_shard
 from herdkern.data.sources import expand_inputs, group_inputs
-from herdkern.dedup.documents import MinHashConfig, dedup_minhash
-from herdkern.dedup.lines import LineDedupConfig, dedup_lines
-from herdkern.dedup.urls import UrlDedupConfig, dedup_urls
 from herdkern.engine import Run, make_executor
 from herdkern.recipes.console import Console
 from herdkern.report import write_report
@@ -43,36 +40,6 @@ def extract_documents(
             line.done(result)
     write_report(out)
     return result.files(DOCUMENTS)
-
-
-def dedup_documents(
-    inputs: Sequence[Path], out: Path, *, urls: bool, minhash: MinHashConfig | None, lines: bool
-) -> list[Path]:
-    """Document files without copies, and a report in `out`; each of the three steps can be left out.
-
-    Raises: as expand_inputs and the dedup stages do.
-    """
-    files = expand_inputs(inputs)
-    console = Console(out, urls + (minhash is not None) + lines)
-    with ExitStack() as stack:
-        run = _open(stack, out)
-        if urls:
-            with console.stage("dedup_urls") as line:
-                result = dedup_urls(run, files, UrlDedupConfig())
-                line.done(result)
-            files = result.files(DOCUMENTS)
-        if minhash is not None:
-            with console.stage("dedup_minhash") as line:
-                result = dedup_minhash(run, files, minhash)
-                line.done(result)
-            files = result.files(DOCUMENTS)
-        if lines:
-            with console.stage("dedup_lines") as line:
-                result = dedup_lines(run, files, LineDedupConfig())
-                line.done(result)
-            files = result.files(DOCUMENTS)
-    write_report(out)
-    return files
 
 
 def _open(stack: ExitStack, out: Path) -> Run:
