@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from herdkern import _text
 from herdkern.data.document import document_kind, read_documents
+from herdkern.dedup.arrays import read_array
 from herdkern.dedup.minhash import shingle_hashes
 from herdkern.dedup.minhash_config import MIB, MinHashConfig
 from herdkern.dedup.sign_stage import (
@@ -73,7 +74,7 @@ def _numbers_of_rows(folder: Path, numbers: Path) -> NDArray[np.uint64]:
     """The number of every row of a shard."""
     order = np.load(folder / ORDER, allow_pickle=False)
     docs = np.empty(len(order), np.uint64)
-    docs[order] = np.fromfile(numbers, np.uint64)
+    docs[order] = read_array(numbers, np.uint64)
     return docs
 
 
@@ -181,7 +182,7 @@ def batches_of_shingles(
 def _batches_of_segment(
     folder: Path, members: NDArray[np.int64], num_docs: int
 ) -> Iterator[tuple[NDArray[np.int64], list[NDArray[np.uint64]]]]:
-    begins = np.fromfile(folder / f"{SHINGLES}.begins", np.int64)
+    begins = read_array(folder / f"{SHINGLES}.begins", np.int64)
     if len(begins) != num_docs + 1:
         raise ValueError(f"{folder / SHINGLES}.begins must have {num_docs + 1} numbers, got {len(begins)}")
     with open(folder / SHINGLES, "rb") as f:
@@ -189,7 +190,7 @@ def _batches_of_segment(
             found = []
             for row in batch.tolist():
                 f.seek(8 * int(begins[row]))
-                found.append(np.fromfile(f, np.uint64, int(begins[row + 1] - begins[row])))
+                found.append(read_array(f, np.uint64, int(begins[row + 1] - begins[row])))
             yield batch, found
 
 
@@ -205,10 +206,10 @@ def partition_members(inputs: list[Path], out: Path, settings: dict[str, Any], n
     labels = np.full(len(rows), NO_CLUSTER)
     if len(inputs) == 2:
         docs = np.arange(len(rows), dtype=np.uint64) + np.uint64(settings["offsets"][folder.name])
-        labels[:] = np.fromfile(inputs[1], np.uint64)
+        labels[:] = read_array(inputs[1], np.uint64)
     else:
         docs = _numbers_of_rows(folder, inputs[2])
-        labels[np.load(folder / ORDER, allow_pickle=False)] = np.fromfile(inputs[1], np.uint64)
+        labels[np.load(folder / ORDER, allow_pickle=False)] = read_array(inputs[1], np.uint64)
     members = np.flatnonzero(labels != NO_CLUSTER)
     name_begins = np.zeros(len(rows) + 1, np.int64)
     np.cumsum(rows["id_bytes"].astype(np.int64) + rows["url_bytes"], out=name_begins[1:])
@@ -272,7 +273,9 @@ def _choose_examples(folders: list[Path]) -> list[tuple[Path, Any]]:
         size = (folder / DECISIONS).stat().st_size // DECISION.itemsize
         for begin in range(0, size, 1 << 16):
             count = min(1 << 16, size - begin)
-            chunk = np.fromfile(folder / DECISIONS, DECISION, count, offset=begin * DECISION.itemsize)
+            with open(folder / DECISIONS, "rb") as f:
+                f.seek(begin * DECISION.itemsize)
+                chunk = read_array(f, DECISION, count)
             chunk = chunk[chunk["reason"] == NEAR_DUPLICATE]
             bins = (chunk["similarity"] * (_SIMILARITY_BINS - 1e-9)).astype(int)
             mixed = (chunk["doc"] + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)

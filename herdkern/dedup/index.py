@@ -22,6 +22,7 @@ import numpy as np
 
 from herdkern import _text
 from herdkern.dedup import cluster_stages as stages
+from herdkern.dedup.arrays import read_array
 from herdkern.dedup.documents import DedupRun, MinHashConfig, Segment, dedup_against
 from herdkern.dedup.sign_stage import BATCH_BYTES, DOCUMENTS, NAMES, ORDER, SIGNATURES
 from herdkern.dedup.signature_file import SignatureFile, write_signatures
@@ -73,7 +74,7 @@ def _kept_in_order(found: DedupRun) -> tuple[np.ndarray[Any, Any], np.ndarray[An
     """(shard, row) of all kept documents of a run, in keep order."""
     orders = [np.load(folder / ORDER, allow_pickle=False) for folder in found.signed]
     kept = [_kept_rows(found, shard, len(order)) for shard, order in enumerate(orders)]
-    shards = np.fromfile(found.numbered / "shards", np.uint32)
+    shards = read_array(found.numbered / "shards", np.uint32)
     rows = np.empty(len(shards), np.uint32)
     for shard, order in enumerate(orders):
         rows[shards == shard] = order
