@@ -242,7 +242,7 @@ def test_errors_of_the_disk_name_the_file(written, monkeypatch):
 
 def test_no_space_left(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
-    with pytest.raises(OSError, match=r"No space left: '.*a\.sig'") as raised:
+    with pytest.raises(OSError, match=r"No space left: '.*a\.sig\.tmp'") as raised:
         write_signatures(tmp_path / "a.sig", SPEC, [rows_of(5)])
     assert raised.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
