@@ -83,6 +83,7 @@ def fail_calls(driver, faults, fault, num_points):
     """Let the N-th call fail, N spread over all calls of a run."""
     calls, how = FAULTS[fault]
     how = {"action": fi.FAIL, **how}
+    shutil.rmtree(driver.work / "counted", ignore_errors=True)  # a run that goes on makes few calls
     faults.arm(driver.work, calls, **how)
     driver.run("counted")
     count = faults.count
@@ -166,16 +167,43 @@ def damage_file(path, how, rng):
     path.write_bytes(data)
 
 
-def kill(driver, faults, kind, num_kills):
-    """Kill -9 a forked copy of this process before its N-th call, until as many runs were killed."""
+class CountingExecutor(SerialExecutor):
+    """Notes how many calls there were before each task."""
+
+    def __init__(self, faults):
+        self.faults, self.counts = faults, []
+
+    def submit(self, fn, /, *args, **kwargs):
+        self.counts.append(self.faults.count)
+        return super().submit(fn, *args, **kwargs)
+
+
+def calls_of_stages(driver, faults):
+    """(first call, last call) of every stage in a calm run."""
+    shutil.rmtree(driver.work / "counted", ignore_errors=True)
     faults.arm(driver.work, ALL_CALLS)
-    driver.run("counted")
-    count = faults.count
-    kills = 0
+    executor = CountingExecutor(faults)
+    driver.run("counted", executor)
+    begins = {}
+    for stage, begin in zip(driver.stages, executor.counts, strict=True):
+        begins.setdefault(stage, begin + 1)
+    ends = [*list(begins.values())[1:], faults.count]
+    return list(zip(begins.values(), ends, strict=True))
+
+
+def kill(driver, faults, kind, num_kills):
+    """Kill -9 a forked copy of this process before its N-th call, until as many runs were killed.
+
+    A fresh run is killed in one stage after the other, a resumed one anywhere.
+    """
+    stages = calls_of_stages(driver, faults)
+    kills = fresh = 0
     while kills < num_kills:
         killed_in = []
         while kills < num_kills:
-            faults.arm(driver.work, ALL_CALLS, action=fi.KILL, nth=driver.rng.randint(1, count))
+            first, last = (1, stages[-1][1]) if killed_in else stages[fresh % len(stages)]
+            fresh += not killed_in
+            faults.arm(driver.work, ALL_CALLS, action=fi.KILL, nth=driver.rng.randint(first, last))
             child = os.fork()
             if child == 0:
                 run_and_exit(driver, kind)

@@ -32,7 +32,7 @@ def work(tmp_path):
 
 
 def kill_at_calls(work, seed, kills):
-    """Kills before the N-th file call, N uniform over a run; returns how often each stage was hit, by executor."""
+    """Kills before the N-th file call, stage by stage; returns how often each stage was hit, by executor."""
     environment = {**os.environ, **fault_injector.build(work)}
     (work / "work").mkdir()
     wanted = [f"kill {kind}:{count}" for kind, count in kills.items()]
