@@ -5,16 +5,18 @@ the same script asks for it by `run_apart`. So caches are cold, memory is of the
 long or dies is named in the table and does no more harm. Rows have the form of harness.py.
 """
 
+import argparse
 import contextlib
 import gc
 import json
 import os
+import shlex
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -41,6 +43,31 @@ class Meter:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.cpu_s, self.wall_s = time.process_time() - self.cpu_s, time.perf_counter() - self.wall_s
         self.peak_mib = (status_bytes("VmHWM") - self.resident) / 2**20
+
+
+def parse_options(
+    cases: Iterable[str], *, limit: float, quick_limit: float, full: str = "", takes_peers: bool = False
+) -> argparse.Namespace:
+    """The command line of a script of such cases: quick, case, json, rounds, limit, wrap.
+
+    limit, quick_limit: seconds of a candidate if --limit is not given.  full: what --full adds, "" for no such option.
+    takes_peers: also --peers, other interpreters.
+    """
+    parser = argparse.ArgumentParser(description=f"Cases: {', '.join(cases)}")
+    parser.add_argument("--quick", action="store_true", help="end within 45 s, without the corpus")
+    if full:
+        parser.add_argument("--full", action="store_true", help=full)
+    parser.add_argument("--case", default="", metavar="PART", help="only cases whose name contains PART")
+    parser.add_argument("--json", metavar="FILE", help="also write the report to FILE")
+    parser.add_argument("--rounds", type=int, metavar="N", help="runs of those that take no time (default 3)")
+    parser.add_argument("--limit", type=float, metavar="SECONDS", help=f"the end of a candidate (default {limit:g})")
+    if takes_peers:
+        parser.add_argument("--peers", nargs="*", default=[], metavar="PYTHON", help="interpreters that have others")
+    parser.add_argument("--wrap", type=shlex.split, default=[], metavar="CMD", help="runs each process under CMD")
+    options = parser.parse_args()
+    options.rounds = options.rounds or (1 if options.quick else 3)
+    options.limit = options.limit or (quick_limit if options.quick else limit)
+    return options
 
 
 def answer(functions: Mapping[str, Callable[..., Any]]) -> None:

@@ -15,14 +15,13 @@ import argparse
 import hashlib
 import json
 import os
-import shlex
 import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import bpe_picture
-from apart import Meter, answer, make_row, print_row, run_apart
+from apart import Meter, answer, make_row, parse_options, print_row, run_apart
 from bpe_peers import OTHER_TASK, SAME_MERGES, TRAINERS
 from corpus import corpus_folder, installed_texts, read_corpus
 from harness import OURS, Bench, Case, pytest_cases, write_json
@@ -128,21 +127,6 @@ def run_training(training: Training, options: argparse.Namespace) -> dict[str, A
     return row
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=f"Trainings: {', '.join(t.name for t in TRAININGS)}")
-    parser.add_argument("--quick", action="store_true", help="end within 45 s, without the corpus")
-    parser.add_argument("--full", action="store_true", help="also 128k tokens on 700 MB")
-    parser.add_argument("--case", default="", metavar="PART", help="only cases whose name contains PART")
-    parser.add_argument("--json", metavar="FILE", help="also write the report to FILE")
-    parser.add_argument("--rounds", type=int, metavar="N", help="runs of those that take no time (default 3)")
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="the end of a candidate (default 420)")
-    parser.add_argument("--wrap", type=shlex.split, default=[], metavar="CMD", help="runs each process under CMD")
-    options = parser.parse_args()
-    options.rounds = options.rounds or (1 if options.quick else 3)
-    options.limit = options.limit or (30 if options.quick else 420)
-    return options
-
-
 def chosen(options: argparse.Namespace) -> list[Training]:
     """The trainings that were asked for and whose text is there."""
     if options.quick:
@@ -161,7 +145,7 @@ def chosen(options: argparse.Namespace) -> list[Training]:
 
 def main() -> int:
     answer({"train": train})
-    options = parse()
+    options = parse_options((t.name for t in TRAININGS), limit=420, quick_limit=30, full="also 128k tokens on 700 MB")
     trainings = chosen(options)
     machine = describe_machine(1) | {"clock": "cpu", "corpus": "installed" if corpus_folder() is None else "corpus"}
     print(

@@ -18,7 +18,6 @@ import hashlib
 import os
 import random
 import re
-import shlex
 import sys
 import tempfile
 from collections import Counter
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from apart import Meter, answer, make_row, print_row, run_apart
+from apart import Meter, answer, make_row, parse_options, print_row, run_apart
 from corpus import corpus_folder, installed_texts, read_corpus
 from harness import OURS, Bench, Case, pytest_cases, write_json
 from machine import describe_machine
@@ -206,22 +205,9 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any] | None:
     return row
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=f"Cases: {', '.join(CASES)}")
-    parser.add_argument("--quick", action="store_true", help="end within 45 s, without the corpus")
-    parser.add_argument("--case", default="", metavar="PART", help="only cases whose name contains PART")
-    parser.add_argument("--json", metavar="FILE", help="also write the report to FILE")
-    parser.add_argument("--rounds", type=int, metavar="N", help="runs of those that take no time (default 3)")
-    parser.add_argument("--limit", type=float, default=600, metavar="SECONDS", help="the end of a candidate")
-    parser.add_argument("--wrap", type=shlex.split, default=[], metavar="CMD", help="runs each process under CMD")
-    options = parser.parse_args()
-    options.rounds = options.rounds or (1 if options.quick else 3)
-    return options
-
-
 def main() -> int:
     answer({"work": work})
-    options = parse()
+    options = parse_options(CASES, limit=600, quick_limit=600)
     if options.quick:
         os.environ.pop("HERDKERN_CORPUS", None)
     largest = LARGEST_INSTALLED if corpus_folder() is None else max(CASES.values())

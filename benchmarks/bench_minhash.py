@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from apart import make_row, print_row
+from apart import make_row, parse_options, print_row
 from corpus import corpus_folder, installed_texts, read_corpus
 from harness import OURS, Bench, Case, pytest_cases, write_json
 from machine import describe_machine
@@ -120,7 +120,7 @@ def run_one(candidate: str, files: list[str], options: argparse.Namespace) -> di
     script = str(Path(__file__).with_name("minhash_peers.py"))
     try:
         done = subprocess.run(
-            [*options.wrap.split(), python, script, candidate, *files],
+            [*options.wrap, python, script, candidate, *files],
             capture_output=True, text=True, timeout=options.limit, env=environment,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
@@ -182,22 +182,6 @@ def is_off(name: str, error: dict[str, float] | None) -> bool:
     return error is None or abs(error["bias"]) > 4 or error["rms"] > (1.4 if name == "herdkern-oph" else 1.15)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=f"Cases: {', '.join(s.name for s in SIGNINGS)}")
-    parser.add_argument("--quick", action="store_true", help="end within 45 s, without the corpus")
-    parser.add_argument("--full", action="store_true", help="also 700 MB")
-    parser.add_argument("--case", default="", metavar="PART", help="only cases whose name contains PART")
-    parser.add_argument("--json", metavar="FILE", help="also write the report to FILE")
-    parser.add_argument("--rounds", type=int, metavar="N", help="runs of those that take no time (default 3)")
-    parser.add_argument("--limit", type=float, default=0, metavar="SECONDS", help="the end of a candidate")
-    parser.add_argument("--peers", nargs="*", default=[], metavar="PYTHON", help="interpreters that have other peers")
-    parser.add_argument("--wrap", default="", metavar="CMD", help="runs each process under CMD")
-    options = parser.parse_args()
-    options.rounds = options.rounds or (1 if options.quick else 3)
-    options.limit = options.limit or (30 if options.quick else 600)
-    return options
-
-
 def chosen(options: argparse.Namespace) -> list[Signing]:
     """The cases that were asked for and whose text is there."""
     if options.quick:
@@ -212,7 +196,7 @@ def chosen(options: argparse.Namespace) -> list[Signing]:
 
 
 def main() -> int:
-    options = parse()
+    options = parse_options((s.name for s in SIGNINGS), limit=600, quick_limit=30, full="also 700 MB", takes_peers=True)
     signings = chosen(options)
     machine = describe_machine(1) | {"clock": "cpu", "corpus": "installed" if corpus_folder() is None else "corpus"}
     print(f"minhash on {machine['cpu']}, {machine['cores']} cores, CPU seconds of one thread, {machine['corpus']} text")

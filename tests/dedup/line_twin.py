@@ -1,17 +1,11 @@
 """Line dedup once more in plain Python, for the tests: keys, counts, what looks like code, removal."""
 
 import re
-import unicodedata
 from collections import Counter, defaultdict
 
-MASK = (1 << 64) - 1
-UNSPACED = [
-    (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x1950, 0x19FF), (0x1A20, 0x1AAF), (0x2E80, 0x2FDF),
-    (0x3005, 0x3007), (0x3021, 0x3029), (0x3031, 0x30FF), (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF),
-    (0xA9E0, 0xA9FF), (0xAA60, 0xAADF), (0xF900, 0xFAFF), (0xFF66, 0xFF9F), (0x1AFF0, 0x1B16F), (0x20000, 0x3FFFD),
-]  # fmt: skip
-FOLDED = [(0x41, 0x5A), (0xC0, 0xDE), (0x100, 0x17F), (0x386, 0x3C2), (0x400, 0x52F), (0x531, 0x556)]
+from minhash_twin import fold, kind_of
 
+MASK = (1 << 64) - 1
 CODE = re.compile(
     r"^    |\t"  # indented, as prose that was taken from a page is not; or the row of a table
     r"|[;{}]\s*$|^\s*[\])}]+[,;:]?\s*$"
@@ -26,24 +20,6 @@ FORMULA = re.compile(r"\$[^$\\^_={}+<>]*[\\^_={}+<>][^$]*\$|\\[a-zA-Z]{2,}|\\[(\
 
 def is_code_or_formula(line):
     return CODE.search(line) is not None or FORMULA.search(line) is not None
-
-
-def kind_of(c):
-    """ "word", "unspaced" or "" (a separator) for a character; an undecodable byte is a surrogate."""
-    code, category = ord(c), unicodedata.category(c)
-    if 0xDC80 <= code <= 0xDCFF:
-        return "word"
-    if category[0] not in "LMN" and c != "_":
-        return ""
-    return "unspaced" if any(first <= code <= last for first, last in UNSPACED) else "word"
-
-
-def fold(c):
-    if c == "ς":
-        return "σ"
-    if any(first <= ord(c) <= last for first, last in FOLDED) and c not in "\u0130\u017f":
-        return c.lower()
-    return c
 
 
 def mix(x, y):

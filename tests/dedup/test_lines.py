@@ -1,5 +1,4 @@
 import hashlib
-import importlib.util
 import os
 import random
 import re
@@ -8,6 +7,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import line_twin as twin
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,10 +18,6 @@ from herdkern.data.document import Document, read_documents, write_documents
 from herdkern.dedup import LineDedupConfig, dedup_lines
 from herdkern.dedup.lines import is_code_or_formula, line_keys, num_buckets, remove_frequent_lines
 from herdkern.engine import Run
-
-_spec = importlib.util.spec_from_file_location("line_twin", Path(__file__).with_name("line_twin.py"))
-twin = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(twin)
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 

@@ -1,9 +1,9 @@
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import minhash_twin as twin
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -23,10 +23,6 @@ from herdkern.dedup.minhash import (
     slot_parameters,
     word_factors,
 )
-
-_spec = importlib.util.spec_from_file_location("minhash_twin", Path(__file__).with_name("minhash_twin.py"))
-twin = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(twin)
 
 LEVELS = _text.minhash_levels()
 WORDS = [
