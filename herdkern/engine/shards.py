@@ -250,8 +250,3 @@ def verified(folder: Path, records: list[FileRecord]) -> list[FileRecord] | None
         return found if found == records else None
     except (OSError, ValueError):
         return None
-
-
-def is_intact(folder: Path, records: list[FileRecord]) -> bool:
-    """Whether `folder` holds exactly the files of `records`, with their sizes and hashes."""
-    return verified(folder, records) is not None

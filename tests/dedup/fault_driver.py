@@ -20,7 +20,7 @@ import pipeline
 
 from herdkern.engine import SerialExecutor, make_executor
 from herdkern.engine.journal import Journal
-from herdkern.engine.shards import FileRecord, is_intact
+from herdkern.engine.shards import FileRecord, verified
 
 FAULTS = {  # name -> (calls, what arm is told)
     "ENOSPC": (fi.WRITE | fi.SYNC | fi.RENAME | fi.OPEN | fi.MKDIR, {"error": errno.ENOSPC, "sticky": True}),
@@ -62,7 +62,7 @@ class Driver:
         found = []
         for (stage, task), entry in journal.entries.items():
             folder = self.work / name / "data" / stage / task
-            if not is_intact(folder, [FileRecord(**output) for output in entry["outputs"]]):
+            if verified(folder, [FileRecord(**output) for output in entry["outputs"]]) is None:
                 found.append(str(folder))
         return found
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from herdkern.engine import atomic_file, read_json, sha256_file, write_json_atomic
-from herdkern.engine.shards import describe, is_intact, replace_folder, seal_folder
+from herdkern.engine.shards import describe, replace_folder, seal_folder, verified
 
 
 def test_sha256_of_known_bytes(tmp_path):
@@ -101,14 +101,14 @@ def test_a_sealed_folder_is_intact_until_it_changes(tmp_path):
     folder = make_folder(tmp_path / "f")
     records = seal_folder(folder)
     assert [(r.name, r.bytes) for r in records] == [("a", 1), ("sub/b", 2)]
-    assert is_intact(folder, records)
+    assert verified(folder, records) == records
     (folder / "sub" / "b").write_text("2x")
-    assert not is_intact(folder, records)
+    assert verified(folder, records) is None
     (folder / "sub" / "b").write_text("22")
-    assert is_intact(folder, records)
+    assert verified(folder, records) == records
     (folder / "c").write_text("")
-    assert not is_intact(folder, records)
-    assert not is_intact(tmp_path / "gone", records)
+    assert verified(folder, records) is None
+    assert verified(tmp_path / "gone", records) is None
 
 
 def test_a_folder_is_described_by_names_and_bytes(tmp_path):
