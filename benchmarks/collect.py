@@ -6,6 +6,8 @@ an op loses also go to herdkern/ops/faster_peers.json, from which `herdkern.ops.
     python benchmarks/collect.py --run             runs every benchmark in full first and keeps its JSON report
     python benchmarks/collect.py --run --quick     the same in the short form; the table says so
     python benchmarks/collect.py                   only writes the tables again
+    python benchmarks/collect.py --join WHOLE.json PART.json ...
+                                                   makes one report of runs of single cases (--case)
 
 A ratio is the time of the best peer over ours, case by case; a row gives the range and the median over all cases, so a
 case that we lose is seen.
@@ -21,6 +23,7 @@ from typing import Any
 
 import attention_picture
 import bpe_table
+from harness import write_json
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -147,6 +150,23 @@ def is_peer(name: str, reports: list[dict[str, Any]]) -> bool:
     return name == "torch" or any(name.split("-")[0] in key.lower() for key in implementations)
 
 
+def joined(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """One report of several of the same benchmark on one machine: a later case replaces an earlier one of its name.
+
+    Every case tells the commit and the date of its run. Raises: ValueError for other benchmarks or machines.
+    """
+    cases: dict[str, Any] = {}
+    whole: dict[str, Any] = {}
+    for report in reports:
+        for key in ("cpu", "cores"):
+            if whole and (report["bench"], report["machine"][key]) != (whole["bench"], whole["machine"][key]):
+                raise ValueError(f"joined: reports must be of one benchmark and one {key}, got {report['bench']!r} too")
+        run = {key: report["machine"][key] for key in ("commit", "date") if key in report["machine"]}
+        cases |= {case["case"]: {**run, **case} for case in report["cases"]}
+        whole |= report
+    return {**whole, "cases": list(cases.values())}
+
+
 def run_all(folder: Path, *options: str) -> int:
     """Every benchmark, one after the other; returns the number that failed."""
     failed = 0
@@ -158,6 +178,10 @@ def run_all(folder: Path, *options: str) -> int:
 
 def main() -> int:
     """Runs the benchmarks if asked to, then writes the table; returns the exit status."""
+    if sys.argv[1:2] == ["--join"]:
+        parts = [json.loads(Path(name).read_text(encoding="utf-8")) for name in sys.argv[3:]]
+        write_json(sys.argv[2], joined(parts))
+        return 0
     folder = HERE / "results"
     folder.mkdir(exist_ok=True)
     failed = run_all(folder, *(["--quick"] if "--quick" in sys.argv else [])) if "--run" in sys.argv else 0

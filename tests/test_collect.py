@@ -9,6 +9,7 @@ import attention_picture
 import bpe_table
 import collect
 import harness
+import pytest
 
 from herdkern.ops import faster_peers
 
@@ -37,6 +38,17 @@ def test_table_shows_range_median_and_losses():
     assert "| `minhash` | 3 | 0.5 to 4, median 2 | c: 10 µs, rensa 20 µs |" in text
     assert "rensa 1, torch 2" in text
     assert "x 3" not in text
+
+
+def test_runs_of_single_cases_join_to_one_report():
+    first = {"bench": "a", "machine": MACHINE | {"commit": "1"}, "cases": [case("x", 1, 4), case("y", 1, 4)]}
+    second = {"bench": "a", "machine": MACHINE | {"commit": "2"}, "cases": [case("y", 1, 5)]}
+    found = collect.joined([first, second])
+    assert [(c["case"], c["commit"], c["ratio"]) for c in found["cases"]] == [("x", "1", 4), ("y", "2", 5)]
+    with pytest.raises(ValueError, match="joined: reports must be of one benchmark"):
+        collect.joined([first, second | {"bench": "b"}])
+    with pytest.raises(ValueError, match="one cpu"):
+        collect.joined([first, second | {"machine": MACHINE | {"cpu": "other"}}])
 
 
 def test_without_reports_it_says_so():
