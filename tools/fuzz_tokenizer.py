@@ -8,13 +8,14 @@ json_lines, patterns, merges, runs, texts: the readers in C++, by libFuzzer (nee
 An execution is one input through one reader. The run stops at the first exception that is no refusal, at an input that
 takes more than a second of CPU time for each MB (at least one second), and at 256 MB of memory, interpreter included.
 JSON is changed as bytes and, three times in four, as a value, so that most of it stays JSON. The vocabulary that was
-read is completed by the single bytes it lacks and used for one input in sixteen; so is a pattern. --sanitizer builds
+read is completed by the single bytes it lacks and used for one input in 64; so is a pattern. --sanitizer builds
 the native readers with AddressSanitizer and UndefinedBehaviorSanitizer, whose own memory comes on top of the limit.
 Inputs that were kept and those it stopped at are in --corpus (a temporary folder otherwise). --grow reads each kept
 input once more, repeated to a megabyte, so that time and memory that grow faster than the input are seen.
 """
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -29,10 +30,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fuzz_readers import MAX_LEN, NATIVE, OF_JSON, READERS, REFUSALS, WORDS, Chosen, seeds
+from fuzz_readers import HELD, MAX_LEN, NATIVE, OF_JSON, READERS, REFUSALS, WORDS, Chosen, hold_files, seeds
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY_MB = 256
+MOST_ACCEPTED = 256  # accepted inputs that further ones are made of
 HANG_SECONDS = 600  # of the clock on the wall, for libFuzzer's own limit: CPU time is looked at after each input
 # The sources that the native readers are made of.
 OF_READERS = (
@@ -50,10 +52,10 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 def one_input(reader: str, path: Path, data: bytes) -> bool:
     """Reads one input; True if it was accepted. Raises: whatever is no refusal; AssertionError if it took too long."""
-    path.write_bytes(data)
+    HELD[str(path)] = data
     begin = time.process_time()
     draw = zlib.crc32(data)
-    Chosen.used, Chosen.other = draw % 16 == 0, draw >> 8 & 3 == 0
+    Chosen.used, Chosen.other = draw % 64 == 0, draw >> 8 & 3 == 0
     try:
         READERS[reader](path)
         accepted = True
@@ -85,16 +87,9 @@ STRANGE: tuple[Any, ...] = (
 
 def change_value(value: Any, draw: random.Random) -> Any:
     """The value with one place changed: replaced, removed, doubled, moved, or a number or text close to what it was."""
-    places: list[tuple[Any, Any]] = []
-    stack = [value]
-    while stack and len(places) < 400:
-        inner = stack.pop()
-        keys = list(inner) if isinstance(inner, dict) else range(len(inner))
-        places += [(inner, key) for key in keys]
-        stack += [inner[key] for key in keys if isinstance(inner[key], dict | list)]
-    if not places:
+    if not value:
         return draw.choice(STRANGE)
-    inner, key = draw.choice(places)
+    inner, key = _place(value, draw)
     old = inner[key]
     kind = draw.randrange(6)
     if kind == 0:
@@ -102,8 +97,8 @@ def change_value(value: Any, draw: random.Random) -> Any:
     elif kind == 1:
         del inner[key]
     elif kind == 2:
-        source, other = draw.choice(places)
-        taken = source[other] if (other in source if isinstance(source, dict) else other < len(source)) else None
+        source, other = _place(value, draw)
+        taken = source[other]
         inner[key] = taken if not isinstance(taken, dict | list) else json.loads(json.dumps(taken))
     elif isinstance(inner, list) and kind == 3:
         inner.insert(draw.randrange(len(inner) + 1), old)
@@ -121,12 +116,28 @@ def change_value(value: Any, draw: random.Random) -> Any:
     return value
 
 
-def json_mutator(mutate: Callable[[bytes, int], bytes]) -> Callable[[bytes, int, int], bytes]:
-    """A mutator for atheris: three times in four on the value, else on the bytes."""
+def _place(value: Any, draw: random.Random) -> tuple[Any, Any]:
+    """A list or object in `value` and a key of it, drawn on the way down."""
+    while True:
+        key = draw.choice(list(value)) if isinstance(value, dict) else draw.randrange(len(value))
+        inner = value[key]
+        if not isinstance(inner, dict | list) or not inner or draw.random() < 0.15:
+            return value, key
+        value = inner
+
+
+def mutator(
+    mutate: Callable[[bytes, int], bytes], of_json: bool, accepted: list[bytes]
+) -> Callable[[bytes, int, int], bytes]:
+    """A mutator for atheris. Most of what libFuzzer keeps is refused in a new way; so that reading gets far, one input
+    in three is made of one that was accepted. JSON is changed as a value three times in four, else its bytes are."""
+    draw = random.Random()
 
     def change(data: bytes, max_size: int, seed: int) -> bytes:
-        draw = random.Random(seed)
-        if draw.randrange(4):
+        draw.seed(seed)
+        if accepted and not draw.randrange(3):
+            data = draw.choice(accepted)
+        if of_json and draw.randrange(4):
             try:
                 value = json.loads(data)
                 for _ in range(1 + draw.randrange(3)):
@@ -256,6 +267,7 @@ def _run_native(args: argparse.Namespace, corpus: Path, scratch: Path) -> int:
 
 
 def _run_python(args: argparse.Namespace, corpus: Path, scratch: Path) -> int:
+    hold_files()
     if args.grow:
         seeds(args.reader, scratch)  # the files of a manifest
         for kept in sorted(corpus.iterdir()):
@@ -272,20 +284,24 @@ def _run_python(args: argparse.Namespace, corpus: Path, scratch: Path) -> int:
         for number, seed in enumerate(seeds(args.reader, scratch)):
             (corpus / f"seed_{number}").write_bytes(seed)
             one_input(args.reader, scratch / "input", seed)
+    gc.freeze()  # what an input leaves is counted; what was imported need not be looked at
+    gc.set_threshold(20_000)
+    accepted: list[bytes] = []
     counters = [0, 0]
 
     def target(data: bytes) -> None:
         counters[0] += 1
-        counters[1] += one_input(args.reader, scratch / "input", data)
+        if one_input(args.reader, scratch / "input", data):
+            if len(accepted) < MOST_ACCEPTED:
+                accepted.append(data)
+            else:
+                accepted[zlib.crc32(data) % MOST_ACCEPTED] = data
+            counters[1] += 1
         if counters[0] % 100_000 == 0:
             print(f"{args.reader}: {counters[0]:,} inputs, {counters[1]:,} accepted", flush=True)
 
-    custom = (
-        {"custom_mutator": json_mutator(lambda data, size: atheris.Mutate(data, size))}
-        if args.reader in OF_JSON
-        else {}
-    )
-    atheris.Setup([sys.argv[0], *options_of(args, corpus), str(corpus)], target, **custom)
+    change = mutator(lambda data, size: atheris.Mutate(data, size), args.reader in OF_JSON, accepted)
+    atheris.Setup([sys.argv[0], *options_of(args, corpus), str(corpus)], target, custom_mutator=change)
     atheris.Fuzz()
     return 0
 

@@ -7,6 +7,7 @@ for SENTENCEPIECE_PATTERN, whose borders are exactly the places where a space fo
 of which no token holds such a place; a Tokenizer trained with it has such a vocabulary.
 """
 
+import functools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ NORMALIZER = "herdkern_byte_level"
 HOLE = "\u2400"  # begins the names of pieces for ids that no token has; no character of the byte-level alphabet
 
 
+@functools.cache
 def settings() -> Settings:
     """The settings with which SentencePiece cuts the bytes of a text."""
     alphabet = byte_level_alphabet()
