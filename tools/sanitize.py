@@ -1,11 +1,14 @@
-"""Builds the native code with a sanitizer and runs tests on it: `python tools/sanitize.py KIND [pytest arguments]`.
+"""Builds the native code with a sanitizer and runs tests on it:
+`python tools/sanitize.py KIND [--only _ops|_text] [pytest arguments]`.
 
 address  AddressSanitizer and UndefinedBehaviorSanitizer: memory errors, overflow, wrong shifts, bad alignment
 thread   ThreadSanitizer, with the kernels' threads from std::thread (OpenMP's own waiting is invisible to it)
 
+--only builds one of the two extensions, for tests that need no more: `address --only _text tests/tokenizer`.
+
 The build lies in build/sanitize-KIND and leaves the one in place alone. Any report fails the run. Before the tests, a
-small program with a planted error must be reported, or silence would prove nothing. Needs g++ with its sanitizer
-libraries and Linux.
+small program with a planted error must be reported, or silence would prove nothing. Needs g++, or a wrapper of it that
+CXX names, with its sanitizer libraries, and Linux.
 """
 
 import os
@@ -60,8 +63,8 @@ def library(name: str) -> str:
     return path
 
 
-def build(kind: str) -> Path:
-    """Builds the package with its extensions into build/sanitize-KIND and returns that folder."""
+def build(kind: str, only: str | None) -> Path:
+    """Builds the package with its extensions, or one of them, into build/sanitize-KIND and returns that folder."""
     folder = ROOT / "build" / f"sanitize-{kind}"
     command = [
         sys.executable,
@@ -72,8 +75,10 @@ def build(kind: str) -> Path:
         f"{folder}-objects",
         "--build-lib",
         str(folder),
+        *(["build_ext", f"--only={only}"] if only else []),
     ]
-    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"CXX": f"g++ {FLAGS[kind]}"})
+    compiler = os.environ.get("CXX", "g++")
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"CXX": f"{compiler} {FLAGS[kind]}"})
     return folder
 
 
@@ -95,9 +100,11 @@ def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in FLAGS:
         print(__doc__)
         return 2
-    kind, arguments = sys.argv[1], sys.argv[2:] or ["tests/ops"]
+    kind, arguments = sys.argv[1], sys.argv[2:]
+    only = arguments[1] if arguments[:1] == ["--only"] and len(arguments) > 1 else None
+    arguments = arguments[2 if only else 0 :] or ["tests/ops"]
     check_control(kind)
-    folder = build(kind)
+    folder = build(kind, only)
     environment = (
         os.environ
         | OPTIONS[kind]

@@ -19,6 +19,8 @@ struct AnyText {
   AnyText(const void* units, size_t num_units, unsigned bytes_of_unit)
       : data(units), size(num_units), unit_bytes(bytes_of_unit) {}
   size_t num_bytes() const { return size * (unit_bytes == 0 ? 1 : unit_bytes); }  // of UTF-8, about
+  // What to_utf8 may write to.
+  size_t max_written() const { return unit_bytes == 0 ? 0 : (unit_bytes == 4 ? 4 : unit_bytes + 1) * size + 4; }
 
   const void* data;
   size_t size;              // units
@@ -29,6 +31,7 @@ struct AnyText {
 struct LoneSurrogate {};
 
 // One code point as UTF-8 in the low bytes of a word, without branches: text changes between lengths at every word.
+// Tried: a branch for each length (5 % slower on units of one and two bytes, 12 % quicker on four).
 template <unsigned kUnitBytes>
 inline uint32_t utf8_word(uint32_t c, unsigned& num_bytes) {
   const uint32_t last = 0x80 | (c & 63), middle = 0x80 | (c >> 6 & 63);
@@ -90,18 +93,47 @@ inline uint8_t* write_utf8(const Unit* units, size_t size, uint8_t* out) {
   return has_surrogate ? nullptr : out;
 }
 
+// The text as UTF-8: in place, or written to `out`, which then stands behind it. A lone surrogate is written as if it
+// were none, and `out` is null then.
+inline std::string_view to_utf8(const AnyText& text, uint8_t*& out) {
+  if (text.unit_bytes == 0) return {static_cast<const char*>(text.data), text.size};
+  uint8_t* const begin = out;
+  out = text.unit_bytes == 1   ? write_utf8(static_cast<const uint8_t*>(text.data), text.size, begin)
+        : text.unit_bytes == 2 ? write_utf8(static_cast<const uint16_t*>(text.data), text.size, begin)
+                               : write_utf8(static_cast<const uint32_t*>(text.data), text.size, begin);
+  return {reinterpret_cast<const char*>(begin), out == nullptr ? 0 : size_t(out - begin)};
+}
+
+template <typename Unit>
+size_t first_surrogate(const Unit* units, size_t size) {
+  constexpr size_t kBlock = 256;
+  for (size_t begin = 0; begin < size; begin += kBlock) {
+    const size_t end = size - begin < kBlock ? size : begin + kBlock;
+    bool any = false;
+    for (size_t i = begin; i < end; ++i) any |= (units[i] & Unit(~Unit(0x7FF))) == 0xD800;
+    for (size_t i = begin; any && i < end; ++i) {
+      if ((units[i] & Unit(~Unit(0x7FF))) == 0xD800) return i;
+    }
+  }
+  return size;
+}
+
+// The place of the first surrogate, which UTF-8 cannot hold; `size` if there is none.
+inline size_t first_surrogate(const AnyText& text) {
+  if (text.unit_bytes == 2) return first_surrogate(static_cast<const uint16_t*>(text.data), text.size);
+  if (text.unit_bytes == 4) return first_surrogate(static_cast<const uint32_t*>(text.data), text.size);
+  return text.size;
+}
+
 class Utf8Buffer {
  public:
   // Good until the next call. Throws LoneSurrogate.
   std::string_view utf8_of(const AnyText& text) {
-    if (text.unit_bytes == 0) return {static_cast<const char*>(text.data), text.size};
-    reserve((text.unit_bytes == 4 ? 4 : text.unit_bytes + 1) * text.size + 4);
-    uint8_t* const begin = bytes_.get();
-    uint8_t* const end = text.unit_bytes == 1   ? write_utf8(static_cast<const uint8_t*>(text.data), text.size, begin)
-                         : text.unit_bytes == 2 ? write_utf8(static_cast<const uint16_t*>(text.data), text.size, begin)
-                                                : write_utf8(static_cast<const uint32_t*>(text.data), text.size, begin);
-    if (end == nullptr) throw LoneSurrogate();
-    return {reinterpret_cast<const char*>(begin), size_t(end - begin)};
+    reserve(text.max_written());
+    uint8_t* end = bytes_.get();
+    const std::string_view utf8 = to_utf8(text, end);
+    if (text.unit_bytes != 0 && end == nullptr) throw LoneSurrogate();
+    return utf8;
   }
   void shrink() {
     if (capacity_ <= kKept) return;

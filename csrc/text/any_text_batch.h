@@ -2,6 +2,7 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -12,8 +13,10 @@ namespace herdkern::text {
 
 class AnyTextBatch {
  public:
-  // `where` starts the error messages: the public function and its argument.
-  AnyTextBatch(const py::object& texts, const char* where) : where_(where) {
+  // `where` starts the error messages: the public function and its argument; first_index is added to the place of a
+  // text.
+  AnyTextBatch(const py::object& texts, const char* where, Py_ssize_t first_index = 0)
+      : where_(where), first_index_(first_index) {
     if (PyUnicode_Check(texts.ptr()) || PyBytes_Check(texts.ptr())) refuse(texts);
     const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(texts.ptr(), "texts must be a sequence"));
     if (!items) throw py::error_already_set();
@@ -34,27 +37,35 @@ class AnyTextBatch {
     return batch;
   }
 
-  std::vector<AnyText> views() const { return views_; }
+  const std::vector<AnyText>& views() const { return views_; }
   size_t size() const { return views_.size(); }
   // The texts as UTF-8. Throws a ValueError that names the first that has none.
   TextBatch utf8() const {
-    return is_one_ ? TextBatch::one(py::object(owners_[0]), where_) : TextBatch(owners_, where_);
+    return is_one_ ? TextBatch::one(py::object(owners_[0]), where_) : TextBatch(owners_, where_, first_index_);
+  }
+  // Throws the same for the text at `place`, whose character `at` is a lone surrogate; needs no GIL.
+  [[noreturn]] void refuse_surrogate(size_t place, size_t at) const {
+    TextBatch::refuse_surrogate(TextBatch::name_of(where_, first_index_ + Py_ssize_t(place)), std::to_string(at));
   }
 
  private:
   static AnyText view_of(PyObject* item) {
     if (PyBytes_Check(item)) return std::string_view(PyBytes_AS_STRING(item), size_t(PyBytes_GET_SIZE(item)));
+#if PY_VERSION_HEX < 0x030C0000
+    if (PyUnicode_READY(item) != 0) throw py::error_already_set();
+#endif
     const auto size = size_t(PyUnicode_GET_LENGTH(item));
     if (PyUnicode_IS_ASCII(item)) return std::string_view(static_cast<const char*>(PyUnicode_DATA(item)), size);
     return {PyUnicode_DATA(item), size, unsigned(PyUnicode_KIND(item))};
   }
   // Throws what TextBatch says of texts that are none.
   void refuse(const py::object& texts) const {
-    TextBatch(texts, where_);
+    TextBatch(texts, where_, first_index_);
     throw py::type_error(std::string(where_) + " must be str or bytes");
   }
 
   const char* where_;
+  Py_ssize_t first_index_;
   bool is_one_ = false;
   std::vector<AnyText> views_;
   py::list owners_;

@@ -50,9 +50,9 @@ class BudgetCounter {
   // Sets room for so much of lines aside, untouched: a buffer that grows is held twice for a moment.
   void expect_lines(size_t num_bytes) { lines_.reserve(num_bytes); }
   void add_texts(const py::object& texts, int64_t first_index) {
-    const PythonTexts batch(texts, "count_shards: texts", first_index);
+    const AnyTextBatch batch(texts, "count_shards: texts", Py_ssize_t(first_index));
     py::gil_scoped_release release;
-    count_words(batch.refs(), *splitter_, threads_, *counts_,
+    count_words(batch.views(), *splitter_, threads_, *counts_,
                 [&](size_t text, size_t place) { batch.refuse_surrogate(text, place); });
   }
   // Writes the table to disk and gives its memory back: something large is coming that needs it.
@@ -64,28 +64,51 @@ class BudgetCounter {
     counts_.reset(new WordCounts(max_bytes_, &runs_));
   }
   // Pieces of a file of JSON lines, wherever they are cut. `last` ends the file. Returns (number from 1, line) of the
-  // lines that Python has to read; their words are not counted.
+  // lines that Python has to read; their words are not counted. Lines are read where they lie; what is in two pieces
+  // goes through lines_, which keeps its room.
   py::list add_json_lines(const std::vector<py::bytes>& pieces, const std::string& key, bool last) {
+    struct Block {
+      const char* place;  // null: in lines_, from `begin` on
+      size_t begin, size;
+    };
+    std::vector<Block> blocks;
+    size_t done = 0;  // of lines_: lines that are in blocks
+    const auto end_line = [&] {
+      blocks.push_back({nullptr, done, lines_.size() - done});
+      done = lines_.size();
+    };
     for (const py::bytes& piece : pieces) {
-      const auto view = std::string_view(piece);
-      lines_.append(view);
+      auto view = std::string_view(piece);
+      if (lines_.size() > done) {
+        const size_t head = std::min(view.find('\n'), view.size() - 1) + 1;
+        lines_.append(view.substr(0, head));
+        view.remove_prefix(head);
+        if (lines_.back() == '\n') end_line();
+      }
+      const size_t whole = view.rfind('\n') + 1;  // npos + 1 is 0
+      if (whole != 0) blocks.push_back({view.data(), 0, whole});
+      lines_.append(view.substr(whole));
     }
-    if (last && !lines_.empty() && lines_.back() != '\n') lines_ += '\n';
-    const size_t whole = lines_.rfind('\n') + 1;  // npos + 1 is 0
+    if (last && lines_.size() > done) {
+      lines_ += '\n';
+      end_line();
+    }
     std::vector<OtherLine> others;
     uint64_t num_lines = 0;
     {
       py::gil_scoped_release release;
-      std::string_view lines(lines_.data(), whole);
-      if (num_lines_ == 0 && lines.substr(0, 3) == "\xEF\xBB\xBF") lines.remove_prefix(3);
-      others = count_json_lines(lines, key, *splitter_, threads_, *counts_);
-      num_lines = uint64_t(std::count(lines.begin(), lines.end(), '\n'));
+      std::vector<std::string_view> views;
+      for (const Block& block : blocks) {
+        views.emplace_back(block.place == nullptr ? lines_.data() + block.begin : block.place, block.size);
+      }
+      if (num_lines_ == 0 && !views.empty() && views[0].substr(0, 3) == "\xEF\xBB\xBF") views[0].remove_prefix(3);
+      others = count_json_lines(views, key, *splitter_, threads_, *counts_, num_lines);
     }
     py::list left;
     for (const OtherLine& other : others) {
       left.append(py::make_tuple(num_lines_ + other.number + 1, py::bytes(other.line.data(), other.line.size())));
     }
-    lines_.erase(0, whole);
+    lines_.erase(0, done);
     num_lines_ = last ? 0 : num_lines_ + num_lines;
     return left;
   }

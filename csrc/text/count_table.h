@@ -8,8 +8,8 @@
 #include <mutex>
 #include <utility>
 
+#include "text/any_text_batch.h"
 #include "text/fork_safe_lock.h"
-#include "text/python_texts.h"
 #include "text/splitter.h"
 #include "text/word_counts.h"
 #include "text/word_runs.h"
@@ -25,10 +25,10 @@ class CountTable {
   explicit CountTable(std::shared_ptr<const Splitter> splitter) : splitter_(std::move(splitter)) {}
 
   void add_texts(const py::object& texts, int64_t first_index, int num_threads) {
-    const PythonTexts batch(texts, "WordCounts.add: texts", first_index);
+    const AnyTextBatch batch(texts, "WordCounts.add: texts", Py_ssize_t(first_index));
     py::gil_scoped_release release;
     const std::lock_guard<ForkSafeLock> lock(mutex_);
-    count_words(batch.refs(), *splitter_, num_threads, counts_,
+    count_words(batch.views(), *splitter_, num_threads, counts_,
                 [&](size_t text, size_t place) { batch.refuse_surrogate(text, place); });
   }
   void add_words(const py::bytes& blob, const Int64Array& lengths, const Int64Array& counts) {

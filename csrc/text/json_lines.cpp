@@ -3,7 +3,7 @@
 
 #include <cstring>
 
-#include "text/text_ref.h"
+#include "text/any_text.h"
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
@@ -128,7 +128,9 @@ bool unescape(std::string_view raw, char*& out) {
           c = 0x10000 + ((c - 0xD800) << 10 | (low - 0xDC00));
           p += 6;
         }
-        out = put_code_point(c, out);
+        unsigned num_bytes;  // four are written, the escape had six
+        store_little_endian(utf8_word<4>(c, num_bytes), reinterpret_cast<uint8_t*>(out));
+        out += num_bytes;
         break;
       }
       default:

@@ -38,6 +38,14 @@ class TextBatch {
 
   const std::vector<std::string_view>& views() const { return views_; }
 
+  static std::string name_of(const char* where, Py_ssize_t place) {
+    return place < 0 ? std::string(where) : std::string(where) + "[" + std::to_string(place) + "]";
+  }
+  [[noreturn]] static void refuse_surrogate(const std::string& name, const std::string& at) {
+    throw py::value_error(name + " must be text that UTF-8 can hold, got a lone surrogate at character " + at +
+                          "; pass text.encode('utf-8', 'replace') or drop the character");
+  }
+
  private:
   TextBatch() = default;
 
@@ -59,16 +67,10 @@ class TextBatch {
     owners_.push_back(std::move(item));
   }
 
-  static std::string name_of(const char* where, Py_ssize_t place) {
-    return place < 0 ? std::string(where) : std::string(where) + "[" + std::to_string(place) + "]";
-  }
-
   [[noreturn]] static void refuse_surrogates(const std::string& name) {
     if (!PyErr_ExceptionMatches(PyExc_UnicodeEncodeError)) throw py::error_already_set();
     py::error_already_set cause;
-    const auto at = py::str(cause.value().attr("start")).cast<std::string>();
-    throw py::value_error(name + " must be text that UTF-8 can hold, got a lone surrogate at character " + at +
-                          "; pass text.encode('utf-8', 'replace') or drop the character");
+    refuse_surrogate(name, py::str(cause.value().attr("start")).cast<std::string>());
   }
 
   std::vector<std::string_view> views_;

@@ -1,15 +1,12 @@
 // Word counting: see word_counts.h.
 #include "text/word_counts.h"
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
 #include <stdexcept>
 #include <thread>
 
+#include "text/grouped_words.h"
 #include "text/json_lines.h"
 #include "text/parallel.h"
 #include "text/word_runs.h"
@@ -19,8 +16,12 @@ namespace herdkern::text {
 namespace {
 
 constexpr size_t kFirstCapacity = 64;
-constexpr size_t kTaskBytes = 1 << 18;      // documents are handed to threads in runs of about this size
-constexpr size_t kLineTaskBytes = 1 << 16;  // lines, of which less come at once: the last runs end together
+// Documents and lines are handed to threads in runs of about this size, smaller ones towards the end, so that the last
+// of them end together.
+constexpr size_t kTaskBytes = 1 << 16, kLeastTaskBytes = 1 << 13;
+inline size_t task_bytes(size_t num_left, int num_threads) {
+  return std::clamp(num_left / (8 * size_t(num_threads)), kLeastTaskBytes, kTaskBytes);
+}
 
 // The first 8 bytes of a word as a number that sorts as they do.
 inline uint64_t in_order(uint64_t loaded) {
@@ -154,70 +155,22 @@ std::vector<const WordMap::Entry*> WordCounts::sorted() const {
   return entries;
 }
 
-// The words of one thread on their way into the table, in groups by part. They point into the texts.
-class GroupedWords {
- public:
-  explicit GroupedWords(WordCounts& counts)
-      : counts_(counts), mask_(counts.num_parts_ - 1), groups_(new Group[counts.num_parts_]) {}
-
-  void push(const Word& word) {
-    Group& group = groups_[word.hash & mask_];
-    group.words[group.size] = word;
-    if (++group.size == kGroup) bring(size_t(word.hash & mask_));
-  }
-  void flush() {
-    for (size_t part = 0; part <= mask_; ++part) bring(part);
-  }
-
- private:
-  static constexpr uint32_t kGroup = 32;
-  struct Group {
-    uint32_t size = 0;
-    Word words[kGroup];
-  };
-
-  // A part is held for a microsecond, less than it takes to put a thread to sleep; only a spill holds it longer.
-  static std::unique_lock<std::mutex> hold(std::mutex& mutex) {
-    for (int i = 0; i < 256; ++i) {
-      std::unique_lock<std::mutex> lock(mutex, std::try_to_lock);
-      if (lock) return lock;
-#if defined(__SSE2__)
-      _mm_pause();
-#endif
-    }
-    return std::unique_lock<std::mutex>(mutex);
-  }
-  void bring(size_t index) {
-    Group& group = groups_[index];
-    const uint32_t size = group.size;
-    group.size = 0;
-    WordCounts::Part& part = counts_.parts_[index];
-    const std::unique_lock<std::mutex> lock = hold(part.mutex);
-    for (uint32_t i = 0; i < size; ++i) part.map.prefetch(group.words[i]);
-    for (uint32_t i = 0; i < size; ++i) counts_.add_to(part.map, group.words[i], 1);
-  }
-
-  WordCounts& counts_;
-  const uint64_t mask_;
-  std::unique_ptr<Group[]> groups_;
-};
-
 namespace {
 
 // Memory that is not touched before it is written to.
 class Scratch {
  public:
-  char* with_room(size_t size) {
+  uint8_t* with_room(size_t size) {
     if (size > size_) {
       data_.reset();
-      data_.reset(new char[size]);
+      data_.reset(new uint8_t[size]);
       size_ = size;
     }
     return data_.get();
   }
 
  private:
-  std::unique_ptr<char[]> data_;
+  std::unique_ptr<uint8_t[]> data_;
   size_t size_ = 0;
 };
 
@@ -234,7 +187,7 @@ void push_words(const Scanner& scanner, std::string_view text, GroupedWords& wor
 
 }  // namespace
 
-void count_words(const std::vector<TextRef>& texts, const Splitter& splitter, int num_threads, WordCounts& counts,
+void count_words(const std::vector<AnyText>& texts, const Splitter& splitter, int num_threads, WordCounts& counts,
                  const std::function<void(size_t, size_t)>& refuse) {
   num_threads = std::max(1, num_threads);
   const auto borders = task_borders(texts.size(), kTaskBytes, [&](size_t i) { return texts[i].num_bytes(); });
@@ -242,7 +195,7 @@ void count_words(const std::vector<TextRef>& texts, const Splitter& splitter, in
   std::atomic<size_t> refused{texts.size()};
   parallel_for(num_tasks, num_threads, [&](int64_t task) {
     for (size_t i = borders[size_t(task)]; i < borders[size_t(task) + 1]; ++i) {
-      if (first_surrogate(texts[i]) == texts[i].length) continue;
+      if (first_surrogate(texts[i]) == texts[i].size) continue;
       for (size_t first = refused; i < first && !refused.compare_exchange_weak(first, i);) continue;
     }
   });
@@ -255,35 +208,43 @@ void count_words(const std::vector<TextRef>& texts, const Splitter& splitter, in
       for (size_t task; (task = next_task.fetch_add(1)) + 1 < borders.size();) {
         size_t written = 0;
         for (size_t i = borders[task]; i < borders[task + 1]; ++i) written += texts[i].max_written();
-        char* free = scratch.with_room(written);
+        uint8_t* free = scratch.with_room(written);
         for (size_t i = borders[task]; i < borders[task + 1]; ++i) push_words(scanner, to_utf8(texts[i], free), words);
         if (written != 0) words.flush();  // the next task writes over them
       }
-      words.flush();
+      words.finish();
     });
   });
 }
 
 namespace {
 
-// Whole lines of about kLineTaskBytes, or one longer line.
+// Whole lines of about kTaskBytes, or one longer line.
 struct LineTask {
   std::string_view lines;
   uint64_t first_number;
 };
 
-std::vector<LineTask> line_tasks(std::string_view lines) {
+// num_lines: set to the number of all lines.
+std::vector<LineTask> line_tasks(const std::vector<std::string_view>& blocks, int num_threads, uint64_t& num_lines) {
   std::vector<LineTask> tasks;
-  const char* begin = lines.data();
-  const char* const end = begin + lines.size();
-  uint64_t first = 0, number = 0;
-  for (const char* p = begin; p < end;) {
-    p = static_cast<const char*>(std::memchr(p, '\n', size_t(end - p))) + 1;
-    ++number;
-    if (size_t(p - begin) < kLineTaskBytes && p < end) continue;
-    tasks.push_back({{begin, size_t(p - begin)}, first});
-    begin = p;
-    first = number;
+  size_t num_left = 0;
+  for (const std::string_view block : blocks) num_left += block.size();
+  num_lines = 0;
+  for (const std::string_view block : blocks) {
+    const char* begin = block.data();
+    const char* const end = begin + block.size();
+    uint64_t first = num_lines;
+    for (const char* p = begin; p < end;) {
+      p = static_cast<const char*>(std::memchr(p, '\n', size_t(end - p))) + 1;
+      ++num_lines;
+      const auto size = size_t(p - begin);
+      if (size < task_bytes(num_left, num_threads) && p < end) continue;
+      tasks.push_back({{begin, size}, first});
+      num_left -= size;
+      begin = p;
+      first = num_lines;
+    }
   }
   return tasks;
 }
@@ -293,7 +254,7 @@ std::vector<LineTask> line_tasks(std::string_view lines) {
 template <typename Scanner>
 void count_task(const LineTask& task, std::string_view key, const Scanner& scanner, Scratch& scratch,
                 GroupedWords& words, std::vector<OtherLine>& others) {
-  char* free = scratch.with_room(task.lines.size());
+  char* free = reinterpret_cast<char*>(scratch.with_room(task.lines.size()));
   const char* p = task.lines.data();
   const char* const end = p + task.lines.size();
   for (uint64_t number = task.first_number; p < end; ++number) {
@@ -310,11 +271,14 @@ void count_task(const LineTask& task, std::string_view key, const Scanner& scann
 
 }  // namespace
 
-std::vector<OtherLine> count_json_lines(std::string_view lines, std::string_view key, const Splitter& splitter,
-                                        int num_threads, WordCounts& counts) {
-  if (!lines.empty() && lines.back() != '\n') throw std::invalid_argument("count_json_lines: the last line must end");
+std::vector<OtherLine> count_json_lines(const std::vector<std::string_view>& blocks, std::string_view key,
+                                        const Splitter& splitter, int num_threads, WordCounts& counts,
+                                        uint64_t& num_lines) {
+  for (const std::string_view block : blocks) {
+    if (block.empty() || block.back() != '\n') throw std::invalid_argument("count_json_lines: a line must end");
+  }
   num_threads = std::max(1, num_threads);
-  const std::vector<LineTask> tasks = line_tasks(lines);
+  const std::vector<LineTask> tasks = line_tasks(blocks, num_threads, num_lines);
   std::vector<std::vector<OtherLine>> others(tasks.size());
   std::atomic<size_t> next_task{0};
   splitter.visit([&](const auto& scanner) {
@@ -324,6 +288,7 @@ std::vector<OtherLine> count_json_lines(std::string_view lines, std::string_view
       for (size_t task; (task = next_task.fetch_add(1)) < tasks.size();) {
         count_task(tasks[task], key, scanner, scratch, words, others[task]);
       }
+      words.finish();
     });
   });
   std::vector<OtherLine> all;

@@ -3,7 +3,8 @@
 // Counts are int64 and checked. What a table holds never depends on the order of documents or on the number of threads.
 // The table is cut into parts by the hash of the word, each behind its own lock, so all threads count into one table:
 // no copy for each thread, no merging afterwards. A thread collects words for a part and brings 32 at once; their slots
-// are fetched together, so a group waits for memory once. Slots are in order of the hash (multiply-shift, any
+// are fetched together, so a group waits for memory once. While a part grows, which takes milliseconds, the other
+// threads set its words aside. Slots are in order of the hash (multiply-shift, any
 // capacity), so a part grows by reading and writing straight through, whatever its size. Tried: a table for each thread
 // (twice the memory, and a merge at the end), a small front table for the frequent words (they stay in the L2 cache
 // without help).
@@ -16,8 +17,8 @@
 #include <string_view>
 #include <vector>
 
+#include "text/any_text.h"
 #include "text/splitter.h"
-#include "text/text_ref.h"
 #include "text/word_counts_memory.h"
 #include "text/word_key.h"
 
@@ -166,7 +167,7 @@ class WordCounts {
   }
 
  private:
-  friend class GroupedWords;
+  friend class GroupedWords;  // grouped_words.h
   struct alignas(64) Part {
     std::mutex mutex;
     WordMap map;
@@ -186,18 +187,19 @@ class WordCounts {
 
 // Splits every text and counts its words on num_threads threads. Calls refuse(text, place) for the first text with a
 // lone surrogate, before any word is counted; that must throw.
-void count_words(const std::vector<TextRef>& texts, const Splitter& splitter, int num_threads, WordCounts& counts,
+void count_words(const std::vector<AnyText>& texts, const Splitter& splitter, int num_threads, WordCounts& counts,
                  const std::function<void(size_t, size_t)>& refuse);
 
-// A line that is left to the caller: its number (the first of `lines` has 0) and where it is.
+// A line that is left to the caller: its number (the first of all has 0) and where it is.
 struct OtherLine {
   uint64_t number;
   std::string_view line;
 };
 
-// The same with the texts under `key` of JSON lines, each ended by "\n". Returns the lines that json_lines.h does not
-// read, in order; their words are not counted.
-std::vector<OtherLine> count_json_lines(std::string_view lines, std::string_view key, const Splitter& splitter,
-                                        int num_threads, WordCounts& counts);
+// The same with the texts under `key` of JSON lines, each ended by "\n" and whole within one of the blocks. Returns the
+// lines that json_lines.h does not read, in order; their words are not counted. num_lines: set to how many there were.
+std::vector<OtherLine> count_json_lines(const std::vector<std::string_view>& blocks, std::string_view key,
+                                        const Splitter& splitter, int num_threads, WordCounts& counts,
+                                        uint64_t& num_lines);
 
 }  // namespace herdkern::text

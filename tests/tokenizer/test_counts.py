@@ -6,6 +6,7 @@ import signal
 import threading
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,6 +47,21 @@ def test_threads_and_order_do_not_matter(small_texts, tmp_path, num_threads):
     shuffled = random.Random(num_threads).sample(small_texts, len(small_texts))
     WordCounts().add(small_texts, num_threads=1).save(tmp_path / "one")
     WordCounts().add(iter(shuffled), num_threads=num_threads).save(tmp_path / "many")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "many").read_bytes()
+
+
+def test_words_met_while_a_part_of_the_table_grows_are_counted(tmp_path):
+    """Eight threads and nothing but new words, shorter and longer than a key, from texts that are turned into UTF-8:
+    the words of a part that grows are set aside, and the memory they were in is written over."""
+    rng = np.random.default_rng(5)
+    letters = rng.integers(ord("a"), ord("z") + 1, (150_000, 26), dtype=np.uint8)
+    letters[:, 0] = letters[:, 10] = ord(" ")
+    text = letters.tobytes().decode()
+    texts = [text[i : i + 13_000] + "中" for i in range(0, len(text), 13_000)]
+    WordCounts().add(texts, num_threads=1).save(tmp_path / "one")
+    counts = WordCounts().add(texts, num_threads=8)
+    counts.save(tmp_path / "many")
+    assert len(counts) > 299_000
     assert (tmp_path / "one").read_bytes() == (tmp_path / "many").read_bytes()
 
 
