@@ -140,6 +140,56 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def attention_gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
+    sinks: Tensor | None = None,
+    *,
+    causal: bool = True,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    softmax_scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return (dq, dk, dv, dsinks) of one call of `attention`, for callers that keep a graph of their own.
+
+    Arguments as in `attention`, unchecked, and what it returned: out, softmax_lse: (num_heads, total_q).
+    dq has the dtype of q; dk and dv are fp32 or wider, because keys that several calls see are summed by the caller.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    window = window_size[0], 0 if causal else window_size[1]
+    sinks = None if sinks is None else sinks.float()
+    if why_not_native(q, *_STORAGE) is None:
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+        operands = (x.to(wide) for x in (dout, q, k, v, out))
+        dq, dk, dv, dsinks = _backward(
+            *operands, softmax_lse, cu_seqlens, cu_seqlens_k, sinks, *window, float(softcap), scale
+        )
+        return dq.to(q.dtype), dk, dv, None if sinks is None else dsinks
+    with torch.enable_grad():
+        inputs = [x.detach().to(wide).requires_grad_() for x in (q, k, v, *(() if sinks is None else (sinks,)))]
+        wide_q, wide_k, wide_v, *wide_sinks = inputs
+        again = attention_reference(
+            wide_q,
+            wide_k,
+            wide_v,
+            cu_seqlens,
+            cu_seqlens_k=cu_seqlens_k,
+            causal=False,
+            window_size=window,
+            softcap=softcap,
+            sinks=wide_sinks[0] if wide_sinks else None,
+            softmax_scale=softmax_scale,
+        )
+        dq, dk, dv, *more = torch.autograd.grad(again, inputs, dout.to(wide))
+    return dq.to(q.dtype), dk, dv, more[0] if more else None
+
+
 def _check_documents(
     q: Tensor, k: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, max_seqlen: int | None
 ) -> None:

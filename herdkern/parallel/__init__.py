@@ -17,12 +17,16 @@ from herdkern.parallel.pipeline_schedule import (
 from herdkern.parallel.pipeline_simulation import PipelineDeadlock, Simulation, simulate
 
 if TYPE_CHECKING:
+    from herdkern.parallel.context import ContextAttend, context_parallel_attention, parallelize_context
+    from herdkern.parallel.context_plan import ContextPlan, Traffic, query_alignment
     from herdkern.parallel.pipeline import Pipeline
     from herdkern.parallel.pipeline_links import PipelineError
     from herdkern.parallel.pipeline_stages import Stage, stages_of_rank
 
 __all__ = [
     "Action",
+    "ContextAttend",
+    "ContextPlan",
     "ParallelConfig",
     "Pipeline",
     "PipelineDeadlock",
@@ -30,14 +34,24 @@ __all__ = [
     "PipelineSchedule",
     "Simulation",
     "Stage",
+    "Traffic",
     "best_group_size",
+    "context_parallel_attention",
     "interleaved_schedule",
     "layers_of_stages",
+    "parallelize_context",
+    "query_alignment",
     "simulate",
     "stages_of_rank",
 ]
 
 _HOMES = {
+    "ContextAttend": "context",
+    "ContextPlan": "context_plan",
+    "context_parallel_attention": "context",
+    "parallelize_context": "context",
+    "query_alignment": "context_plan",
+    "Traffic": "context_plan",
     "Pipeline": "pipeline",
     "PipelineError": "pipeline_links",
     "Stage": "pipeline_stages",
