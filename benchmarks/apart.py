@@ -46,12 +46,18 @@ class Meter:
 
 
 def parse_options(
-    cases: Iterable[str], *, limit: float, quick_limit: float, full: str = "", takes_peers: bool = False
+    cases: Iterable[str],
+    *,
+    limit: float,
+    quick_limit: float,
+    full: str = "",
+    takes_peers: bool = False,
+    keeps: str = "",
 ) -> argparse.Namespace:
     """The command line of a script of such cases: quick, case, json, rounds, limit, wrap.
 
     limit, quick_limit: seconds of a candidate if --limit is not given.  full: what --full adds, "" for no such option.
-    takes_peers: also --peers, other interpreters.
+    takes_peers: also --peers, other interpreters.  keeps: what --folder keeps, "" for no such option.
     """
     parser = argparse.ArgumentParser(description=f"Cases: {', '.join(cases)}")
     parser.add_argument("--quick", action="store_true", help="end within 45 s, without the corpus")
@@ -63,6 +69,8 @@ def parse_options(
     parser.add_argument("--limit", type=float, metavar="SECONDS", help=f"the end of a candidate (default {limit:g})")
     if takes_peers:
         parser.add_argument("--peers", nargs="*", default=[], metavar="PYTHON", help="interpreters that have others")
+    if keeps:
+        parser.add_argument("--folder", type=Path, metavar="DIR", help=f"keeps {keeps} between runs")
     parser.add_argument("--wrap", type=shlex.split, default=[], metavar="CMD", help="runs each process under CMD")
     options = parser.parse_args()
     options.rounds = options.rounds or (1 if options.quick else 3)
@@ -91,6 +99,33 @@ def run_apart(task: Task, *, seconds: float, threads: int = 1, wrap: Sequence[st
         env={**os.environ, **threads_of_peers},
         start_new_session=True,
     )
+    return outcome_of(process, seconds)
+
+
+def python_with(modules: Sequence[str], pythons: Iterable[str]) -> str | None:
+    """The first interpreter that has all of the modules, this one before the others."""
+    code = f"import importlib.util, sys; sys.exit(None in map(importlib.util.find_spec, {list(modules)!r}))"
+    for python in (sys.executable, *pythons):
+        if subprocess.run([python, "-c", code], capture_output=True).returncode == 0:
+            return python
+    return None
+
+
+def run_script(
+    command: Sequence[str], *, seconds: float, wrap: Sequence[str] = (), environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The JSON that the last line of a command's output holds, or {"failed": reason}; one thread for those that ask."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+    variables = {**os.environ, **dict.fromkeys(names, "1"), **(environment or {})}
+    process = subprocess.Popen(
+        [*wrap, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables,
+        start_new_session=True,
+    )  # fmt: skip
+    return outcome_of(process, seconds)
+
+
+def outcome_of(process: "subprocess.Popen[str]", seconds: float) -> Any:
+    """What a process prints last, or {"failed": reason}; after so many seconds it and its children are killed."""
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:

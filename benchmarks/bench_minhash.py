@@ -12,11 +12,9 @@ to 20 MB); --full adds 700 MB.
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from apart import make_row, parse_options, print_row
+from apart import make_row, parse_options, print_row, python_with, run_script
 from corpus import corpus_folder, installed_texts, read_corpus
 from harness import OURS, Bench, Case, pytest_cases, write_json
 from machine import describe_machine
@@ -98,37 +96,14 @@ def error_of(estimates: Sequence[float], exact: np.ndarray) -> dict[str, float]:
     }
 
 
-def python_of(candidate: str, options: argparse.Namespace) -> str | None:
-    """The first interpreter that has the candidate's package."""
-    module = MODULES.get(candidate, candidate)
-    for python in (sys.executable, *options.peers):
-        if candidate in OWN:
-            return python
-        code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
-        if subprocess.run([python, "-c", code], capture_output=True).returncode == 0:
-            return python
-    return None
-
-
 def run_one(candidate: str, files: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """What the candidate's process tells, or {"failed": reason}."""
-    python = python_of(candidate, options)
+    python = sys.executable if candidate in OWN else python_with([MODULES.get(candidate, candidate)], options.peers)
     if python is None:
         return {"failed": "not installed"}
     isa = {"HERDKERN_ISA": "avx2"} if candidate == "herdkern-avx2" else {}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", **isa}
     script = str(Path(__file__).with_name("minhash_peers.py"))
-    try:
-        done = subprocess.run(
-            [*options.wrap, python, script, candidate, *files],
-            capture_output=True, text=True, timeout=options.limit, env=environment,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not finished in {options.limit:.0f} s"}
-    if done.returncode or not done.stdout:
-        said = [line for line in done.stderr.splitlines() if line.strip()] or [f"ended with {done.returncode}"]
-        return {"failed": said[-1][:300]}
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_script([python, script, candidate, *files], seconds=options.limit, wrap=options.wrap, environment=isa)
 
 
 def run_signing(signing: Signing, folder: Path, options: argparse.Namespace) -> dict[str, Any] | None:

@@ -190,7 +190,7 @@ def run_case(name: str, options: argparse.Namespace) -> dict[str, Any] | None:
 
 def main() -> int:
     answer({"work": work})
-    options = parse_options(CASES, limit=600, quick_limit=600)
+    options = parse_options(CASES, limit=120, quick_limit=40)
     names = [name for name in CASES if (name == "20k") == options.quick and options.case in name]
     check()
     machine = describe_machine(1) | {"clock": "cpu"}

@@ -172,3 +172,138 @@ def minhash_shingle(
 def jaccard_of_pairs(
     texts: Sequence[str | bytes], pairs: np.ndarray, plan: SignPlan, num_threads: int
 ) -> np.ndarray: ...
+
+# csrc/text/bind_minhash.cpp
+def band_keys(
+    signatures: np.ndarray, num_bands: int, rows_per_band: int, groups: np.ndarray, /
+) -> np.ndarray: ...  # (num_docs, num_bands) uint64
+def candidate_pairs(
+    signatures: np.ndarray,
+    num_bands: int,
+    rows_per_band: int,
+    groups: np.ndarray,  # (num_docs,) uint64, or empty
+    min_matches: int,
+    num_threads: int,
+    /,
+) -> np.ndarray: ...  # (num_pairs, 2) int64
+def connected_components(pairs: np.ndarray, num_docs: int, /) -> np.ndarray: ...  # (num_docs,) int64
+
+# csrc/text/bind_clusters.cpp: files in, files out
+class DocumentLines:
+    num_documents: int
+    num_lines: int
+    num_text_bytes: int
+    num_pending_bytes: int
+    def __init__(self, score_key: str, use_groups: bool) -> None: ...
+    def scan(
+        self, piece: bytes, last: bool
+    ) -> list[tuple[int, int, bytes]]: ...  # (row, line number, line): `put` them
+    def put(self, plain_line: bytes, row: int | None = None) -> None: ...
+    def take(self) -> tuple[np.ndarray, bytes, list[bytes]]: ...  # rows uint8 (num_docs, 104), names, texts
+    def deal(
+        self, piece: bytes, last: bool, actions: np.ndarray
+    ) -> list[Any]: ...  # bytes of copied lines, and (row, line number, line or text)
+
+class BandPartitioner:
+    num_records: int
+    def __init__(self, folder: str, num_partitions: int, max_bytes: int) -> None: ...
+    def add_signatures(
+        self,
+        signatures: np.ndarray,
+        num_bands: int,
+        rows_per_band: int,
+        docs: np.ndarray,  # (num_docs,) uint64, and so the others
+        groups: np.ndarray,
+        texts: np.ndarray,
+    ) -> None: ...
+    def add_sorted(self, path: str, doc_offset: int) -> None: ...
+    def finish(self) -> None: ...
+
+class MemberWriter:
+    def __init__(self, folder: str, num_partitions: int, max_bytes: int) -> None: ...
+    def add(
+        self,
+        signatures: np.ndarray,
+        begin: int,
+        rows: np.ndarray,
+        documents: np.ndarray,
+        labels: np.ndarray,
+        docs: np.ndarray,
+        shard: int,
+        names: np.ndarray | bytes,
+        name_begins: np.ndarray,
+        shingles: np.ndarray,
+        shingle_begins: np.ndarray,
+    ) -> None: ...
+    def finish(self) -> None: ...
+
+def link_bands(run_files: list[str], out: str, min_bits: int, max_bytes: int) -> dict[str, int]: ...
+def merge_band_runs(run_file: str, out: str, max_bytes: int) -> None: ...
+def number_documents(keys: list[str], ties: list[int], first: int, folder: str, max_bytes: int) -> None: ...
+def label_components(edge_files: list[str], num_docs: int, folder: str, out: str, max_bytes: int) -> None: ...
+def deal_labels(
+    labels: str, shards: str, first: int, num_shards: int, folder: str, max_bytes: int
+) -> tuple[int, int]: ...  # documents with a label, labels
+def resolve_members(
+    pieces: list[str],
+    folder: str,
+    verify: str,
+    num_bands: int,
+    rows_per_band: int,
+    slot_bytes: int,
+    min_matches: int,
+    min_similarity: float,
+    max_bytes: int,
+) -> dict[str, Any]: ...
+
+# csrc/text/bind_lines.cpp
+def line_keys(
+    texts: Sequence[str | bytes], num_threads: int, level: str, /
+) -> tuple[np.ndarray, np.ndarray]: ...  # keys uint64, begins int64
+def partition_lines(
+    keys: np.ndarray, begins: np.ndarray, salts: np.ndarray, by_document: bool, num_partitions: int, /
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...  # salted keys uint64, their lines, begins of the partitions
+def is_code_or_formula(lines: Sequence[str | bytes], /) -> np.ndarray: ...  # (num_lines,) bool
+def remove_lines(
+    texts: Sequence[str | bytes],
+    begins: np.ndarray,
+    counts: np.ndarray,  # (num_lines,) uint64, 0: stays
+    keys: np.ndarray,
+    code_aware: bool,
+    removed: RemovedLines,
+    /,
+) -> tuple[list[Any], np.ndarray]: ...  # new texts, None where nothing went; how many lines went
+
+class RemovedLines:
+    def __init__(self, limit: int, /) -> None: ...
+    def entries(self) -> list[tuple[int, str]]: ...  # (count, line)
+
+class LineCounts:
+    def __init__(self, first_part: int, last_part: int, num_parts: int, num_keys: int = 0) -> None: ...
+    def add(self, keys: np.ndarray, /) -> None: ...
+    def find_frequent(self, keys: np.ndarray, max_count: int, /) -> tuple[np.ndarray, np.ndarray]: ...  # places, counts
+    def num_frequent(self, max_count: int, /) -> int: ...
+    def num_keys(self) -> int: ...
+    def table_bytes(self) -> int: ...
+
+# csrc/text/bind_urls.cpp
+class UrlRules:
+    def __init__(
+        self, merge_schemes: bool, merge_trailing_slash: bool, names: Sequence[str], prefixes: Sequence[str], /
+    ) -> None: ...
+
+def url_keys(
+    urls: Sequence[str], rules: UrlRules, num_threads: int, /
+) -> tuple[np.ndarray, np.ndarray]: ...  # uint64 (num_urls, 2); uint8: 0 asks for canonical_url, 1 has its key, 2 empty
+def canonicalise_urls(urls: Sequence[str], rules: UrlRules, /) -> list[str | None]: ...
+def hash_urls(urls: Sequence[str], /) -> np.ndarray: ...  # (num_urls, 2) uint64
+
+class UrlTable:
+    def __init__(
+        self, pieces: Sequence[tuple[str, str, int, int]], num_records: int, first: int, last: int, num_parts: int, /
+    ) -> None: ...
+    def add(self, records: np.ndarray, first: int, /) -> None: ...  # uint8, whole records of 48 bytes
+    def find(self, records: np.ndarray, first: int, /) -> np.ndarray: ...  # (num_records,) uint32
+    def describe(self, number: int, /) -> tuple[int, bytes, bytes]: ...  # time stamp, id, URL
+    def num_urls(self) -> int: ...
+    def table_bytes(self) -> int: ...

@@ -116,11 +116,13 @@ class _Steps:
 
     def settings(self, config_type: type, **values: Any) -> Any:
         """A configuration with the job's share of memory and its wish for duplicates, where it has a place for them."""
+        from herdkern.dedup.minhash_config import RESERVE_BYTES, MinHashConfig
+
         names = {field.name for field in fields(config_type)}
         if "write_dropped" in names:
             values["write_dropped"] = self.job.write_duplicates
-        if "max_memory" in names and self.job.max_memory:
-            values["max_memory"] = self.task_memory()
+        if "max_memory" in names and self.job.max_memory:  # MinHashConfig counts the process too, the others tables
+            values["max_memory"] = self.task_memory() - (0 if config_type is MinHashConfig else RESERVE_BYTES)
         return config_type(**values)
 
     def task_memory(self) -> int:
@@ -508,16 +510,20 @@ def _semantic_action(args: list[str]) -> int:
 
 
 def _report_action(args: list[str]) -> int:
-    def report(run: Path, /, out: Path | None = None) -> int:
+    def report(run: Path, /, out: Path | None = None, picture: Path | None = None) -> int:
         """Write the HTML report of a dedup run: funnel, clusters, S-curve, examples, lines and URLs.
 
         Args:
             run: The run folder.
             out: Where to write it; RUN/report.html by default.
+            picture: Also write the figures alone to this SVG file.
         """
         from herdkern.report.dedup import write_dedup_report
+        from herdkern.report.dedup_picture import write_dedup_picture
 
         print(write_dedup_report(run, out))
+        if picture is not None:
+            print(write_dedup_picture(run, picture))
         return 0
 
     return _parse(report, args, "report")

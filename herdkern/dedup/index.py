@@ -11,6 +11,7 @@ of a later part and verification is not "none" (where a new document may connect
 """
 
 import contextlib
+import logging
 import os
 import secrets
 import shutil
@@ -28,6 +29,8 @@ from herdkern.dedup.sign_stage import BATCH_BYTES, DOCUMENTS, NAMES, ORDER, SIGN
 from herdkern.dedup.signature_file import SignatureFile, write_signatures
 from herdkern.engine import Run, StageResult, read_json, write_json_atomic
 from herdkern.engine.shards import describe, remove_folder, seal_folder, sync_folder
+
+logger = logging.getLogger(__name__)
 
 INDEX_VERSION = 1
 INDEX = "index.json"
@@ -157,6 +160,7 @@ def _write_shingles(
 
 
 def _add_segment(index: Path, segments: Sequence[Segment], found: DedupRun, config: MinHashConfig) -> None:
+    """Add what was kept as a segment; nothing, and say so, if nothing was and there are segments."""
     index.mkdir(parents=True, exist_ok=True)
     values = read_json(index / INDEX) if segments or (index / INDEX).exists() else None
     entries = list(values["segments"]) if values else []
@@ -164,6 +168,10 @@ def _add_segment(index: Path, segments: Sequence[Segment], found: DedupRun, conf
     temporary.mkdir()
     try:
         num_docs = write_segment(found, temporary, config)
+        if not num_docs and entries:
+            logger.warning("add_to_index: %s has all of these documents, or copies of them; nothing was added", index)
+            shutil.rmtree(temporary)
+            return
         seal_folder(temporary)
         name = f"segment-{len(entries):05d}"
         remove_folder(index / name)  # of a run that ended before index.json named it
@@ -208,7 +216,8 @@ def add_to_index(
     """Deduplicate new documents against an index and among each other, and add those that are kept to the index.
 
     run: with a folder of its own for every crawl.  config: as of the index, but for max_memory and write_dropped.
-    The result is that of `dedup_minhash`.
+    The result is that of `dedup_minhash`. A crawl that is in the index already loses all its documents to it; the index
+    then stays as it is, and a warning is logged.
     Raises: ValueError naming the settings in which the index differs, or what is damaged; OSError if it is missing.
     """
     index, config = Path(index), config or MinHashConfig()

@@ -177,16 +177,23 @@ def clusters(record: DedupRecord) -> str:
     return grid(panels) if panels else ""
 
 
-def _s_curve(name: str, settings: dict[str, Any]) -> str:
+def s_curve(settings: dict[str, Any]) -> str:
+    """The probability that two documents are compared over their similarity, for the bands of a MinHash step."""
     bands, rows = int(settings["num_bands"]), int(settings["rows_per_band"])
     threshold = float(settings.get("min_similarity") or 0.0)
     x = [i / 200 for i in range(201)]
     y = [1.0 - (1.0 - s**rows) ** bands for s in x]
     shade = [(threshold, 1.0, "near-duplicates")] if 0.0 < threshold < 1.0 else []
     series = [Series(label="compared", x=x, y=y)]
-    chart = line_chart(
+    return line_chart(
         "Probability of being compared", series, x_title="Jaccard similarity", from_zero=True, bands=shade
     )
+
+
+def _s_curve(name: str, settings: dict[str, Any]) -> str:
+    bands, rows = int(settings["num_bands"]), int(settings["rows_per_band"])
+    threshold = float(settings.get("min_similarity") or 0.0)
+    chart = s_curve(settings)
     found = 1.0 - (1.0 - threshold**rows) ** bands if threshold else 0.0
     note = f"{words(name)}: {bands} bands of {rows} rows: 1 − (1 − s^{rows})^{bands}."
     note += f" At the threshold {threshold:g} a pair is compared with probability {found:.3f}." if threshold else ""
@@ -197,27 +204,34 @@ def _s_curve(name: str, settings: dict[str, Any]) -> str:
     return panel("Which pairs are compared", chart, note)
 
 
-def _sizes(stage: Stage, sizes: dict[str, Any]) -> str:
+def size_bars(sizes: dict[str, Any]) -> list[tuple[str, float, str]]:
+    """(label, length of the bar, count) of each class of cluster sizes; the bars are logarithmic."""
     bins = sorted((int(low), int(count)) for low, count in sizes.items())
-    most = max(math.log10(count + 1) for _, count in bins)
-    rows = []
-    for low, count in bins:
-        label = f"{low} to {2 * low - 1} documents"
-        rows.append((label, math.log10(count + 1), f"{count:,}"))
+    return [(f"{low} to {2 * low - 1} documents", math.log10(count + 1), f"{count:,}") for low, count in bins]
+
+
+def _sizes(stage: Stage, sizes: dict[str, Any]) -> str:
+    rows = size_bars(sizes)
+    most = max(length for _, length, _ in rows)
     largest = int(stage.counters.get("largest_cluster", 0))
     note = f"{words(stage.name.partition('.')[0])}. The bars are logarithmic."
     note += f" The largest cluster has {largest:,} documents." if largest else ""
     return panel("How many clusters are how large", bars(rows, most=most), note)
 
 
-def _similarities(name: str, values: Sequence[float]) -> str:
+def similarity_histogram(values: Sequence[float]) -> str:
+    """How often which similarity of a dropped document to the kept one was met."""
     low = math.floor(min(values) * _SIMILARITY_STEPS) / _SIMILARITY_STEPS
     num_bins = max(1, round((1.0 - low) * 2 * _SIMILARITY_STEPS))
     edges = [low + (1.0 - low) * i / num_bins for i in range(num_bins + 1)]
     counts = [0] * num_bins
     for value in values:
         counts[min(num_bins - 1, max(0, int((value - low) / (1.0 - low) * num_bins)))] += 1
-    chart = histogram("Similarity to the kept document", edges, counts, x_title="similarity to the kept document")
+    return histogram("Similarity to the kept document", edges, counts, x_title="similarity to the kept document")
+
+
+def _similarities(name: str, values: Sequence[float]) -> str:
+    chart = similarity_histogram(values)
     return panel("How similar the dropped are to the kept", chart, f"{words(name)}: {len(values):,} dropped documents.")
 
 

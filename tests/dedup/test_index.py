@@ -78,6 +78,27 @@ def test_what_is_in_the_index_stays(tmp_path):
     assert (gone.id, gone.meta["kept_id"], gone.meta["kept_url"]) == ("d1", "d0", "u0")
 
 
+def test_a_crawl_that_is_there_already_adds_nothing(tmp_path, caplog):
+    config = MinHashConfig(keep="smallest_id")
+    for number in range(2):
+        (tmp_path / f"crawl-{number}").mkdir()
+    first, second = (write(tmp_path / f"crawl-{n}", part) for n, part in enumerate(crawls(np.random.default_rng(3), 2)))
+    for number, paths in enumerate((first, second)):
+        with Run(tmp_path / f"run-{number}") as run:
+            (add_to_index if number else save_index)(run, tmp_path / "index", paths, config)
+    assert not caplog.records
+    before = {p: p.read_bytes() for p in sorted((tmp_path / "index").rglob("*")) if p.is_file()}
+    for again in ("run-1", "run-2"):  # in the same run and in another
+        with Run(tmp_path / again) as run:
+            result = add_to_index(run, tmp_path / "index", second, config)
+        assert ids_of(result, "documents.jsonl.zst") == []
+        assert result.counters["docs_out"] == 0
+        assert str(tmp_path / "index") in caplog.text
+        assert "nothing was added" in caplog.text
+        caplog.clear()
+        assert {p: p.read_bytes() for p in sorted((tmp_path / "index").rglob("*")) if p.is_file()} == before
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")

@@ -3,6 +3,7 @@
 import html.parser
 import random
 import re
+from xml.etree import ElementTree
 
 import pytest
 
@@ -11,6 +12,7 @@ from herdkern.dedup import LineDedupConfig, MinHashConfig, dedup_lines, dedup_mi
 from herdkern.dedup.exact import dedup_exact
 from herdkern.engine import Run, write_json_atomic
 from herdkern.report.dedup import read_dedup, render_dedup, steps_of, write_dedup_report
+from herdkern.report.dedup_picture import write_dedup_picture
 
 HOSTILE = '<script>alert(1)</script> & "quotes" \x00 \u202e'
 
@@ -140,3 +142,20 @@ def test_a_damaged_dropped_file_is_no_reason_to_fail(run_dir, tmp_path):
 def test_no_run_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="run_dir must be a run folder"):
         write_dedup_report(tmp_path)
+
+
+def test_the_picture_has_every_figure_and_is_alone(run_dir, tmp_path):
+    root = ElementTree.parse(write_dedup_picture(run_dir, tmp_path / "dedup.svg")).getroot()
+    text = " ".join(root.itertext())
+    for title in ("What each step left", "20 bands of 6 rows", "How many clusters", "How similar the dropped are"):
+        assert title in text
+    kept = steps_of(read_dedup(run_dir))[-1].docs_out
+    assert f"{kept:,}" in text
+    assert not [v for element in root.iter() for v in element.attrib.values() if "://" in v or v.startswith("url(")]
+
+
+def test_the_picture_of_a_run_without_stages(tmp_path):
+    (tmp_path / "run").mkdir()
+    write_json_atomic(tmp_path / "run" / "config.json", {"name": "empty"})
+    root = ElementTree.parse(write_dedup_picture(tmp_path / "run", tmp_path / "empty.svg")).getroot()
+    assert root.tag.endswith("svg")
