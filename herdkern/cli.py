@@ -23,6 +23,7 @@ USAGE = """usage: herdkern COMMAND [ARGUMENTS]
   extract           clean documents from WARC, HTML, JSONL, Parquet or text
   dedup             drop copies from documents: by URL, text, near-duplicate text, line, embedding; or all in a row
   pipeline show     an interleaved pipeline schedule: order, bubble, memory, picture
+  plan              layouts of a model on many devices: which fit, how fast, why the others do not
   env               versions, processor, backends and a self-test
 
 `herdkern COMMAND --help` tells more; `herdkern run RECIPE --help` lists every setting. Version: herdkern --version"""
@@ -247,6 +248,12 @@ def _pipeline(args: list[str]) -> int:
     return pipeline_main(args)
 
 
+def _plan(args: list[str]) -> int:
+    from herdkern.parallel.layout_cli import main as plan_main
+
+    return plan_main(args)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     "report": _report,
@@ -256,6 +263,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "dedup": _dedup,
     "env": _env,
     "pipeline": _pipeline,
+    "plan": _plan,
 }
 
 

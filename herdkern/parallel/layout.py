@@ -4,11 +4,12 @@ Source: Llama 3 (arXiv:2407.21783) section 3.3.2: axes [TP, CP, PP, DP], paramet
 resharded after the forward pass, gradients summed in fp32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
-from herdkern.parallel.pipeline_schedule import PipelineSchedule, interleaved_schedule
+from herdkern.parallel.config import ParallelConfig
+from herdkern.parallel.pipeline_schedule import PipelineSchedule, best_group_size, interleaved_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +23,8 @@ class Layout:
     data rank.
     recompute: what is computed again in the backward pass instead of kept: "swiglu" the product of gate and up (no
     matrix product), "block" all of a block but its inputs.
-    fsdp: parameters are sharded over dp_shard ranks (0: all data and context ranks), gathered once a step in `dtype`.
-    Without it every rank holds all of its parameters in fp32 and 16-bit copies of them are made where they are used.
+    fsdp: parameters are sharded over dp_shard data ranks (0: all of them) and all context ranks, gathered once a step
+    in `dtype`. Without it every rank holds its parameters whole in fp32, and 16-bit copies are made where they are used.
     """
 
     tp: int = 1
@@ -46,8 +47,8 @@ class Layout:
         if not 0 <= self.group_size <= self.num_microbatches:
             most = f"[0, num_microbatches = {self.num_microbatches}]"
             raise ValueError(f"Layout: group_size must lie in {most}, got {self.group_size}")
-        if not 0 <= self.dp_shard <= self.dp * self.cp or (self.dp_shard and self.dp * self.cp % self.dp_shard):
-            raise ValueError(f"Layout: dp_shard must divide dp * cp = {self.dp * self.cp}, got {self.dp_shard}")
+        if self.dp_shard < 0 or self.dp % (self.dp_shard or 1):
+            raise ValueError(f"Layout: dp_shard must be 0 (all) or divide dp = {self.dp}, got {self.dp_shard}")
         if self.num_chunks > 1 and self.pp == 1:
             raise ValueError(f"Layout: num_chunks must be 1 without a pipeline, got {self.num_chunks}")
         if self.dtype not in ("fp32", "bf16"):
@@ -63,7 +64,7 @@ class Layout:
     @property
     def shard_size(self) -> int:
         """Ranks over which the parameters of a pipeline rank are sharded."""
-        return (self.dp_shard or self.dp * self.cp) if self.fsdp else 1
+        return (self.dp_shard or self.dp) * self.cp if self.fsdp else 1
 
     @property
     def num_stages(self) -> int:
@@ -75,9 +76,29 @@ class Layout:
         """Tokens of a micro-batch on one context rank, rounded up."""
         return -(-self.micro_batch_tokens // self.cp)
 
+    def parallel_config(self) -> ParallelConfig:
+        """The axes of this layout as a run takes them."""
+        return ParallelConfig(
+            tp=self.tp,
+            cp=self.cp,
+            pp=self.pp,
+            dp=self.dp,
+            dp_shard=self.dp_shard if self.fsdp else 1,
+            num_chunks=self.num_chunks,
+            microbatches_in_flight=self.group_size,
+        )
+
     def schedule(self) -> PipelineSchedule:
         """Who computes what in which order."""
         return _schedule(self.pp, self.num_chunks, self.num_microbatches, self.group_size)
+
+    def shortened(self) -> "Layout":
+        """The layout with as few micro-batches, in groups as large, as fill its pipeline and show its steady state:
+        what lives at once stays the same, and more of them take as long as they compute on the longest rank."""
+        group = self.group_size or best_group_size(self.pp, self.num_chunks, self.num_microbatches)
+        if self.num_microbatches < 4 * group:
+            return self
+        return replace(self, group_size=group, num_microbatches=3 * group + self.num_microbatches % group)
 
     def __str__(self) -> str:
         words = [f"tp {self.tp}", f"cp {self.cp}", f"pp {self.pp}", f"dp {self.dp}"]

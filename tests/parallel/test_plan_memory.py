@@ -112,12 +112,19 @@ def test_the_first_and_last_stage_are_not_the_fullest_of_405b():
     assert estimates[0].total < 80e9
 
 
+def test_a_layout_gives_the_axes_of_a_run():
+    config = Layout(tp=2, cp=3, pp=4, dp=6, dp_shard=2, num_chunks=2, micro_batch_tokens=64).parallel_config()
+    assert config.world_size == 2 * 3 * 4 * 6
+    assert (config.num_shards, config.num_chunks) == (2, 2)
+    assert one(dp=4).parallel_config().num_shards == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"tp": 0}, "tp must be at least 1"),
         ({"group_size": 2}, "group_size must lie in"),
-        ({"dp_shard": 3, "dp": 4}, "dp_shard must divide"),
+        ({"dp_shard": 3, "dp": 4}, "dp_shard must be 0"),
         ({"num_chunks": 2}, "num_chunks must be 1 without a pipeline"),
         ({"dtype": "fp16"}, "dtype must be"),
         ({"recompute": "all"}, "recompute must be"),
