@@ -17,6 +17,7 @@ from herdkern.parallel.pipeline_schedule import (
 from herdkern.parallel.pipeline_simulation import PipelineDeadlock, Simulation, simulate
 
 if TYPE_CHECKING:
+    from herdkern.parallel.compose import ParallelModel
     from herdkern.parallel.context import ContextAttend, context_parallel_attention, parallelize_context
     from herdkern.parallel.context_plan import ContextPlan, Traffic, query_alignment
     from herdkern.parallel.pipeline import Pipeline
@@ -28,6 +29,7 @@ __all__ = [
     "ContextAttend",
     "ContextPlan",
     "ParallelConfig",
+    "ParallelModel",
     "Pipeline",
     "PipelineDeadlock",
     "PipelineError",
@@ -46,6 +48,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ParallelModel": "compose",
     "ContextAttend": "context",
     "ContextPlan": "context_plan",
     "context_parallel_attention": "context",

@@ -42,6 +42,8 @@ class ParallelConfig:
                 f"ParallelConfig: dp_shard must be 0 (all) or divide dp={self.dp}, got {self.dp_shard}; "
                 "the ranks of dp form groups of dp_shard"
             )
+        if self.num_chunks > 1 and self.pp == 1:
+            raise ValueError(f"ParallelConfig: num_chunks must be 1 without a pipeline (pp=1), got {self.num_chunks}")
         if self.microbatches_in_flight < 0:
             raise ValueError(
                 f"ParallelConfig: microbatches_in_flight must be 0 (chosen) or more, got {self.microbatches_in_flight}"
@@ -98,6 +100,20 @@ class ParallelConfig:
 
         self.check_world_size(dist.get_world_size())
         return init_device_mesh(device_type, (self.dp, self.pp, self.cp, self.tp), mesh_dim_names=AXES)
+
+    def state_mesh(self, device_type: str = "cpu") -> "DeviceMesh":
+        """The DeviceMesh (pp, dp_replicate, dp_shard, tp) by which parameters lie; dp_shard has the context ranks, too.
+
+        Raises: ValueError if the run has another number of ranks.
+        """
+        import torch
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import DeviceMesh
+
+        self.check_world_size(dist.get_world_size())
+        ranks = torch.arange(self.world_size).view(-1, self.num_shards, self.pp, self.cp, self.tp)
+        ranks = ranks.permute(2, 0, 1, 3, 4).flatten(2, 3)
+        return DeviceMesh(device_type, ranks, mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp"))
 
     def check_world_size(self, world_size: int) -> None:
         """Raises: ValueError, with the factors, if that is not the number of ranks of this layout."""

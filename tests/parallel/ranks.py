@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 SECONDS = 60  # the longest that a function may run
 # once, not in every process; the second is what use_deterministic_algorithms imports
-PRELOADED = ["torch.distributed", "torch._inductor.config", "herdkern.parallel.pipeline"]
+PRELOADED = ["torch.distributed", "torch._inductor.config", "herdkern.parallel.compose"]
 
 
 class RankFailure(AssertionError):

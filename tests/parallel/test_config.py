@@ -43,6 +43,8 @@ def test_wrong_numbers_are_refused():
         ParallelConfig(dp=6, dp_shard=4)
     with pytest.raises(ValueError, match=r"microbatches_in_flight must be 0 \(chosen\) or more, got -1"):
         ParallelConfig(microbatches_in_flight=-1)
+    with pytest.raises(ValueError, match=r"num_chunks must be 1 without a pipeline \(pp=1\), got 2"):
+        ParallelConfig(num_chunks=2)
     config = ParallelConfig(tp=2, cp=3, pp=5, dp=7)
     message = r"tp=2 \* cp=3 \* pp=5 \* dp=7 = 210 must be the number of ranks, got 8; change one of the four"
     with pytest.raises(ValueError, match=message):

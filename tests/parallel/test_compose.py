@@ -1,0 +1,173 @@
+"""Every composition of the axes trains as one process does: gradients of the first step, losses of ten."""
+
+import pytest
+import torch
+from pipeline_cases import make_batches, make_model, one_process, worst_difference
+from ranks import Ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from herdkern.parallel import ParallelConfig, ParallelModel
+from herdkern.parallel.compose import whole_gradient
+
+pytestmark = pytest.mark.distributed
+SHAPE = {"num_layers": 5, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "init_std": 0.1}
+BOUND = 1e-5
+STEPS = 10
+MAX_NORM = 0.5
+
+FOUR = [
+    ({"dp": 4, "dp_shard": 2}, False),
+    ({"tp": 2, "dp": 2}, True),
+    ({"cp": 2, "pp": 2}, True),
+    ({"tp": 4}, False),  # two KV heads: each lies on two ranks
+    ({"tp": 2, "pp": 2, "num_chunks": 2}, True),
+    ({"pp": 2, "dp": 2, "num_chunks": 2, "microbatches_in_flight": 3}, False),
+]
+MORE = [
+    ({"cp": 4}, False),
+    ({"cp": 2, "dp": 2, "dp_shard": 1}, False),
+    ({"tp": 2, "cp": 2}, True),
+    ({"dp": 4}, False),
+    ({"dp": 4, "dp_shard": 1}, True),
+    ({"pp": 4}, True),
+    ({"tp": 2, "dp": 2, "dp_shard": 1}, False),
+    ({"tp": 4}, True),
+    ({"dp": 4}, True),
+    ({"pp": 2, "dp": 2, "dp_shard": 1}, True),
+]
+EIGHT = [
+    ({"tp": 2, "cp": 2, "pp": 2}, True),
+    ({"cp": 2, "pp": 2, "dp": 2, "num_chunks": 2}, False),
+    ({"tp": 2, "cp": 2, "dp": 2}, False),
+    ({"cp": 4, "pp": 2}, False),
+    ({"tp": 2, "pp": 2, "dp": 2}, True),
+    ({"tp": 2, "pp": 2, "dp": 2, "num_chunks": 2}, False),
+    ({"tp": 2, "dp": 4, "dp_shard": 2}, False),
+    ({"tp": 4, "pp": 2}, True),
+    ({"tp": 4, "dp": 2}, False),
+    ({"pp": 4, "dp": 2}, True),
+    ({"pp": 2, "dp": 4, "dp_shard": 2}, False),
+    ({"dp": 8, "dp_shard": 4}, True),
+]
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks(4) as started:
+        yield started
+
+
+def batches_of(step, config):
+    """The micro-batches of each data-parallel rank."""
+    return [make_batches(3, seed=100 * step + dp) for dp in range(config.dp)]
+
+
+def train(rank, sizes, tied):
+    """The worst differences: of gradients in the first step, of ten losses, of gradient norms, of an evaluation."""
+    config = ParallelConfig(**sizes)
+    model, reference = make_model(tied, **SHAPE), make_model(tied, **SHAPE)
+    parallel = ParallelModel(model, config)
+    mine = config.place(rank)["dp"]
+    ours = torch.optim.AdamW(parallel.parameters(), lr=1e-3)
+    theirs = torch.optim.AdamW(reference.parameters(), lr=1e-3)
+    expected = dict(reference.named_parameters())
+    if tied:
+        expected["lm_head.weight"] = expected["embed_tokens.weight"]
+    gradients, losses, norms = 0.0, [], []
+    for step in range(STEPS):
+        batches = batches_of(step, config)
+        loss = parallel.step(batches[mine])
+        wanted = one_process(reference, [batch for some in batches for batch in some])
+        losses.append(worst_difference(loss, wanted))
+        if step == 0:
+            for name, param in parallel.named_parameters().items():
+                difference = worst_difference(whole_gradient(param), expected[name].grad)
+                assert difference <= BOUND, f"{name}: {difference}"
+                gradients = max(gradients, difference)
+        norm = parallel.clip_gradients(MAX_NORM)
+        norms.append(worst_difference(norm, torch.nn.utils.clip_grad_norm_(reference.parameters(), MAX_NORM)))
+        for optimizer in (ours, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+    held_out = batches_of(77, config)
+    with torch.no_grad():
+        wanted = one_process(reference, [batch for some in held_out for batch in some], backward=False)
+    return gradients, max(losses), max(norms), worst_difference(parallel.evaluate(held_out[mine]), wanted)
+
+
+def name_of(case):
+    sizes, tied = case
+    return "-".join(f"{name}{size}" for name, size in sizes.items()) + "-tied" * tied
+
+
+def check(ranks, case):
+    found = ranks.run(train, *case, seconds=120)
+    assert max(gradients for gradients, *_ in found) <= BOUND
+    assert max(losses for _, losses, _, _ in found) <= BOUND
+    assert max(norms for _, _, norms, _ in found) <= BOUND
+    assert max(evaluation for *_, evaluation in found) <= BOUND
+
+
+@pytest.mark.parametrize("case", FOUR, ids=name_of)
+def test_four_ranks_train_as_one_process(ranks, case):
+    check(ranks, case)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", MORE, ids=name_of)
+def test_further_compositions_of_four_ranks(ranks, case):
+    check(ranks, case)
+
+
+@pytest.mark.full
+def test_compositions_of_eight_ranks():
+    with Ranks(8) as eight:
+        for case in EIGHT:
+            check(eight, case)
+
+
+class Transfers(TorchDispatchMode):
+    """Names and dtypes of collectives."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            self.found.append((func.__name__.partition(".")[0].strip("_"), str(args[0].dtype)))
+        return func(*args, **(kwargs or {}))
+
+
+def transfers_of_data(rank):
+    """Collectives of parameters in a step of three micro-batches, dtypes of gradients, and entries on this rank."""
+    parallel = ParallelModel(make_model(compute_dtype=torch.bfloat16, **SHAPE), ParallelConfig(dp=4))
+    batches = make_batches(3, seed=rank)
+    with Transfers() as transfers:
+        parallel.pipeline.step(batches)
+    kinds = {str(param.grad.dtype) for param in parallel.parameters()}
+    return transfers.found, kinds, sum(param.to_local().numel() for param in parallel.parameters())
+
+
+def test_parameters_are_gathered_once_in_bf16_and_gradients_summed_in_fp32(ranks):
+    found = ranks.run(transfers_of_data)
+    groups = SHAPE["num_layers"] + 1  # blocks, and what is outside of them
+    for transfers, gradients, _ in found:
+        names = [name for name, _ in transfers]
+        assert names.count("allgather_base") == groups  # once a step: not again for other micro-batches or backwards
+        assert names.count("reduce_scatter_base") == groups
+        assert {dtype for name, dtype in transfers if name == "allgather_base"} <= {"torch.bfloat16", "torch.uint8"}
+        assert {dtype for name, dtype in transfers if name == "reduce_scatter_base"} == {"torch.float32"}
+        assert gradients == {"torch.float32"}
+    assert sum(parts for *_, parts in found) == sum(param.numel() for param in make_model(**SHAPE).parameters())
+
+
+def test_what_cannot_be_cut_is_refused():
+    from herdkern.parallel.tensor import check_widths
+
+    config = make_model(**SHAPE).config
+    with pytest.raises(ValueError, match="num_heads must be a multiple of tp=3, got 4"):
+        check_widths(config, 3)
+    config = make_model(num_layers=1, num_heads=6, num_kv_heads=3, head_dim=8, ffn_dim=48).config
+    with pytest.raises(ValueError, match="num_kv_heads must be a multiple or a divisor of tp=2, got 3"):
+        check_widths(config, 2)
