@@ -24,7 +24,7 @@ class Layout:
     recompute: what is computed again in the backward pass instead of kept: "swiglu" the product of gate and up (no
     matrix product), "block" all of a block but its inputs.
     fsdp: parameters are sharded over dp_shard data ranks (0: all of them) and all context ranks, gathered once a step
-    in `dtype`. Without it every rank holds its parameters whole in fp32, and 16-bit copies are made where they are used.
+    in `dtype`. Without it every rank holds its parameters whole in fp32 and makes 16-bit copies where they are used.
     """
 
     tp: int = 1
