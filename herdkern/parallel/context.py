@@ -16,6 +16,7 @@ import dataclasses
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -95,13 +96,17 @@ def default_plan(q: Tensor, k: Tensor, cu_seqlens: Tensor, cp_size: int, **how: 
     how: mode, causal, window_left of `ContextPlan.make`.
     """
     align = query_alignment(q.shape[1], k.shape[1], q.shape[2], window=how.get("window_left", -1) >= 0)
-    borders = tuple(cu_seqlens.tolist())
+    borders = cu_seqlens.cpu().numpy().tobytes()
     return _remembered_plan(borders, cp_size, align, tuple(sorted(how.items())))
 
 
 @lru_cache(maxsize=8)
-def _remembered_plan(borders: tuple[int, ...], cp_size: int, align: int, how: tuple[Any, ...]) -> ContextPlan:
-    return ContextPlan.make(borders, cp_size, align=align, **dict(how))
+def _remembered_plan(borders: bytes, cp_size: int, align: int, how: tuple[Any, ...]) -> ContextPlan:
+    return ContextPlan.make(np.frombuffer(borders, np.int32), cp_size, align=align, **dict(how))
+
+
+def _is_plan_for(plan: ContextPlan, cu_seqlens: Tensor) -> bool:
+    return np.array_equal(plan.cu_seqlens, cu_seqlens.cpu().numpy())
 
 
 def _check_plan(plan: ContextPlan, cu_seqlens: Tensor, size: int, rank: int, causal: bool, window_left: int) -> None:
@@ -114,7 +119,7 @@ def _check_plan(plan: ContextPlan, cu_seqlens: Tensor, size: int, rank: int, cau
             f"{_NAME}: plan must be made for causal={causal} and window_left={window_left}, got causal={plan.causal} "
             f"and window_left={plan.window_left} (rank {rank})"
         )
-    if cu_seqlens.shape != plan.cu_seqlens.shape or cu_seqlens.tolist() != plan.cu_seqlens.tolist():
+    if not _is_plan_for(plan, cu_seqlens):
         raise ValueError(
             f"{_NAME}: cu_seqlens must be the {len(plan.cu_seqlens)} borders of plan, up to {plan.total}, got "
             f"{len(cu_seqlens)} up to {int(cu_seqlens[-1])} (rank {rank}); make a plan for each batch"
@@ -222,7 +227,7 @@ class ContextAttend:
 
     def plan(self, cu_seqlens: Tensor) -> ContextPlan:
         """Return the plan for these documents; that of the last call, if they are the same."""
-        if self._plan is None or self._plan.cu_seqlens.tolist() != cu_seqlens.tolist():
+        if self._plan is None or not _is_plan_for(self._plan, cu_seqlens):
             size = dist.get_world_size(self.group)
             self._plan = ContextPlan.make(cu_seqlens, size, mode=self.mode, align=self._align)
         return self._plan

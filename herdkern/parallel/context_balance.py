@@ -3,8 +3,8 @@
 Rank 0 takes a tokens from the left end of the line and b from the right end, with a + b the mean number of tokens; what
 lies between is cut by the same rule for the other ranks. Segments lie on the line by their work per token, so that it
 grows from left to right on average and moving tokens from the right end to the left lowers the work of the rank: a is
-found by bisection. Where no a fits, work is kept even and tokens are not. Each rank aims at the mean of what is left,
-so that rounding does not add up.
+found by the rule of false position. Where no a fits, work is kept even and tokens are not. Each rank aims at the mean
+of what is left, so that rounding does not add up.
 
 A segment is a document, or half of one that is longer than a rank's share: its light half goes to the left, its heavy
 half to the right (tried documents only: two equal ones on 16 ranks left one rank 2.3 times the mean of tokens).
@@ -78,12 +78,17 @@ class Line:
     """Segments with the work before each border; plain lists, which single look-ups read fastest."""
 
     def __init__(self, segments: Segments, lengths: np.ndarray, work: Work) -> None:
-        sizes, of_document = np.diff(segments.borders), lengths[segments.document]
-        skipped = work.before(segments.offset, of_document)
-        own = work.before(segments.offset + sizes, of_document) - skipped
-        self.borders, self.work = segments.borders.tolist(), _cumulated(own).tolist()
-        self.offsets, self.skipped = segments.offset.tolist(), skipped.tolist()
         self.causal, self.reach = work.causal, work.reach
+        own = work.before(np.diff(segments.borders), lengths[segments.document])
+        halves = np.flatnonzero(segments.offset)
+        self.offsets = dict(zip(halves.tolist(), segments.offset[halves].tolist()))  # of the few that have one
+        self.skipped: dict[int, int] = {}
+        if self.offsets:
+            begin, of_document = segments.offset[halves], lengths[segments.document[halves]]
+            skipped = work.before(begin, of_document)
+            own[halves] = work.before(begin + np.diff(segments.borders)[halves], of_document) - skipped
+            self.skipped = dict(zip(halves.tolist(), skipped.tolist()))
+        self.borders, self.work = segments.borders.tolist(), _cumulated(own).tolist()
 
     def work_until(self, at: float) -> int:
         """The work of all queries before token `at`."""
@@ -93,9 +98,13 @@ class Line:
         count = int(at) - self.borders[i]
         if not self.causal:
             return self.work[i] + count * (self.work[i + 1] - self.work[i]) // (self.borders[i + 1] - self.borders[i])
-        position = self.offsets[i] + count
-        ramp = min(position, self.reach) if self.reach else position
-        return self.work[i] + ramp * (ramp + 1) // 2 + (position - ramp) * self.reach - self.skipped[i]
+        before = self.work[i]
+        if i in self.offsets:
+            count += self.offsets[i]
+            before -= self.skipped[i]
+        if 0 < self.reach < count:
+            return before + self.reach * (self.reach + 1) // 2 + (count - self.reach) * self.reach
+        return before + count * (count + 1) // 2
 
     def token_after(self, work: float) -> float:
         """The token before which all queries together have this work."""
@@ -105,10 +114,10 @@ class Line:
         left = work - self.work[i]
         if not self.causal:
             return self.borders[i] + left * (self.borders[i + 1] - self.borders[i]) / (self.work[i + 1] - self.work[i])
-        left += self.skipped[i]
+        left += self.skipped.get(i, 0)
         ramp = self.reach * (self.reach + 1) / 2
         position = self.reach + (left - ramp) / self.reach if 0 < ramp < left else (math.sqrt(8 * left + 1) - 1) / 2
-        return self.borders[i] + position - self.offsets[i]
+        return self.borders[i] + position - self.offsets.get(i, 0)
 
     def place_for_cut(self, at: float, align: int, slack: tuple[float, float], low: int, high: int) -> int:
         """Where to cut near `at`, within [low, high]: between segments if that moves little, else at a multiple.
@@ -129,40 +138,57 @@ class Line:
 def balanced_cuts(line: Line, num_ranks: int, align: int) -> list[int]:
     """Return 2 * num_ranks + 1 cuts of the line; rank i gets the i-th range from the left and from the right.
 
-    A cut inside a segment lies a multiple of `align` tokens after its start.
+    A cut inside a segment lies a multiple of `align` tokens after its start. The right cut is placed first: queries are
+    heavy there, so it can miss by much, and the left cut makes up for that in tokens, or in work where that is uneven.
     """
     left, right = 0, line.borders[-1]
+    before, after = 0, line.work[-1]
     lefts, rights = [left], [right]
     for ranks in range(num_ranks, 1, -1):
-        before, after = line.work_until(left), line.work_until(right)
         tokens, work = (right - left) / ranks, (after - before) / ranks
         slack = _SLACK * tokens, _SLACK * work
-        at = left + _tokens_from_left(line, left, right, tokens, work)
-        left = line.place_for_cut(at, align, slack, left, right)
-        rest = work - (line.work_until(left) - before)
-        at = line.token_after(after - rest) if rest > 0 else right
-        right = line.place_for_cut(max(at, left), align, slack, left, right)
+        from_left, from_right = _shares(line, (left, before), (right, after), tokens, work)
+        cut = line.place_for_cut(right - from_right, align, slack, left, right)
+        kept, after = after, line.work_until(cut)
+        kept -= after
+        at = max(left, left + from_left + from_right - (right - cut))
+        taken = line.work_until(at) - before
+        wanted = min(max(taken, work - slack[1] - kept), work + slack[1] - kept)
+        if wanted != taken:
+            at = line.token_after(before + max(wanted, 0))
+        right = cut
+        left = line.place_for_cut(min(at, right), align, slack, left, right)
+        before = line.work_until(left)
         lefts.append(left)
         rights.append(right)
     return [*lefts, left, *reversed(rights)]
 
 
-def _tokens_from_left(line: Line, left: int, right: int, tokens: float, work: float) -> float:
-    """How many of its tokens a rank takes from the left end so that it gets `work`, the rest from the right end."""
-    before, after = line.work_until(left), line.work_until(right)
+def _shares(
+    line: Line, left: tuple[int, int], right: tuple[int, int], tokens: float, work: float
+) -> tuple[float, float]:
+    """How many tokens a rank takes from the left and from the right end, to get `tokens` and `work` together.
+
+    left, right: the ends of what is not cut yet, and the work before them.
+    """
+    (begin, before), (end, after) = left, right
 
     def surplus(taken: float) -> float:
-        return line.work_until(left + taken) - before + after - line.work_until(right - (tokens - taken)) - work
+        return line.work_until(begin + taken) - before + after - line.work_until(end - (tokens - taken)) - work
 
     low, high = 0.0, tokens
-    if surplus(low) <= 0:
-        return low
-    if surplus(high) >= 0:  # even the left end alone has more work
-        return line.token_after(before + work) - left
+    over, under = float(surplus(low)), float(surplus(high))
+    if over <= 0:  # so much of the right end has too little work: more of it
+        return 0.0, end - line.token_after(after - work)
+    if under >= 0:
+        return line.token_after(before + work) - begin, 0.0
     while high - low > 1:
-        middle = (low + high) / 2
-        over = surplus(middle)
-        if abs(over) < _SLACK / 10 * work:
-            return middle
-        low, high = (middle, high) if over > 0 else (low, middle)
-    return low
+        middle = min(max(low + (high - low) * over / (over - under), low + 0.5), high - 0.5)
+        found = surplus(middle)
+        if abs(found) < _SLACK / 2 * work:
+            return middle, tokens - middle
+        if found > 0:  # the end that stays counts half: it will not stay for long
+            low, over, under = middle, found, under / 2
+        else:
+            high, under, over = middle, found, over / 2
+    return low, tokens - low

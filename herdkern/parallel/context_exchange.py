@@ -17,6 +17,10 @@ from torch import Tensor
 
 from herdkern.parallel.context_plan import ContextPlan, Interval, Piece, Traffic
 
+# torch 2.13 renamed both and warns at the old names.
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+SCATTER = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
@@ -147,7 +151,7 @@ def fetch_keys(
         shard = k.new_zeros(layout.plan.longest, *shape)
         shard[: layout.num_tokens, 0], shard[: layout.num_tokens, 1] = k, v
         shards = k.new_empty(layout.plan.cp_size * layout.plan.longest, *shape)
-        handle = dist.all_gather_into_tensor(shards, shard, group=group, async_op=True)
+        handle = getattr(dist, GATHER)(shards, shard, group=group, async_op=True)
         _count(traffic, backward, (layout.plan.cp_size - 1) * shard.nbytes, shards.nbytes - shard.nbytes)
 
         def gathered() -> Tensor:
@@ -187,7 +191,7 @@ def return_gradients(layout: RankLayout, dbuffer: Tensor, group: Any, traffic: T
         shards = dbuffer.new_zeros(layout.plan.cp_size * layout.plan.longest, *shape)
         shards.index_copy_(0, layout.place, dbuffer)
         summed = dbuffer.new_empty(layout.plan.longest, *shape)
-        handle = dist.reduce_scatter_tensor(summed, shards, group=group, async_op=True)
+        handle = getattr(dist, SCATTER)(summed, shards, group=group, async_op=True)
         _count(traffic, True, shards.nbytes - summed.nbytes, (layout.plan.cp_size - 1) * summed.nbytes)
 
         def add_sum(dkv: Tensor) -> None:

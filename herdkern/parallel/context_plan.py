@@ -40,12 +40,12 @@ Interval = tuple[int, int]
 def query_alignment(num_heads: int, num_kv_heads: int, head_dim: int, *, window: bool = False) -> int:
     """Return where documents may be cut so that results keep every bit: at multiples of this many queries.
 
-    The CPU kernel folds the heads of a group into tiles of 512 rows (256 above head_dim 128) and handles 16 or 32 rows
-    together; with a window, a tile's blocks of keys begin where its first query sees its first key.
+    The CPU kernel folds the heads of a group into tiles of 512 rows (256 above head_dim 128), query after query, and
+    handles 32 rows together; with a window, a tile's blocks of keys begin where its first query sees its first key.
     """
     group = num_heads // num_kv_heads
-    if group & (group - 1) == 0:  # 32 rows begin at every multiple of 32 queries; blocks have 128 or 256 keys
-        return 256 if window else 32
+    if group & (group - 1) == 0 and not window:  # a tile is a multiple of 32 rows
+        return max(1, 32 // group)
     return max(1, (512 if head_dim <= 128 else 256) // group)  # a whole tile
 
 
@@ -183,7 +183,7 @@ class ContextPlan:
         if not causal and window_left >= 0:
             raise ValueError(f"ContextPlan: window_left must be -1 where causal is False, got {window_left}")
         if align is None:
-            align = 256 if window_left >= 0 else 32
+            align = 512 if window_left >= 0 else 32
         if align < 1:
             raise ValueError(f"ContextPlan: align must be at least 1, got {align}")
         lengths = np.diff(borders)

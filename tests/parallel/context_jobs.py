@@ -10,6 +10,7 @@ import torch.distributed as dist
 from herdkern.model import ModelConfig, Transformer
 from herdkern.ops import attention
 from herdkern.parallel import ContextPlan, Traffic, context_parallel_attention, parallelize_context, query_alignment
+from herdkern.parallel.context_exchange import GATHER, SCATTER
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +120,7 @@ def attend(rank, size, case, change=None):
 class watched:
     """Counts what collectives send to and receive from other ranks, at torch's own door."""
 
-    NAMES = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
+    NAMES = ("all_to_all_single", GATHER, SCATTER)
 
     def __init__(self, group):
         self.rank, self.size, self.bytes = dist.get_rank(group), dist.get_world_size(group), [0, 0]
@@ -140,7 +141,7 @@ class watched:
             assert out_splits[self.rank] == in_splits[self.rank] == 0  # nothing travels to itself
             row = output.new_empty(1, *output.shape[1:]).nbytes
             sent, received = sum(in_splits) * row, sum(out_splits) * row
-        elif name == "all_gather_into_tensor":
+        elif name == GATHER:
             sent, received = (self.size - 1) * given.nbytes, output.nbytes - given.nbytes
         else:
             sent, received = given.nbytes - output.nbytes, (self.size - 1) * output.nbytes
@@ -155,6 +156,27 @@ def together(case, answers):
     plan = case.plan(len(found))
     whole = [plan.unshard([torch.from_numpy(results[i]) for results in found]).numpy() for i in range(4)]
     return [*whole, None if found[0][4] is None else sum(results[4] for results in found)]
+
+
+def random_case(seed):
+    """Documents of all sizes, and heads and options in any combination."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.choice([0, 1, 2, 31, 32, 33, 64, 127, 128, 129, 300, 511, 700], size=rng.integers(1, 12))
+    causal = bool(rng.random() < 0.85)
+    group = int(rng.choice([1, 2, 3, 4, 5, 8, 16]))
+    kv_heads = int(rng.choice([1, 2]))
+    return Case(
+        name=f"random_{seed}",
+        lengths=tuple(map(int, lengths)),
+        heads=(group * kv_heads, kv_heads, int(rng.choice([8, 16, 33, 64, 136]))),
+        mode="allgather" if seed % 2 else "needed",
+        causal=causal,
+        window=int(rng.choice([-1, -1, 0, 1, 40, 127, 128, 400])) if causal else -1,
+        softcap=float(rng.choice([0.0, 0.0, 2.0])),
+        sinks=bool(rng.random() < 0.3),
+        keep=bool(rng.random() < 0.5),
+        seed=seed,
+    )
 
 
 def expected_traffic(case, size, rank):

@@ -80,32 +80,11 @@ def test_as_one_rank(ranks, case, mode, size):
         assert said == seen == context_jobs.expected_traffic(case, size, rank)
 
 
-def random_case(seed):
-    """Documents of all sizes, and heads and options in any combination."""
-    rng = np.random.default_rng(seed)
-    lengths = rng.choice([0, 1, 2, 31, 32, 33, 64, 127, 128, 129, 300, 511, 700], size=rng.integers(1, 12))
-    causal = bool(rng.random() < 0.85)
-    group = int(rng.choice([1, 2, 3, 4, 5, 8, 16]))
-    kv_heads = int(rng.choice([1, 2]))
-    return Case(
-        name=f"random_{seed}",
-        lengths=tuple(map(int, lengths)),
-        heads=(group * kv_heads, kv_heads, int(rng.choice([8, 16, 33, 64, 136]))),
-        mode=MODES[seed % 2],
-        causal=causal,
-        window=int(rng.choice([-1, -1, 0, 1, 40, 127, 128, 400])) if causal else -1,
-        softcap=float(rng.choice([0.0, 0.0, 2.0])),
-        sinks=bool(rng.random() < 0.3),
-        keep=bool(rng.random() < 0.5),
-        seed=seed,
-    )
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 @pytest.mark.parametrize("seed", range(60))
 def test_random_cases_as_one_rank(ranks, seed, size):
-    case = random_case(seed)
+    case = context_jobs.random_case(seed)
     answers = attend(ranks, case, size)
     assert_as_one_rank(case, answers)
     for rank, (_, said, seen) in enumerate(answers):
@@ -127,7 +106,7 @@ def test_bits_do_not_depend_on_how_the_plan_is_cut(ranks):
     aligned = context_jobs.together(case, attend(ranks, case, 4))[0]
     np.testing.assert_array_equal(aligned, expected)
     anywhere = dataclasses.replace(case, align=1)
-    assert (anywhere.plan(4).pieces.begin % 32).any()
+    assert (anywhere.plan(4).pieces.begin % 16).any()
     found = context_jobs.together(anywhere, attend(ranks, anywhere, 4))[0]
     assert (found != expected).any()
     assert relative(found, expected) <= 1e-6
@@ -151,7 +130,7 @@ def test_16_bit_loses_no_more_than_one_rank(ranks, mode, size):
 def test_error_is_flat_in_the_number_of_ranks(ranks, mode):
     """Least squares of the error against fp64 over 1 to 4 ranks: no slope beyond two of its standard errors."""
     errors = {name: [] for name in ("out", "dq", "dk", "dv")}
-    for seed in range(5):
+    for seed in range(4):
         case = Case(name="flat", lengths=(230, 1, 100), mode=mode, seed=seed)
         gold = context_jobs.one_rank(case, torch.float64)
         found = [context_jobs.together(case, attend(ranks, case, size)) for size in (1, 2, 3, 4)]
@@ -164,7 +143,7 @@ def test_error_is_flat_in_the_number_of_ranks(ranks, mode):
         assert slopes.mean() <= 2 * slopes.std(ddof=1) / np.sqrt(len(slopes)) + 1e-4, (name, slopes)
 
 
-@pytest.mark.parametrize("value", [float("nan"), 1e30])
+@pytest.mark.parametrize("value", [float("nan"), pytest.param(1e30, marks=pytest.mark.full)])
 @pytest.mark.parametrize("mode", MODES)
 def test_no_document_reaches_another(ranks, mode, value):
     case = Case(name="leak", lengths=(90, 333, 1, 257, 130), mode=mode)
