@@ -1,6 +1,7 @@
 """Patterns without a name: the engine against the `regex` module, what it refuses, and that its work is linear."""
 
 import random
+import re
 
 import pytest
 from hypothesis import assume, example, given, settings
@@ -93,6 +94,8 @@ def compare(pattern: str, texts: list[str]) -> None:
         resolve_pattern(pattern)
     except ValueError as error:
         assume("match nothing" not in str(error))
+        # What repeats repeats of repeats may have too many states; anything simpler may not.
+        assume("states" not in str(error) or len(re.findall(r"\{\d|[*+]", pattern)) < 3)
         raise
     for text in texts:
         assert split_words(text, pattern) == by_patterns(text, (for_regex(pattern),)), (pattern, text)
@@ -108,9 +111,10 @@ def test_random_patterns(pattern, texts):
 
 
 @pytest.mark.full
-@settings(max_examples=100_000, deadline=None)
+@pytest.mark.parametrize("part", range(5))
+@settings(max_examples=20_000, deadline=None)
 @given(RANDOM_PATTERNS, st.lists(st.text(st.sampled_from(TEXT), max_size=20), min_size=1, max_size=8))
-def test_random_patterns_at_length(pattern, texts):
+def test_random_patterns_at_length(part, pattern, texts):
     compare(pattern, texts)
 
 
