@@ -6,6 +6,7 @@ code opens, in a file). Those in C++ are in fuzz_native.cpp; here are their seed
 
 import base64
 import contextlib
+import functools
 import json
 import os
 import zlib
@@ -78,6 +79,11 @@ def hold_files() -> None:
     Path.read_bytes, Path.read_text = read_bytes, read_text  # type: ignore[method-assign, assignment]
 
 
+@functools.cache
+def _named(path: Path, name: str) -> Path:
+    return path.with_name(name)
+
+
 def put(path: Path, data: bytes) -> None:
     """The bytes as the content of a file that native code may open; it is kept open."""
     if path not in _OPEN:
@@ -147,7 +153,7 @@ def read_manifest(path: Path) -> None:
     """Reads a folder with these bytes as its manifest, three times in four with the hash that it should name."""
     from herdkern.tokenizer.formats import files
 
-    manifest = path.with_name(files.MANIFEST)
+    manifest = _named(path, files.MANIFEST)
     data = HELD[str(path)]
     with contextlib.suppress(ValueError, RecursionError):
         content = json.loads(data)

@@ -287,10 +287,11 @@ def _run_python(args: argparse.Namespace, corpus: Path, scratch: Path) -> int:
     gc.set_threshold(20_000)
     accepted: list[bytes] = []
     counters = [0, 0]
+    path = scratch / "input"
 
     def target(data: bytes) -> None:
         counters[0] += 1
-        if one_input(args.reader, scratch / "input", data):
+        if one_input(args.reader, path, data):
             if len(accepted) < MOST_ACCEPTED:
                 accepted.append(data)
             else:
