@@ -58,7 +58,7 @@ class BudgetCounter {
   // Writes the table to disk and gives its memory back: something large is coming that needs it.
   void spill() {
     py::gil_scoped_release release;
-    counts_->drain();
+    counts_->drain(threads_);
     counts_.reset();
     give_back_memory();
     counts_.reset(new WordCounts(max_bytes_, &runs_));
@@ -119,7 +119,7 @@ class BudgetCounter {
                    const std::string& folder, const py::object& progress) {
     {
       py::gil_scoped_release release;
-      counts_->drain();
+      counts_->drain(threads_);
       counts_.reset();
       std::string().swap(lines_);
       give_back_memory();

@@ -135,10 +135,10 @@ void WordCounts::merge(const WordCounts& other) {
   });
 }
 
-void WordCounts::drain() {
-  for (size_t i = 0; i < num_parts_; ++i) {
-    if (parts_[i].map.num_words() != 0) overflow_->append(parts_[i].map);
-  }
+void WordCounts::drain(int num_threads) {
+  parallel_for(int64_t(num_parts_), num_threads, [&](int64_t i) {
+    if (parts_[size_t(i)].map.num_words() != 0) overflow_->append(parts_[size_t(i)].map);
+  });
 }
 
 size_t WordCounts::num_words() const {

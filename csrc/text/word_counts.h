@@ -82,16 +82,18 @@ class WordMap {
       if (entries_[i].count != 0) visit(word_of(entries_[i]), entries_[i].count);
     }
   }
-  // The same in byte order, and the map is empty afterwards, also when `visit` throws; it keeps its memory. Sorts in
-  // place, and what is sorted is no table: a look-up in it might not end.
-  template <typename Visit>
-  void drain(Visit&& visit) {
+  // use(words) with words(visit) as for_each, in byte order, and the map is empty afterwards, also when `use` throws;
+  // it keeps its memory. Sorts in place, and what is sorted is no table: a look-up in it might not end.
+  template <typename Use>
+  void drain(Use&& use) {
     struct Clear {
       WordMap& map;
       ~Clear() { map.clear(); }
     } const clear{*this};
     sort_entries();
-    for (size_t i = 0; i < num_words_; ++i) visit(word_of(entries_[i]), entries_[i].count);
+    use([this](auto&& visit) {
+      for (size_t i = 0; i < num_words_; ++i) visit(word_of(entries_[i]), entries_[i].count);
+    });
   }
   void clear();
 
@@ -142,7 +144,7 @@ class WordCounts {
   void add(const Word& word, int64_t count);
   void merge(const WordCounts& other);  // may be this table: then every count doubles
   // Writes everything to the overflow file and is empty afterwards.
-  void drain();
+  void drain(int num_threads);
 
   size_t num_words() const;
   // visit(word: std::string_view, count: int64_t) for every word, in no particular order. Views stay good until the

@@ -256,8 +256,10 @@ void RunFile::append_run(Write&& write) {
 }
 
 void RunFile::append(WordMap& map) {
-  append_run(
-      [&](RunWriter& writer) { map.drain([&](std::string_view word, int64_t count) { writer.add(word, count); }); });
+  map.drain([&](auto&& words) {  // sorted before the file is taken, so that threads sort at once
+    append_run(
+        [&](RunWriter& writer) { words([&](std::string_view word, int64_t count) { writer.add(word, count); }); });
+  });
 }
 
 void RunFile::append(std::string_view word, int64_t count) {

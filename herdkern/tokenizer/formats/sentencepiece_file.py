@@ -69,7 +69,7 @@ def fields_of(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """
     at, end = 0, len(data)
     while at < end:
-        key, at = _varint(data, at)
+        key, at = _varint(data, at) if data[at] > 0x7F else (data[at], at + 1)
         number, kind = key >> 3, key & 7
         value: int | bytes
         if kind == VARINT:
@@ -165,7 +165,10 @@ def _piece_of(message: bytes, number: int) -> Piece:
     value = struct.unpack("<f", score)[0]
     if value != value:
         raise ValueError(f"piece {number} must have a score, got NaN")
-    return Piece(_text(fields, 1, ""), value, PieceType(kind))
+    name = _text(fields, 1, "")
+    if not name:  # at once: two bytes of a file are such a piece, so there may be very many
+        raise ValueError(f"piece {number} must have a text of its own, got none")
+    return Piece(name, value, PieceType(kind))
 
 
 def _number(fields: dict[int, int | bytes], number: int, default: int) -> int:
