@@ -286,19 +286,20 @@ def count_shards(
         with _told_shortly():
             result = run.map("count", counter, inputs, config=config)
         parts = [task / COUNTS for task in result.tasks]
-        factors = [factor for _, factor in groups]
-        if factors == [denominator]:
-            header = _copied(parts[0], out)
-        else:
-            header = merge_weighted(parts, factors, denominator, out, max_memory=max_memory)
+        header = _merged(parts, [factor for _, factor in groups], denominator, out, max_memory)
     if work is None:
         shutil.rmtree(folder)
     return header
 
 
-def _copied(counts: Path, out: Path | str) -> CountsHeader:
-    """The counts file under another name. Its blocks have checksums, which whoever reads the counts compares."""
-    with open(counts, "rb") as source, atomic_file(out) as f:
+def _merged(
+    parts: Sequence[Path], factors: Sequence[int], denominator: int, out: Path | str, max_memory: int | None
+) -> CountsHeader:
+    """The counts of all groups. That of a single one is copied: its blocks have checksums, which whoever reads them
+    compares."""
+    if list(factors) != [denominator]:
+        return merge_weighted(parts, factors, denominator, out, max_memory=max_memory)
+    with open(parts[0], "rb") as source, atomic_file(out) as f:
         shutil.copyfileobj(source, f, 1 << 20)
     return read_header(out, "count_shards")
 
