@@ -189,21 +189,6 @@ def candidate_pairs(
 def connected_components(pairs: np.ndarray, num_docs: int, /) -> np.ndarray: ...  # (num_docs,) int64
 
 # csrc/text/bind_clusters.cpp: files in, files out
-class DocumentLines:
-    num_documents: int
-    num_lines: int
-    num_text_bytes: int
-    num_pending_bytes: int
-    def __init__(self, score_key: str, use_groups: bool) -> None: ...
-    def scan(
-        self, piece: bytes, last: bool
-    ) -> list[tuple[int, int, bytes]]: ...  # (row, line number, line): `put` them
-    def put(self, plain_line: bytes, row: int | None = None) -> None: ...
-    def take(self) -> tuple[np.ndarray, bytes, list[bytes]]: ...  # rows uint8 (num_docs, 104), names, texts
-    def deal(
-        self, piece: bytes, last: bool, actions: np.ndarray
-    ) -> list[Any]: ...  # bytes of copied lines, and (row, line number, line or text)
-
 class BandPartitioner:
     num_records: int
     def __init__(self, folder: str, num_partitions: int, max_bytes: int) -> None: ...
@@ -307,3 +292,31 @@ class UrlTable:
     def describe(self, number: int, /) -> tuple[int, bytes, bytes]: ...  # time stamp, id, URL
     def num_urls(self) -> int: ...
     def table_bytes(self) -> int: ...
+
+# csrc/text/bind_documents.cpp; reader: (line, number of the line) -> the line as Document.to_json writes it
+class DocumentLines:
+    num_lines: int
+    num_pending_bytes: int
+
+class DocumentSigner(DocumentLines):
+    def __init__(
+        self, plan: SignPlan, score_key: str, use_groups: bool, file_name: str, reader: Callable[[bytes, int], bytes]
+    ) -> None: ...
+    def scan(self, piece: bytes, last: bool) -> None: ...
+    def take(self) -> tuple[np.ndarray, bytes, np.ndarray]: ...  # rows uint8 (n, 104), names, signatures uint32
+
+class DocumentTexts(DocumentLines):
+    num_documents: int
+    def __init__(self, wanted: np.ndarray, file_name: str, reader: Callable[[bytes, int], bytes]) -> None: ...
+    def texts(self, piece: bytes, last: bool) -> list[tuple[int, bytes]]: ...
+    def shingles(
+        self, piece: bytes, last: bool, plan: SignPlan
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...  # rows int64, hashes uint64, begins int64
+
+class DocumentDealer(DocumentLines):
+    num_documents: int
+    def __init__(
+        self, is_plain: np.ndarray, wants_dropped: bool, file_name: str, reader: Callable[[bytes, int], bytes]
+    ) -> None: ...
+    def drop(self, rows: np.ndarray, decisions: np.ndarray, reasons: Sequence[str], names: str) -> None: ...
+    def deal(self, piece: bytes, last: bool) -> tuple[bytes, bytes]: ...

@@ -1,12 +1,10 @@
-// Python functions of document clusters: lines of documents, banding, components, whom to keep. Paths and arrays in,
-// files and arrays out; the GIL is released meanwhile. The stages are herdkern/dedup/documents.py and clusters.py.
+// Python functions of document clusters: banding, components, whom to keep. Paths and arrays in, files and arrays out;
+// the GIL is released meanwhile. The stages are herdkern/dedup/cluster_stages.py.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstring>
-#include <limits>
-#include <map>
+#include <algorithm>
 
 #include "text/bands.h"
 #include "text/cluster_members.h"
@@ -28,185 +26,6 @@ void check_size(const char* function, const char* argument, py::ssize_t size, py
     throw py::value_error(std::string(function) + ": " + argument + " must have " + std::to_string(wanted) +
                           " entries, got " + std::to_string(size));
 }
-
-// The lines of one file, handed in piece by piece; blank ones do not count as documents.
-class DocumentLines {
- public:
-  DocumentLines(std::string score_key, bool use_groups) : score_key_(std::move(score_key)), use_groups_(use_groups) {}
-
-  // Takes the documents of a piece; [(row, line number, line)] of those that are not plain: `put` must follow for each.
-  py::list scan(const py::bytes& piece, bool last) {
-    const std::string_view data = piece;
-    std::vector<Other> others;
-    {
-      py::gil_scoped_release release;
-      for_each_line(data, last, [&](std::string_view line) {
-        PlainLine fields;
-        if (read_plain_line(line, score_key_, fields)) {
-          rows_.push_back(make_row(line, fields, use_groups_, names_, texts_));
-        } else {
-          others.push_back({first_row_ + rows_.size(), number_, std::string(line)});
-          rows_.push_back(DocumentRow{});
-        }
-      });
-    }
-    py::list found;
-    for (const Other& other : others) found.append(py::make_tuple(other.row, other.number, py::bytes(other.line)));
-    return found;
-  }
-
-  // The plain line that the line of a row stands for; without a row, the next document.
-  void put(const py::bytes& plain_line, const py::object& row) {
-    PlainLine fields;
-    const std::string_view line = plain_line;
-    if (!read_plain_line(line, score_key_, fields)) read_loosely(line, fields);
-    std::pair<std::string, std::string> patch;
-    DocumentRow made = make_row(line, fields, use_groups_, patch.first, patch.second);
-    made.is_plain = 0;
-    const size_t place = row.is_none() ? rows_.size() : row.cast<uint64_t>() - first_row_;
-    if (row.is_none()) rows_.push_back(DocumentRow{});
-    if (place >= rows_.size()) throw py::index_error("put: row must be one of those that scan gave");
-    rows_[place] = made;
-    patches_[place] = std::move(patch);
-  }
-
-  // (rows, names, texts) of the documents since the last call: uint8 (num_docs, 104), bytes, a list of bytes.
-  py::tuple take() {
-    const auto count = static_cast<py::ssize_t>(rows_.size());
-    py::array_t<uint8_t> rows({count, static_cast<py::ssize_t>(sizeof(DocumentRow))});
-    if (count > 0) std::memcpy(rows.mutable_data(), rows_.data(), rows_.size() * sizeof(DocumentRow));
-    std::string names;
-    py::list texts(rows_.size());
-    size_t name = 0, text = 0;
-    for (size_t i = 0; i < rows_.size(); ++i) {
-      const size_t name_bytes = size_t{rows_[i].id_bytes} + rows_[i].url_bytes;
-      if (const auto patch = patches_.find(i); patch != patches_.end()) {
-        names += patch->second.first;
-        texts[i] = py::bytes(patch->second.second);
-        continue;
-      }
-      names.append(names_, name, name_bytes);
-      texts[i] = py::bytes(texts_.data() + text, rows_[i].text_bytes);
-      name += name_bytes;
-      text += rows_[i].text_bytes;
-    }
-    first_row_ += rows_.size();
-    rows_.clear();
-    names_.clear();
-    texts_.clear();
-    patches_.clear();
-    return py::make_tuple(rows, py::bytes(names), texts);
-  }
-
-  // What `actions` (uint8, one a document) asks for of a piece, in order: bytes of neighbouring lines for kCopy, (row,
-  // line number, line) for kLine, (row, line number, text) for kText, which only plain lines may have; nothing for
-  // kSkip.
-  py::list deal(const py::bytes& piece, bool last, const Array<uint8_t>& actions) {
-    const std::string_view data = piece;
-    std::vector<Other> found;
-    std::string copied;
-    const auto flush = [&] {
-      if (!copied.empty()) found.push_back({0, 0, std::move(copied)});
-      copied.clear();
-    };
-    {
-      const uint8_t* action = actions.data();
-      const auto count = static_cast<uint64_t>(actions.size());
-      py::gil_scoped_release release;
-      for_each_line(data, last, [&](std::string_view line) {
-        const uint64_t row = first_row_++;
-        if (row >= count) throw std::invalid_argument("deal: there are more documents than actions");
-        if (action[row] == kSkip) return;
-        if (action[row] == kCopy) {
-          copied.append(line);
-          copied += '\n';
-          return;
-        }
-        flush();
-        found.push_back({row, number_, {}});
-        PlainLine fields;
-        if (action[row] != kText) {
-          found.back().line = line;
-        } else if (read_plain_line(line, score_key_, fields)) {
-          append_unescaped(fields.text, found.back().line);
-        } else {
-          throw std::invalid_argument("deal: line " + std::to_string(number_) + " is not plain");
-        }
-      });
-      flush();
-    }
-    py::list segments;
-    for (const Other& other : found) {
-      if (other.number == 0) {
-        segments.append(py::bytes(other.line));
-      } else {
-        segments.append(py::make_tuple(other.row, other.number, py::bytes(other.line)));
-      }
-    }
-    return segments;
-  }
-
-  uint64_t num_documents() const { return first_row_ + rows_.size(); }
-  uint64_t num_lines() const { return number_; }
-  uint64_t num_pending_bytes() const { return pending_.size(); }
-  uint64_t num_text_bytes() const { return texts_.size(); }
-
-  enum Action : uint8_t { kSkip = 0, kCopy = 1, kLine = 2, kText = 3 };
-
- private:
-  struct Other {
-    uint64_t row, number;  // number 0: copied lines
-    std::string line;
-  };
-
-  template <typename Use>
-  void for_each_line(std::string_view data, bool last, Use&& use) {
-    const auto line_of = [&](std::string_view line) {
-      ++number_;
-      if (line.find_first_not_of(" \t\r\v\f") != std::string_view::npos) use(line);
-    };
-    size_t begin = 0;
-    for (size_t end; (end = data.find('\n', begin)) != std::string_view::npos; begin = end + 1) {
-      if (pending_.empty()) {
-        line_of(data.substr(begin, end - begin));
-      } else {
-        pending_.append(data, begin, end - begin);
-        line_of(pending_);
-        pending_.clear();
-      }
-    }
-    pending_.append(data, begin);
-    if (last && !pending_.empty()) {
-      line_of(pending_);
-      std::string().swap(pending_);
-    }
-  }
-
-  // What Python has written is as it should be, but may hold numbers or keys that the parser leaves to it.
-  void read_loosely(std::string_view line, PlainLine& fields) const {
-    const py::module_ json = py::module_::import("json");
-    const py::object values = json.attr("loads")(py::bytes(line.data(), line.size()));
-    static thread_local std::string kept[4];
-    const char* names[] = {"id", "text", "url", "lang"};
-    std::string_view* views[] = {&fields.id, &fields.text, &fields.url, &fields.lang};
-    for (int i = 0; i < 4; ++i) {
-      const auto dumped = json.attr("dumps")(values[names[i]], py::arg("ensure_ascii") = false).cast<std::string>();
-      kept[i] = dumped.substr(1, dumped.size() - 2);
-      *views[i] = kept[i];
-    }
-    fields.timestamp = values["timestamp"].cast<int64_t>();
-    const py::object score = values["meta"].attr("get")(score_key_);
-    const bool is_number =
-        (py::isinstance<py::float_>(score) || py::isinstance<py::int_>(score)) && !py::isinstance<py::bool_>(score);
-    fields.score = is_number ? score.attr("__float__")().cast<double>() : -std::numeric_limits<double>::infinity();
-  }
-
-  std::string score_key_, pending_, names_, texts_;
-  bool use_groups_;
-  uint64_t first_row_ = 0, number_ = 0;
-  std::vector<DocumentRow> rows_;
-  std::map<size_t, std::pair<std::string, std::string>> patches_;
-};
 
 // Signatures of either width with what belongs to each.
 struct SignatureBlock {
@@ -347,16 +166,6 @@ py::dict resolve(const Paths& pieces, const std::string& folder, const std::stri
 }  // namespace
 
 void bind_clusters(py::module_& m) {
-  py::class_<DocumentLines>(m, "DocumentLines")
-      .def(py::init<std::string, bool>(), py::arg("score_key"), py::arg("use_groups"))
-      .def("scan", &DocumentLines::scan, py::arg("piece"), py::arg("last"))
-      .def("put", &DocumentLines::put, py::arg("plain_line"), py::arg("row") = py::none())
-      .def("take", &DocumentLines::take)
-      .def("deal", &DocumentLines::deal, py::arg("piece"), py::arg("last"), py::arg("actions"))
-      .def_property_readonly("num_documents", &DocumentLines::num_documents)
-      .def_property_readonly("num_lines", &DocumentLines::num_lines)
-      .def_property_readonly("num_text_bytes", &DocumentLines::num_text_bytes)
-      .def_property_readonly("num_pending_bytes", &DocumentLines::num_pending_bytes);
   bind_bands(m);
   bind_components(m);
   py::class_<MemberWriter>(m, "MemberWriter")

@@ -1,197 +1,24 @@
 // Documents as lines of JSON: see document_lines.h.
 #include "text/document_lines.h"
 
-#include <charconv>
-#include <cmath>
-#include <cstring>
+#include <algorithm>
 #include <limits>
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
 
-#include "text/minhash.h"
+#include "text/blake2b.h"
 
 namespace herdkern::text {
 
 namespace {
 
-constexpr int kMaxDepth = 16;
+constexpr int kMaxDepth = 64, kMaxOwnDepth = 4096;
 constexpr int64_t kMaxTimestamp = int64_t{1} << 53;
-
-// To the next quote, backslash, control character or byte that is not ASCII.
-const char* skip_ascii_plain(const char* p, const char* end) {
-#if defined(__SSE2__)
-  const __m128i quote = _mm_set1_epi8('"'), slash = _mm_set1_epi8('\\'), space = _mm_set1_epi8(0x20);
-  for (; end - p >= 16; p += 16) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    const __m128i odd = _mm_or_si128(_mm_cmplt_epi8(bytes, space),  // signed: bytes above 0x7F are below it too
-                                     _mm_or_si128(_mm_cmpeq_epi8(bytes, quote), _mm_cmpeq_epi8(bytes, slash)));
-    const int mask = _mm_movemask_epi8(odd);
-    if (mask != 0) return p + __builtin_ctz(unsigned(mask));
-  }
-#endif
-  while (p < end && uint8_t(*p) >= 0x20 && uint8_t(*p) < 0x80 && *p != '"' && *p != '\\') ++p;
-  return p;
-}
-
-// Behind the well-formed sequence at p (table 3-7 of the Unicode standard), null if there is none.
-const char* skip_sequence(const char* p, const char* end) {
-  const auto tail = [&](int i) { return (uint8_t(p[i]) & 0xC0) == 0x80; };
-  const uint8_t lead = uint8_t(*p);
-  const auto left = end - p;
-  if (lead >= 0xC2 && lead < 0xE0) return left >= 2 && tail(1) ? p + 2 : nullptr;
-  if (left < 3) return nullptr;
-  const uint8_t second = uint8_t(p[1]);
-  if (lead >= 0xE0 && lead < 0xF0) {
-    const bool bad = (lead == 0xE0 && second < 0xA0) || (lead == 0xED && second >= 0xA0);
-    return !bad && tail(1) && tail(2) ? p + 3 : nullptr;
-  }
-  if (lead < 0xF0 || lead >= 0xF5 || left < 4) return nullptr;
-  const bool bad = (lead == 0xF0 && second < 0x90) || (lead == 0xF4 && second >= 0x90);
-  return !bad && tail(1) && tail(2) && tail(3) ? p + 4 : nullptr;
-}
-
-// Each method reads one thing at p_ and says whether it was there, written as Python's json.dumps would.
-class PlainParser {
- public:
-  explicit PlainParser(std::string_view line) : p_(line.data()), end_(p_ + line.size()) {}
-
-  bool document(std::string_view score_key, PlainLine& out) {
-    std::string_view source, record;
-    out.score = -std::numeric_limits<double>::infinity();
-    return literal("{\"id\":") && string(out.id) && !out.id.empty() && literal(",\"text\":") && string(out.text) &&
-           literal(",\"url\":") && string(out.url) && literal(",\"source\":") && string(source) &&
-           literal(",\"lang\":") && string(out.lang) && literal(",\"timestamp\":") && integer(out.timestamp) &&
-           std::abs(out.timestamp) <= kMaxTimestamp && literal(",\"record\":") && string(record) && !record.empty() &&
-           literal(",\"meta\":{") && meta(score_key, out.score) && literal("}") && p_ == end_;
-  }
-
- private:
-  bool is(char c) {
-    if (p_ == end_ || *p_ != c) return false;
-    ++p_;
-    return true;
-  }
-  bool literal(std::string_view word) {
-    if (size_t(end_ - p_) < word.size() || std::memcmp(p_, word.data(), word.size()) != 0) return false;
-    p_ += word.size();
-    return true;
-  }
-
-  bool escape() {  // behind the backslash: what json.dumps writes with ensure_ascii=False, nothing else
-    if (p_ == end_) return false;
-    const char c = *p_++;
-    if (c != 'u') return c == '"' || c == '\\' || c == 'n' || c == 'r' || c == 't' || c == 'b' || c == 'f';
-    if (end_ - p_ < 4 || p_[0] != '0' || p_[1] != '0' || (p_[2] != '0' && p_[2] != '1')) return false;
-    const char last = p_[3];
-    const bool is_digit = last >= '0' && last <= '9';
-    if (!is_digit && !(last >= 'a' && last <= 'f')) return false;
-    if (p_[2] == '0' && (last == '8' || last == '9' || last == 'a' || last == 'c' || last == 'd')) return false;
-    p_ += 4;
-    return true;
-  }
-
-  bool string(std::string_view& raw) {
-    if (!is('"')) return false;
-    const char* begin = p_;
-    for (;;) {
-      p_ = skip_ascii_plain(p_, end_);
-      if (p_ == end_) return false;
-      if (*p_ == '"') {
-        raw = {begin, size_t(p_++ - begin)};
-        return true;
-      }
-      if (*p_ == '\\') {
-        ++p_;
-        if (!escape()) return false;
-        continue;
-      }
-      if (uint8_t(*p_) < 0x80) return false;
-      while (p_ < end_ && uint8_t(*p_) >= 0x80) {
-        p_ = skip_sequence(p_, end_);
-        if (p_ == nullptr) return p_ = end_, false;
-      }
-    }
-  }
-
-  bool integer(int64_t& value) {
-    const char* begin = p_;
-    const char* digits = is('-') ? p_ : begin;
-    while (p_ < end_ && *p_ >= '0' && *p_ <= '9') ++p_;
-    const auto count = p_ - digits;
-    if (count < 1 || count > 18 || (*digits == '0' && (count > 1 || digits != begin))) return false;
-    return std::from_chars(begin, p_, value).ec == std::errc();
-  }
-
-  bool number(double& value) {
-    const char* begin = p_;
-    int64_t whole = 0;
-    if (integer(whole) && (p_ == end_ || (*p_ != '.' && *p_ != 'e' && *p_ != 'E'))) {
-      value = static_cast<double>(whole);
-      return true;
-    }
-    p_ = begin;
-    while (p_ < end_ && (*p_ == '-' || *p_ == '.' || (*p_ >= '0' && *p_ <= '9'))) ++p_;
-    if (std::from_chars(begin, p_, value).ptr != p_) return false;
-    const double size = std::fabs(value);
-    if (!(size == 0 ? !std::signbit(value) : size >= 1e-4 && size < 1e15)) return false;  // others have an exponent
-    char written[64];
-    const auto end = std::to_chars(written, written + sizeof(written) - 2, value, std::chars_format::fixed);
-    std::string shortest(written, end.ptr);
-    if (shortest.find('.') == std::string::npos) shortest += ".0";
-    return shortest == std::string_view(begin, size_t(p_ - begin));
-  }
-
-  bool value(int depth, double& number_found) {
-    if (p_ == end_ || depth > kMaxDepth) return false;
-    std::string_view text;
-    double inner = 0;
-    switch (*p_) {
-      case '"':
-        return string(text);
-      case 't':
-        return literal("true");
-      case 'f':
-        return literal("false");
-      case 'n':
-        return literal("null");
-      case '[':
-        ++p_;
-        if (is(']')) return true;
-        do {
-          if (!value(depth + 1, inner)) return false;
-        } while (is(','));
-        return is(']');
-      case '{':  // one key at most: several would have to be compared for repeats
-        ++p_;
-        if (is('}')) return true;
-        return string(text) && is(':') && value(depth + 1, inner) && is('}');
-      default:
-        return number(number_found);
-    }
-  }
-
-  bool meta(std::string_view score_key, double& score) {
-    if (is('}')) return true;
-    std::string_view last;
-    bool is_first = true;
-    do {
-      std::string_view key;
-      if (!string(key) || !is(':')) return false;
-      // Raw order is that of the keys only where nothing is escaped.
-      if (key.find('\\') != std::string_view::npos || (!is_first && !(last < key))) return false;
-      double found = std::numeric_limits<double>::quiet_NaN();
-      if (!value(0, found)) return false;
-      if (key == score_key && !std::isnan(found)) score = found;
-      last = key;
-      is_first = false;
-    } while (is(','));
-    return is('}');
-  }
-
-  const char* p_;
-  const char* end_;
-};
+using Name = DocumentLine::Name;
+constexpr Name kOrder[] = {Name::kId,   Name::kText,      Name::kUrl,    Name::kSource,
+                           Name::kLang, Name::kTimestamp, Name::kRecord, Name::kMeta};
+constexpr std::string_view kKeys[] = {"id", "text", "url", "source", "lang", "record", "timestamp", "meta"};
+constexpr Name kTexts[] = {Name::kId, Name::kText, Name::kUrl, Name::kSource, Name::kLang, Name::kRecord};
+constexpr size_t kPlainBytes =  // of a plain line besides its values
+    std::string_view(R"({"id":"","text":"","url":"","source":"","lang":"","timestamp":,"record":"","meta":})").size();
 
 uint64_t load(const char* p, size_t size) {
   uint64_t value = 0;
@@ -199,47 +26,85 @@ uint64_t load(const char* p, size_t size) {
   return value;
 }
 
-uint64_t hash_name(std::string_view text) { return hash_text(text).high | 1; }  // never 0
-
-}  // namespace
-
-bool read_plain_line(std::string_view line, std::string_view score_key, PlainLine& out) {
-  return PlainParser(line).document(score_key, out);
+// A string as json.dumps writes it again, appended. False if it holds half a surrogate pair.
+bool append_plain(const JsonString& string, std::string& out) {
+  out += '"';
+  if (string.is_plain) {
+    out += string.raw;
+  } else {
+    std::string text(string.raw.size(), '\0');
+    bool is_good = false;
+    text.resize(static_cast<size_t>(unescape(string.raw, text.data(), is_good) - text.data()));
+    if (!is_good) return false;
+    append_escaped(text, out);
+  }
+  out += '"';
+  return true;
 }
 
-void append_unescaped(std::string_view raw, std::string& out) {
-  const char* p = raw.data();
-  const char* end = p + raw.size();
-  while (p < end) {
-    const auto* slash = static_cast<const char*>(std::memchr(p, '\\', size_t(end - p)));
-    out.append(p, size_t((slash == nullptr ? end : slash) - p));
-    if (slash == nullptr) return;
-    p = slash + 2;
-    switch (slash[1]) {
-      case 'b':
-        out += '\b';
-        break;
-      case 'f':
-        out += '\f';
-        break;
-      case 'n':
-        out += '\n';
-        break;
-      case 'r':
-        out += '\r';
-        break;
-      case 't':
-        out += '\t';
-        break;
-      case 'u':
-        out += static_cast<char>((p[2] - '0') * 16 + (p[3] <= '9' ? p[3] - '0' : p[3] - 'a' + 10));
-        p += 4;
-        break;
-      default:
-        out += slash[1];
-    }
+bool pass_value(JsonScanner& scan, int depth, std::string* out);
+
+// At '{' or '['. The keys of an object must differ: of several, Python keeps the last value at the first place.
+bool pass_container(JsonScanner& scan, int depth, std::string* out) {
+  if (depth == 0) return false;
+  const bool is_object = scan.next() == '{';
+  const char close = is_object ? '}' : ']';
+  scan.is(scan.next());
+  if (out) *out += is_object ? '{' : '[';
+  std::vector<std::string> keys;
+  bool is_first = true;
+  if (!scan.is_after_white(close)) {
+    do {
+      if (out && !is_first) *out += ',';
+      is_first = false;
+      scan.white();
+      if (is_object) {
+        JsonString key;
+        if (!scan.string(key) || !scan.is_after_white(':')) return false;
+        scan.white();
+        if (out) {
+          const size_t begin = out->size();
+          if (!append_plain(key, *out)) return false;
+          keys.emplace_back(*out, begin);
+          *out += ':';
+        }
+      }
+      if (!pass_value(scan, depth - 1, out)) return false;
+    } while (scan.is_after_white(','));
+    if (!scan.is(close)) return false;
+  }
+  if (out) *out += close;
+  std::sort(keys.begin(), keys.end());
+  return std::adjacent_find(keys.begin(), keys.end()) == keys.end();
+}
+
+// Any value, appended to `out` as json.dumps writes it again; without `out` it is only passed over.
+bool pass_value(JsonScanner& scan, int depth, std::string* out) {
+  const auto word = [&](std::string_view text) {
+    if (out) *out += text;
+    return scan.literal(text);
+  };
+  JsonString string;
+  std::string_view raw;
+  bool is_whole = false;
+  switch (scan.next()) {
+    case '"':
+      return scan.string(string) && (!out || append_plain(string, *out));
+    case 't':
+      return word("true");
+    case 'f':
+      return word("false");
+    case 'n':
+      return word("null");
+    case '{':
+    case '[':
+      return pass_container(scan, depth, out);
+    default:
+      return scan.number(raw, is_whole) && (!out || append_number(raw, is_whole, *out));
   }
 }
+
+}  // namespace
 
 // Two chains of folded products over 16 bytes at a time, each with constants of its own.
 Hash128 hash_text(std::string_view text) {
@@ -258,37 +123,284 @@ Hash128 hash_text(std::string_view text) {
           mix(multiply_fold(b, a ^ 0x1D8E4E27C47D124Fu) ^ b)};
 }
 
-DocumentRow make_row(std::string_view line, const PlainLine& fields, bool use_groups, std::string& names,
-                     std::string& texts) {
+bool DocumentLine::read(std::string_view line, uint64_t number, bool is_ours) {
+  line_ = line;
+  number_ = number;
+  for (Field& field : fields_) field = {};
+  for (Memory& memory : values_) memory.is_made = false;
+  timestamp_ = 0;
+  timestamp_size_ = meta_size_ = num_in_order_ = num_members_ = num_entries_ = 0;
+  is_plain_ = false;
+  is_resolved_ = false;
+  if (!is_ours && !kernels_.is_utf8(reinterpret_cast<const uint8_t*>(line.data()), static_cast<int64_t>(line.size())))
+    return false;
+  JsonScanner scan(line, is_ours ? std::numeric_limits<int>::max() : JsonScanner::kMaxDigits);
+  if (!scan.is_after_white('{')) return false;
+  do {
+    scan.white();
+    if (!member(scan, is_ours ? kMaxOwnDepth : kMaxDepth)) return false;
+  } while (scan.is_after_white(','));
+  if (!scan.is('}')) return false;
+  scan.white();
+  if (!scan.at_end() || !fields_[kText].is_text) return false;
+  const bool is_nameless = fields_[kId].json.raw.empty() || fields_[kRecord].json.raw.empty();
+  if (is_nameless && file_.empty()) return false;
+  is_plain_ = !is_nameless && line.size() == plain_size();
+  return true;
+}
+
+bool DocumentLine::member(JsonScanner& scan, int max_depth) {
+  JsonString written;
+  if (!scan.string(written) || !scan.is_after_white(':')) return false;
+  scan.white();
+  std::string_view key = written.raw;
+  if (written.has_escapes) {
+    bool is_good = false;
+    key_.resize(key.size());
+    key_.resize(static_cast<size_t>(unescape(key, key_.data(), is_good) - key_.data()));
+    if (!is_good) return false;
+    key = key_;
+  }
+  const size_t place = num_members_++;
+  if (place < kNumNames && key == kKeys[kOrder[place]]) ++num_in_order_;
+  const auto found = std::find(std::begin(kKeys), std::end(kKeys), key);
+  if (found == std::end(kKeys)) {
+    const char kind = scan.next();
+    Entry& entry = new_entry(key, true);
+    entry.is_kept = kind != '{' && kind != '[' && kind != 'n';
+    return pass_value(scan, max_depth, entry.is_kept ? &entry.json : nullptr);
+  }
+  const Name name = static_cast<Name>(found - std::begin(kKeys));
+  if (name == kMeta) return meta(scan, max_depth);
+  if (name == kTimestamp) {
+    const char kind = scan.next();
+    timestamp_ = 0;
+    timestamp_size_ = 0;
+    if (kind != '-' && (kind < '0' || kind > '9')) return pass_value(scan, max_depth, nullptr);
+    std::string_view raw;
+    bool is_whole = false;
+    if (!scan.number(raw, is_whole)) return false;
+    int64_t seconds = 0;
+    const auto got = std::from_chars(raw.data(), raw.data() + raw.size(), seconds);
+    if (!is_whole || got.ec != std::errc() || seconds < -kMaxTimestamp || seconds > kMaxTimestamp) return true;
+    timestamp_ = seconds;
+    timestamp_size_ = raw == "-0" ? 0 : raw.size();
+    return true;
+  }
+  Field& field = fields_[name];
+  field.is_text = scan.next() == '"';
+  if (field.is_text) return scan.string(field.json);
+  field.json = {};
+  return pass_value(scan, max_depth, nullptr);
+}
+
+bool DocumentLine::meta(JsonScanner& scan, int max_depth) {
+  if (fields_[kMeta].is_text) return false;  // a second one
+  if (scan.next() != '{') return pass_value(scan, max_depth, nullptr);
+  fields_[kMeta].is_text = true;
+  const char* begin = scan.place();
+  scan.is('{');
+  if (!scan.is_after_white('}')) {
+    do {
+      scan.white();
+      JsonString key;
+      if (!scan.string(key) || !scan.is_after_white(':')) return false;
+      scan.white();
+      bool is_good = true;
+      if (key.has_escapes) {
+        key_.resize(key.raw.size());
+        key_.resize(static_cast<size_t>(unescape(key.raw, key_.data(), is_good) - key_.data()));
+      }
+      Entry& entry = new_entry(key.has_escapes ? std::string_view(key_) : key.raw, false);
+      if (!is_good || !pass_value(scan, max_depth - 1, &entry.json)) return false;
+    } while (scan.is_after_white(','));
+    if (!scan.is('}')) return false;
+  }
+  fields_[kMeta].json.raw = {begin, static_cast<size_t>(scan.place() - begin)};
+  return true;
+}
+
+DocumentLine::Entry& DocumentLine::new_entry(std::string_view key, bool is_extra) {
+  if (num_entries_ == entries_.size()) entries_.emplace_back();
+  Entry& entry = entries_[num_entries_++];
+  entry.key = key;
+  entry.json.clear();
+  entry.is_kept = true;
+  entry.is_extra = is_extra;
+  return entry;
+}
+
+void DocumentLine::set_meta(std::string_view key, std::string json) {
+  new_entry(key, true).json = std::move(json);
+  is_plain_ = false;
+  is_resolved_ = false;
+}
+
+// One entry for each key, in order: the last from outside of meta if that is a scalar, else the last within.
+void DocumentLine::resolve_meta() {
+  if (is_resolved_) return;
+  is_resolved_ = true;
+  const auto begin = entries_.begin(), end = begin + static_cast<ptrdiff_t>(num_entries_);
+  if (!std::is_sorted(begin, end)) std::stable_sort(begin, end);
+  size_t num_kept = 0;
+  for (size_t i = 0, next; i < num_entries_; i = next) {
+    Entry* extra = nullptr;
+    Entry* inner = nullptr;
+    for (next = i; next < num_entries_ && entries_[next].key == entries_[i].key; ++next)
+      (entries_[next].is_extra ? extra : inner) = &entries_[next];
+    Entry* chosen = extra && extra->is_kept ? extra : inner;
+    if (!chosen) continue;
+    if (chosen != &entries_[num_kept]) std::swap(*chosen, entries_[num_kept]);
+    ++num_kept;
+  }
+  num_entries_ = num_kept;
+}
+
+void DocumentLine::append_meta(std::string& out) {
+  resolve_meta();
+  out += '{';
+  for (size_t i = 0; i < num_entries_; ++i) {
+    out += i == 0 ? "\"" : ",\"";
+    append_escaped(entries_[i].key, out);
+    out += "\":";
+    out += entries_[i].json;
+  }
+  out += '}';
+}
+
+// The size of the plain line if every part of the line is plain, else 0. What is not seen here (spaces, escapes in
+// keys) makes the line longer than that.
+size_t DocumentLine::plain_size() {
+  if (num_in_order_ != kNumNames || num_members_ != kNumNames || timestamp_size_ == 0 || !fields_[kMeta].is_text)
+    return 0;
+  size_t size = kPlainBytes + timestamp_size_ + fields_[kMeta].json.raw.size();
+  for (const Name name : kTexts) {
+    if (!fields_[name].is_text || !fields_[name].json.is_plain) return 0;
+    size += fields_[name].json.raw.size();
+  }
+  if (fields_[kMeta].json.raw == "{}") return size;
+  std::string meta;
+  append_meta(meta);
+  return meta == fields_[kMeta].json.raw ? size : 0;
+}
+
+void DocumentLine::make_id() {
+  Blake2b64 hash;
+  hash.add(file_);
+  hash.add("#");
+  hash.add(std::to_string(number_));
+  hash.add(std::string_view("\0", 1));
+  hash.add(value(kText));
+  hash.add(std::string_view("\0", 1));
+  const uint64_t digest = hash.finish();
+  Memory& memory = values_[kId];
+  memory.bytes.assign(16, '0');
+  memory.size = 16;
+  for (int i = 0; i < 16; ++i) memory.bytes[static_cast<size_t>(i)] = "0123456789abcdef"[digest >> (4 * (i ^ 1)) & 15];
+}
+
+std::string_view DocumentLine::value(Name name) {
+  const Field& field = fields_[name];
+  const JsonString& json = field.json;
+  if (!json.raw.empty() && !json.has_escapes) return json.raw;
+  if (json.raw.empty() && name != kId && name != kRecord) return {};
+  Memory& memory = values_[name];
+  if (memory.is_made) return memory.view();
+  memory.is_made = true;
+  if (!json.raw.empty()) {
+    bool is_good = false;
+    if (memory.bytes.size() < json.raw.size()) memory.bytes.resize(json.raw.size());
+    memory.size = static_cast<size_t>(unescape(json.raw, memory.bytes.data(), is_good) - memory.bytes.data());
+  } else if (name == kId) {
+    make_id();
+  } else {
+    memory.bytes = file_ + "#" + std::to_string(number_);
+    memory.size = memory.bytes.size();
+  }
+  return memory.view();
+}
+
+double DocumentLine::score(std::string_view key) {
+  resolve_meta();
+  for (size_t i = 0; i < num_entries_; ++i) {
+    const std::string& json = entries_[i].json;
+    if (entries_[i].key != key || !(json[0] == '-' || (json[0] >= '0' && json[0] <= '9'))) continue;
+    double found = 0;
+    const auto got = std::from_chars(json.data(), json.data() + json.size(), found);
+    if (got.ec == std::errc()) return found;
+  }
+  return -std::numeric_limits<double>::infinity();
+}
+
+uint64_t DocumentLine::hash(const Hash128& text) {
+  uint64_t all = kGolden;
+  const auto add = [&](uint64_t part) { all = multiply_fold(all ^ part, 0xE7037ED1A0B428DBu) + part; };
+  for (const Name name : kTexts) {
+    const Hash128 part = name == kText ? text : hash_text(value(name));
+    add(part.high);
+    add(part.low);
+  }
+  add(static_cast<uint64_t>(timestamp_));
+  written_.clear();
+  append_meta(written_);
+  add(hash_text(written_).high);
+  return mix(all);
+}
+
+DocumentRow DocumentLine::row(std::string_view score_key, bool use_groups, std::string& names) {
   DocumentRow row{};
-  const size_t id_begin = names.size();
-  append_unescaped(fields.id, names);
-  const size_t url_begin = names.size();
-  append_unescaped(fields.url, names);
-  const std::string_view id(names.data() + id_begin, url_begin - id_begin);
+  const std::string_view id = value(kId), url = value(kUrl), text = value(kText);
+  names += id;
+  names += url;
   char first[16] = {};
   std::memcpy(first, id.data(), std::min<size_t>(16, id.size()));
   row.id_high = __builtin_bswap64(load(first, 8));
   row.id_low = __builtin_bswap64(load(first + 8, 8));
   row.id_hash = hash_text(id).high;
-  row.line_hash = hash_text(line).high;
-  const size_t text_begin = texts.size();
-  append_unescaped(fields.text, texts);
-  const std::string_view text(texts.data() + text_begin, texts.size() - text_begin);
-  const Hash128 hash = hash_text(text);
-  row.text_high = hash.high;
-  row.text_low = hash.low;
-  row.timestamp = fields.timestamp;
-  int64_t continued = 0;  // bytes behind the first of a character
-  for (const char c : text) continued += (uint8_t(c) & 0xC0) == 0x80;
-  row.length = static_cast<int64_t>(text.size()) - continued;
-  row.score = fields.score;
-  row.group = use_groups ? hash_name(fields.lang) : 0;
+  const Hash128 hashed = hash_text(text);
+  row.line_hash = hash(hashed);
+  row.text_high = hashed.high;
+  row.text_low = hashed.low;
+  row.timestamp = timestamp_;
+  row.length =
+      kernels_.count_code_points(reinterpret_cast<const uint8_t*>(text.data()), static_cast<int64_t>(text.size()));
+  row.score = score(score_key);
+  row.group = use_groups ? hash_text(value(kLang)).high | 1 : 0;  // never 0
   row.text_bytes = text.size();
   row.id_bytes = static_cast<uint32_t>(id.size());
-  row.url_bytes = static_cast<uint32_t>(names.size() - url_begin);
-  row.is_plain = 1;
+  row.url_bytes = static_cast<uint32_t>(url.size());
+  row.is_plain = is_plain_;
   return row;
+}
+
+void DocumentLine::append_field(Name name, std::string& out) {
+  const JsonString& json = fields_[name].json;
+  if (!json.raw.empty() && json.is_plain) {
+    out += json.raw;
+  } else {
+    append_escaped(value(name), out);
+  }
+}
+
+void DocumentLine::write(std::string& out, std::string_view reason) {
+  constexpr std::string_view kBefore[] = {"{\"id\":\"", "\",\"text\":\"", "\",\"url\":\"", "\",\"source\":\"",
+                                          "\",\"lang\":\""};
+  for (size_t i = 0; i < 5; ++i) {
+    out += kBefore[i];
+    append_field(kTexts[i], out);
+  }
+  out += "\",\"timestamp\":";
+  out += std::to_string(timestamp_);
+  out += ",\"record\":\"";
+  append_field(kRecord, out);
+  out += "\",\"meta\":";
+  append_meta(out);
+  if (!reason.empty()) {
+    out += ",\"reason\":\"";
+    append_escaped(reason, out);
+    out += '"';
+  }
+  out += '}';
 }
 
 }  // namespace herdkern::text

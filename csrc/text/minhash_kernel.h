@@ -5,6 +5,7 @@
 #include "text/minhash_chars.h"
 #include "text/minhash_slots.h"
 #include "text/minhash_split.h"
+#include "text/minhash_utf8.h"
 #include "text/sha1_lanes.h"
 
 namespace herdkern::text::HK_MINHASH_LEVEL {
@@ -269,6 +270,8 @@ void lower(const uint64_t* hashes, int64_t count, const SignPlan& plan, Scratch&
 
 #define HK_STRING_OF(x) #x
 #define HK_STRING(x) HK_STRING_OF(x)
-MinHashKernels minhash_kernels() { return {HK_STRING(HK_MINHASH_LEVEL), sign, shingle, lower}; }
+MinHashKernels minhash_kernels() {
+  return {HK_STRING(HK_MINHASH_LEVEL), sign, shingle, lower, encode, is_utf8, count_code_points};
+}
 
 }  // namespace herdkern::text::HK_MINHASH_LEVEL

@@ -5,7 +5,6 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -23,41 +22,6 @@ struct Utf8Text {
   const uint8_t* data;
   int64_t size;
 };
-
-// Encodes code units of 1 (Latin-1), 2 or 4 bytes; returns the end of what was written. out: 4 bytes a unit and 8 more.
-template <typename Unit>
-inline uint8_t* encode_utf8(const Unit* units, int64_t count, uint8_t* out) {
-  constexpr int64_t kStep = 8;
-  for (int64_t i = 0; i < count;) {
-    if (i + kStep <= count) {
-      uint32_t all = 0;
-      for (int64_t j = 0; j < kStep; ++j) all |= units[i + j];
-      if (all < 0x80) {
-        for (int64_t j = 0; j < kStep; ++j) out[j] = static_cast<uint8_t>(units[i + j]);
-        out += kStep;
-        i += kStep;
-        continue;
-      }
-    }
-    for (const int64_t end = i + kStep < count ? i + kStep : count; i < end; ++i) {
-      const uint32_t c = units[i];
-      if (sizeof(Unit) == 4 && c >= 0x10000) {
-        const uint32_t four = (0xF0 | c >> 18) | (0x80 | (c >> 12 & 0x3F)) << 8 | (0x80 | (c >> 6 & 0x3F)) << 16 |
-                              (0x80 | (c & 0x3F)) << 24;
-        std::memcpy(out, &four, 4);
-        out += 4;
-        continue;
-      }
-      // All forms are made and one is chosen: scripts mix one, two and three bytes too wildly for branches.
-      const uint32_t two = (0xC0 | c >> 6) | (0x80 | (c & 0x3F)) << 8;
-      const uint32_t three = (0xE0 | c >> 12) | (0x80 | (c >> 6 & 0x3F)) << 8 | (0x80 | (c & 0x3F)) << 16;
-      const uint32_t bytes = c < 0x80 ? c : c < 0x800 ? two : three;
-      std::memcpy(out, &bytes, 4);
-      out += 1 + (c >= 0x80) + (c >= 0x800);
-    }
-  }
-  return out;
-}
 
 // The str and bytes objects of a sequence, held by a tuple of its own while the GIL is released.
 class PlainTexts {
@@ -83,16 +47,12 @@ class PlainTexts {
   int64_t count() const { return static_cast<int64_t>(texts_.size()); }
 
   // Valid until the next call with the same memory.
-  Utf8Text utf8(int64_t i, std::vector<uint8_t>& memory) const {
+  Utf8Text utf8(int64_t i, const MinHashKernels& kernels, std::vector<uint8_t>& memory) const {
     const Text& text = texts_[i];
     if (text.width == 0) return {static_cast<const uint8_t*>(text.data), text.length};
-    const size_t room = static_cast<size_t>(text.length) * (text.width == 1 ? 2 : text.width == 2 ? 3 : 4) + 8;
+    const auto room = static_cast<size_t>(utf8_room(text.length, text.width));
     if (memory.size() < room) memory.resize(room);
-    uint8_t* out = memory.data();
-    uint8_t* end = text.width == 1   ? encode_utf8(static_cast<const uint8_t*>(text.data), text.length, out)
-                   : text.width == 2 ? encode_utf8(static_cast<const uint16_t*>(text.data), text.length, out)
-                                     : encode_utf8(static_cast<const uint32_t*>(text.data), text.length, out);
-    return {out, end - out};
+    return {memory.data(), kernels.encode(text.data, text.length, text.width, memory.data()) - memory.data()};
   }
 
   // Begins of pieces of neighbouring texts, about 256 kB each, and the end: the tasks of a parallel loop.
@@ -141,13 +101,13 @@ class ScratchPool {
 
 // Calls work(doc, text, scratch) for every text, pieces of them on several threads.
 template <typename Work>
-void for_each_plain_text(const PlainTexts& texts, int num_threads, Work&& work) {
+void for_each_plain_text(const PlainTexts& texts, const MinHashKernels& kernels, int num_threads, Work&& work) {
   const std::vector<int64_t> begins = texts.pieces();
   ScratchPool pool;
   parallel_for(static_cast<int64_t>(begins.size()) - 1, num_threads, [&](int64_t piece) {
     std::unique_ptr<Scratch> scratch = pool.take();
     for (int64_t doc = begins[piece]; doc < begins[piece + 1]; ++doc)
-      work(doc, texts.utf8(doc, scratch->utf8), *scratch);
+      work(doc, texts.utf8(doc, kernels, scratch->utf8), *scratch);
     pool.give(std::move(scratch));
   });
 }

@@ -241,6 +241,8 @@ def _read_parquet(path: Path, on_bad: OnBad, text_key: str, html_key: str) -> It
                 for values in batch.to_pylist():
                     record = f"{path.name}#{row}"
                     row += 1
+                    if isinstance(values.get("meta"), str):
+                        values["meta"] = _meta_of_json(values["meta"])
                     document = _from_values(values, record, text_key, html_key)
                     if isinstance(document, str):
                         on_bad(BadRecord(record, "no_text", f"{path}, row {row}: {document}"))
@@ -248,6 +250,14 @@ def _read_parquet(path: Path, on_bad: OnBad, text_key: str, html_key: str) -> It
                         yield document
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         on_bad(BadRecord(f"{path.name}#{row}", "corrupt_parquet", f"{path}, near row {row}: {error}"))
+
+
+def _meta_of_json(text: str) -> Any:
+    """A column `meta` of text as herdkern.dedup.parquet writes it: the value of its JSON, None if it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _from_values(values: Any, record: str, text_key: str, html_key: str) -> Document | str:
@@ -300,14 +310,14 @@ def _plain(value: Any) -> Any:
 
 
 class DocumentWriter:
-    """Writes documents to `path`, zstd at level 3 with a checksum (plain if it ends in .jsonl), as a context manager.
+    """Writes documents to `path`, zstd at `level` with a checksum (plain if it ends in .jsonl), as a context manager.
 
     The file appears under its name when the block ends well, complete and synced; until then, and for ever after an
     error, there is nothing there. The same documents give the same bytes.
     """
 
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
+    def __init__(self, path: Path | str, *, level: int = 3):
+        self.path, self.level = Path(path), level
         self.num_documents = 0
         self.text_bytes = 0  # UTF-8 bytes of `text` alone
         self._output = atomic_file(self.path)
@@ -317,7 +327,7 @@ class DocumentWriter:
     def __enter__(self) -> "DocumentWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._output.__enter__()
-        compress = zstandard.ZstdCompressor(level=3, write_checksum=True, write_content_size=False)
+        compress = zstandard.ZstdCompressor(level=self.level, write_checksum=True, write_content_size=False)
         self._compressor = None if self.path.suffix == ".jsonl" else compress.compressobj()
         return self
 

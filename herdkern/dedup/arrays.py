@@ -32,3 +32,27 @@ def read_array(source: Path | str | IO[bytes], dtype: Any, count: int = -1) -> N
             f"than at {source.tell() - num_read}; it is cut off or damaged"
         )
     return data[:num_read].view(dtype)
+
+
+def load_array(path: Path | str, dtype: Any = None) -> NDArray[Any]:
+    """The array in a .npy file, as np.load gives it, read by `read_array`.
+
+    dtype: if given, the array must be of it and have one dimension.
+    Raises: OSError if it cannot be read; ValueError naming the file if it holds anything else.
+    """
+    with open(path, "rb") as file:
+        try:
+            major, _ = np.lib.format.read_magic(file)
+            read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+            shape, is_fortran, found = read_header(file)
+            if found.hasobject:
+                raise ValueError("it holds Python objects")
+        except ValueError as error:
+            raise ValueError(f"load_array: {path} must be an array as np.save writes it, got {error}") from error
+        if dtype is not None and (found != np.dtype(dtype) or len(shape) != 1):
+            raise ValueError(f"load_array: {path} must hold {np.dtype(dtype)}, got {found} of shape {shape}")
+        count = int(np.prod(shape, dtype=np.int64))
+        values = read_array(file, found, count)
+        if len(values) != count:
+            raise ValueError(f"load_array: {path} must hold {count} entries, got {len(values)}; it is cut off")
+    return values.reshape(shape, order="F" if is_fortran else "C")

@@ -4,6 +4,7 @@ Shards of this run and segments of an index (herdkern.dedup.index) take part ali
 already ordered and its bands already sorted, and its documents have the first numbers.
 """
 
+import bisect
 import json
 import shutil
 from collections.abc import Iterator
@@ -14,21 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from herdkern import _text
-from herdkern.data.document import document_kind, read_documents
-from herdkern.dedup.arrays import read_array
-from herdkern.dedup.minhash import shingle_hashes
+from herdkern.dedup.arrays import load_array, read_array
 from herdkern.dedup.minhash_config import MIB, MinHashConfig
-from herdkern.dedup.sign_stage import (
-    BATCH_BYTES,
-    DOCUMENT,
-    DOCUMENTS,
-    KEYS,
-    NAMES,
-    ORDER,
-    SIGNATURES,
-    line_document,
-    read_pieces,
-)
+from herdkern.dedup.pieces import line_reader, read_pieces
+from herdkern.dedup.sign_stage import BATCH_BYTES, DOCUMENT, DOCUMENTS, KEYS, NAMES, ORDER, SIGNATURES
 from herdkern.dedup.signature_file import SignatureFile
 from herdkern.engine import read_json, write_json_atomic
 
@@ -44,7 +34,6 @@ REASONS = {
 MAX_EXAMPLES = 20
 SNIPPET_CHARS = 300
 _SIMILARITY_BINS = 20
-SKIP_LINE, COPY_LINES, HAND_OUT_LINE, HAND_OUT_TEXT = 0, 1, 2, 3  # actions of DocumentLines.deal
 DECISION = np.dtype(
     [
         ("place", "<u8"),  # shard << 32 | row
@@ -63,16 +52,12 @@ DECISION = np.dtype(
 
 def load_rows(folder: Path) -> NDArray[np.void]:
     """The DOCUMENT rows of a signed shard or segment. Raises: ValueError naming the file if it holds anything else."""
-    path = folder / DOCUMENTS
-    rows = np.load(path, allow_pickle=False)
-    if rows.dtype != DOCUMENT or rows.ndim != 1:
-        raise ValueError(f"load_rows: {path} must hold document rows, got {rows.dtype} of shape {rows.shape}")
-    return np.asarray(rows)
+    return load_array(folder / DOCUMENTS, DOCUMENT)
 
 
 def _numbers_of_rows(folder: Path, numbers: Path) -> NDArray[np.uint64]:
     """The number of every row of a shard."""
-    order = np.load(folder / ORDER, allow_pickle=False)
+    order = load_array(folder / ORDER, np.uint32)
     docs = np.empty(len(order), np.uint64)
     docs[order] = read_array(numbers, np.uint64)
     return docs
@@ -143,55 +128,53 @@ def components(inputs: list[Path], out: Path, settings: dict[str, Any]) -> dict[
     return {"linked_documents": members}
 
 
-def _texts_of(path: Path, rows: NDArray[np.void], wanted: NDArray[np.bool_]) -> Iterator[tuple[int, bytes]]:
+def _texts_of(path: Path, wanted: NDArray[np.bool_]) -> Iterator[tuple[int, bytes]]:
     """(row, text) of the wanted documents of a file, in order."""
-    if document_kind(path) != "jsonl":
-        for row, document in enumerate(read_documents(path)):
-            if wanted[row]:
-                yield row, document.text.encode()
-        return
-    actions = np.where(wanted, np.where(rows["is_plain"] != 0, HAND_OUT_TEXT, HAND_OUT_LINE), SKIP_LINE).astype(
-        np.uint8
-    )
-    lines = _text.DocumentLines("", False)
+    lines = _text.DocumentTexts(wanted.view(np.uint8), *line_reader(path))
     for piece, last in read_pieces(path, lines):
-        for row, line_number, line in lines.deal(piece, last, actions):
-            yield row, line if rows["is_plain"][row] else line_document(line, path, line_number).text.encode()
+        yield from lines.texts(piece, last)
+
+
+Shingles = tuple[NDArray[np.int64], NDArray[np.uint64], NDArray[np.int64]]  # rows, hashes, begins and end of each
 
 
 def batches_of_shingles(
-    path: Path, rows: NDArray[np.void], members: NDArray[np.int64], config: MinHashConfig
-) -> Iterator[tuple[NDArray[np.int64], list[NDArray[np.uint64]]]]:
-    """(rows, hashes of their shingles) of the members of a file, in order."""
-    wanted = np.zeros(len(rows), bool)
+    path: Path, num_docs: int, members: NDArray[np.int64], config: MinHashConfig
+) -> Iterator[Shingles]:
+    """The hashes of the shingles of the members of a file of num_docs documents, in order."""
+    wanted = np.zeros(num_docs, bool)
     wanted[members] = True
-    held: list[int] = []
-    texts: list[bytes] = []
+    lines = _text.DocumentTexts(wanted.view(np.uint8), *line_reader(path))
+    held: list[Shingles] = []
     num_bytes = 0
-    for row, text in _texts_of(path, rows, wanted):
-        held.append(row)
-        texts.append(text)
-        num_bytes += len(text)
-        if num_bytes >= BATCH_BYTES:
-            yield np.array(held, np.int64), shingle_hashes(texts, **config.shingle_settings, num_threads=1)
-            held, texts, num_bytes = [], [], 0
-    if held:
-        yield np.array(held, np.int64), shingle_hashes(texts, **config.shingle_settings, num_threads=1)
+    for piece, last in read_pieces(path, lines):
+        held.append(lines.shingles(piece, last, config.shingle_plan))
+        num_bytes += len(held[-1][1]) * 8
+        if num_bytes >= BATCH_BYTES or last:
+            rows, hashes, ends = (np.concatenate(parts) for parts in zip(*_shifted(held), strict=True))
+            yield rows, hashes, np.concatenate([[0], ends])
+            held, num_bytes = [], 0
 
 
-def _batches_of_segment(
-    folder: Path, members: NDArray[np.int64], num_docs: int
-) -> Iterator[tuple[NDArray[np.int64], list[NDArray[np.uint64]]]]:
+def _shifted(parts: list[Shingles]) -> Iterator[Shingles]:
+    """The parts with the ends of their shingles as they are when all hashes lie one behind the other."""
+    begin = 0
+    for rows, hashes, begins in parts:
+        yield rows, hashes, begins[1:] + begin
+        begin += len(hashes)
+
+
+def _batches_of_segment(folder: Path, members: NDArray[np.int64], num_docs: int) -> Iterator[Shingles]:
     begins = read_array(folder / f"{SHINGLES}.begins", np.int64)
     if len(begins) != num_docs + 1:
         raise ValueError(f"{folder / SHINGLES}.begins must have {num_docs + 1} numbers, got {len(begins)}")
     with open(folder / SHINGLES, "rb") as f:
         for batch in np.array_split(members, max(1, len(members) // 512)):
-            found = []
+            found = [np.zeros(0, np.uint64)]
             for row in batch.tolist():
                 f.seek(8 * int(begins[row]))
                 found.append(read_array(f, np.uint64, int(begins[row + 1] - begins[row])))
-            yield batch, found
+            yield batch, np.concatenate(found), np.cumsum([len(values) for values in found])
 
 
 def partition_members(inputs: list[Path], out: Path, settings: dict[str, Any], num_partitions: int) -> dict[str, Any]:
@@ -209,28 +192,26 @@ def partition_members(inputs: list[Path], out: Path, settings: dict[str, Any], n
         labels[:] = read_array(inputs[1], np.uint64)
     else:
         docs = _numbers_of_rows(folder, inputs[2])
-        labels[np.load(folder / ORDER, allow_pickle=False)] = read_array(inputs[1], np.uint64)
+        labels[load_array(folder / ORDER, np.uint32)] = read_array(inputs[1], np.uint64)
     members = np.flatnonzero(labels != NO_CLUSTER)
     name_begins = np.zeros(len(rows) + 1, np.int64)
     np.cumsum(rows["id_bytes"].astype(np.int64) + rows["url_bytes"], out=name_begins[1:])
     if config.verify != "exact":
-        batches: Iterator[Any] = ((batch, None) for batch in np.array_split(members, 1 + len(members) // 8192))
+        none = np.zeros(0, np.uint64)
+        parts = np.array_split(members, 1 + len(members) // 8192)
+        batches: Iterator[Shingles] = ((batch, none, np.zeros(len(batch) + 1, np.int64)) for batch in parts)
     elif len(inputs) == 2:
         batches = _batches_of_segment(folder, members, len(rows))
     else:
-        batches = batches_of_shingles(inputs[3], rows, members, config)
+        batches = batches_of_shingles(inputs[3], len(rows), members, config)
     writer = _text.MemberWriter(str(out), num_partitions, config.native_bytes // 2)
-    names = np.memmap(folder / NAMES, np.uint8, "r") if name_begins[-1] else np.zeros(0, np.uint8)
+    names = read_array(folder / NAMES, np.uint8)
     plain_rows = rows.view(np.uint8)
     with SignatureFile(folder / SIGNATURES, config.spec) as file:
-        for batch, shingles in batches:
+        for batch, values, begins in batches:
             if not len(batch):
                 continue
             begin, end = int(batch[0]), int(batch[-1]) + 1
-            begins = np.zeros(len(batch) + 1, np.int64)
-            if shingles is not None:
-                np.cumsum([len(s) for s in shingles], out=begins[1:])
-            values = np.concatenate(shingles) if shingles else np.zeros(0, np.uint64)
             block = file.read(begin, end)
             writer.add(block, begin, batch, plain_rows, labels, docs, shard, names, name_begins, values, begins)
     writer.finish()
@@ -258,12 +239,18 @@ def resolve_members(inputs: list[Path], out: Path, settings: dict[str, Any]) -> 
 def shard_decisions(folder: Path, shard: int) -> NDArray[np.void]:
     """The decisions about one shard in the folder of one task of `resolve_members`, by row."""
     path = folder / DECISIONS
-    if not path.stat().st_size:
-        return np.zeros(0, DECISION)
-    decisions = np.memmap(path, DECISION, "r")
-    places = decisions["place"]
-    begin, end = np.searchsorted(places, np.array([shard << 32, (shard + 1) << 32], np.uint64))
-    return np.array(decisions[begin:end])
+    place = DECISION.fields["place"][1]  # type: ignore[index]
+    with open(path, "rb") as f:
+
+        def shard_of(number: int) -> int:
+            f.seek(number * DECISION.itemsize + place)
+            return int(read_array(f, np.uint64, 1)[0]) >> 32
+
+        every = range(path.stat().st_size // DECISION.itemsize)
+        begin = bisect.bisect_left(every, shard, key=shard_of)
+        end = bisect.bisect_left(every, shard + 1, lo=begin, key=shard_of)
+        f.seek(begin * DECISION.itemsize)
+        return read_array(f, DECISION, end - begin)
 
 
 def _choose_examples(folders: list[Path]) -> list[tuple[Path, Any]]:
@@ -293,17 +280,6 @@ def _choose_examples(folders: list[Path]) -> list[tuple[Path, Any]]:
     return [(folders[number], decision) for _, number, decision in chosen]
 
 
-def kept_names(folder: Path, decisions: NDArray[np.void]) -> list[tuple[str, str]]:
-    """(id, URL) of the kept document of every decision of a task."""
-    names = []
-    with open(folder / NAMES, "rb") as f:
-        for offset, id_bytes, url_bytes in decisions[["names_offset", "id_bytes", "url_bytes"]].tolist():
-            f.seek(offset)
-            data = f.read(id_bytes + url_bytes)
-            names.append((data[:id_bytes].decode(), data[id_bytes:].decode()))
-    return names
-
-
 def _first_difference(first: str, second: str) -> int:
     shorter = min(len(first), len(second))
     low, high = 0, shorter  # the longest common prefix, by halving
@@ -327,7 +303,7 @@ def _write_examples(folders: list[Path], signed: list[Path], files: list[Path], 
         wanted[[place & 0xFFFFFFFF for place in places if place >> 32 == shard]] = True
         begins = np.concatenate([[0], np.cumsum(rows["id_bytes"].astype(np.int64) + rows["url_bytes"])])
         with open(signed[shard] / NAMES, "rb") as f:
-            for row, text in _texts_of(files[shard], rows, wanted):
+            for row, text in _texts_of(files[shard], wanted):
                 f.seek(int(begins[row]))
                 id_ = f.read(int(rows["id_bytes"][row])).decode()
                 url = f.read(int(rows["url_bytes"][row])).decode()

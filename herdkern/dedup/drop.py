@@ -2,28 +2,22 @@
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from herdkern import _text
 from herdkern.data.decompress import CHUNK_BYTES
-from herdkern.data.document import Document, DocumentWriter, document_kind, read_documents, with_meta
-from herdkern.dedup.cluster_stages import (
-    COPY_LINES,
-    HAND_OUT_LINE,
-    REASONS,
-    SKIP_LINE,
-    kept_names,
-    load_rows,
-    shard_decisions,
-)
+from herdkern.data.document import DocumentWriter, read_documents, with_meta
+from herdkern.dedup.cluster_stages import DECISION, KEPT, REASONS, load_rows, shard_decisions
 from herdkern.dedup.minhash_config import MinHashConfig
-from herdkern.dedup.sign_stage import line_document, read_pieces
+from herdkern.dedup.pieces import line_reader, read_pieces
+from herdkern.dedup.sign_stage import NAMES
+
+LEVEL = 1  # of zstd, for what the next stage reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,17 +82,12 @@ class LineWriter(DocumentWriter):
 
     def write_lines(self, lines: bytes) -> None:
         """Append whole lines that `write` would have written."""
+        if not lines:
+            return
         self._pending.append(lines)
         self._pending_bytes += len(lines)
         if self._pending_bytes >= CHUNK_BYTES:
             self._flush()
-
-
-def _decisions(folders: list[Path], shard: int) -> Iterator[tuple[NDArray[np.void], list[tuple[str, str]]]]:
-    for folder in folders:
-        decisions = shard_decisions(folder, shard)
-        if len(decisions):
-            yield decisions, kept_names(folder, decisions)
 
 
 def drop_members(inputs: list[Path], out: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -108,55 +97,41 @@ def drop_members(inputs: list[Path], out: Path, settings: dict[str, Any]) -> dic
     """
     config: MinHashConfig = settings["config"]
     path, rows = inputs[0], load_rows(inputs[1])
+    shard = int(inputs[2].name.rpartition("-")[2])
+    dealer = _text.DocumentDealer(rows["is_plain"].astype(np.uint8), config.write_dropped, *line_reader(path))
     clusters = np.zeros(len(rows), np.uint64)
-    dropped: dict[int, tuple[int, str, str, float]] = {}  # row -> reason, id and URL of the kept one, similarity to it
-    for decisions, names in _decisions(inputs[3:], int(inputs[2].name.rpartition("-")[2])):
+    is_dropped = np.zeros(len(rows), bool)
+    reasons = [REASONS.get(number, "") for number in range(max(REASONS) + 1)]
+    dropped: dict[str, int] = {}
+    for folder in inputs[3:]:
+        decisions = shard_decisions(folder, shard)
         in_shard = (decisions["place"] & np.uint64(0xFFFFFFFF)).astype(np.int64)
         clusters[in_shard] = decisions["cluster"]
-        values = zip(in_shard.tolist(), decisions[["reason", "similarity"]].tolist(), names, strict=True)
-        dropped |= {row: (reason, *name, similarity) for row, (reason, similarity), name in values if reason}
+        goes = decisions["reason"] != KEPT
+        decisions, in_shard = decisions[goes], in_shard[goes]
+        is_dropped[in_shard] = True
+        dealer.drop(in_shard, decisions.view(np.uint8).reshape(-1, DECISION.itemsize), reasons, str(folder / NAMES))
+        for reason in REASONS:
+            if count := int((decisions["reason"] == reason).sum()):
+                dropped[REASONS[reason]] = dropped.get(REASONS[reason], 0) + count
     np.save(out / "clusters.npy", clusters, allow_pickle=False)
-    is_dropped = np.zeros(len(rows), bool)
-    is_dropped[list(dropped)] = True
     with contextlib.ExitStack() as stack:
-        kept_writer = LineWriter(out / "documents.jsonl.zst")
-        stack.enter_context(kept_writer)
-        aside = stack.enter_context(DocumentWriter(out / "dropped.jsonl.zst")) if config.write_dropped else None
-        for segment in _segments(path, rows, is_dropped, aside is not None):
-            if isinstance(segment, bytes):
-                kept_writer.write_lines(segment)
-            elif segment[0] not in dropped:
-                kept_writer.write(segment[1])
-            elif aside is not None:
-                reason, kept_id, kept_url, similarity = dropped[segment[0]]
-                meta = {"kept_id": kept_id, "kept_url": kept_url, "similarity": round(similarity, 6)}
-                aside.write(with_meta(segment[1], **meta), reason=REASONS[reason])
-    reasons = [REASONS[entry[0]] for entry in dropped.values()]
+        kept_writer = stack.enter_context(LineWriter(out / "documents.jsonl.zst", level=LEVEL))
+        aside = (
+            stack.enter_context(LineWriter(out / "dropped.jsonl.zst", level=LEVEL)) if config.write_dropped else None
+        )
+        for piece, last in read_pieces(path, dealer):
+            kept, gone = dealer.deal(piece, last)
+            kept_writer.write_lines(kept)
+            if aside is not None:
+                aside.write_lines(gone)
+        if dealer.num_documents != len(rows):
+            raise ValueError(f"drop_members: {path} must hold {len(rows)} documents as when signed, got another number")
     text_bytes = rows["text_bytes"].astype(np.int64)
     return {
         "docs_in": len(rows),
-        "docs_out": len(rows) - len(dropped),
+        "docs_out": len(rows) - int(is_dropped.sum()),
         "bytes_in": int(text_bytes.sum()),
         "bytes_out": int(text_bytes[~is_dropped].sum()),
-        "dropped": {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)},
+        "dropped": dropped,
     }
-
-
-def _segments(
-    path: Path, rows: NDArray[np.void], is_dropped: NDArray[np.bool_], with_dropped: bool
-) -> Iterator[bytes | tuple[int, Document]]:
-    """Lines that are kept as they are, and (row, document) of all else that is wanted, in order."""
-    if document_kind(path) != "jsonl":
-        yield from ((row, document) for row, document in enumerate(read_documents(path)))
-        return
-    kept = np.where(rows["is_plain"] != 0, COPY_LINES, HAND_OUT_LINE)
-    actions = np.where(is_dropped, HAND_OUT_LINE if with_dropped else SKIP_LINE, kept).astype(np.uint8)
-    lines = _text.DocumentLines("", False)
-    for piece, last in read_pieces(path, lines):
-        for segment in lines.deal(piece, last, actions):
-            if isinstance(segment, bytes):
-                yield segment
-            else:
-                yield segment[0], line_document(segment[2], path, segment[1])
-    if lines.num_documents != len(rows):
-        raise ValueError(f"drop_members: {path} must hold {len(rows)} documents as when signed, got another number")

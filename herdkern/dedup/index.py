@@ -15,15 +15,17 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from herdkern import _text
 from herdkern.dedup import cluster_stages as stages
-from herdkern.dedup.arrays import read_array
+from herdkern.dedup.arrays import load_array, read_array
 from herdkern.dedup.documents import DedupRun, MinHashConfig, Segment, dedup_against
 from herdkern.dedup.sign_stage import BATCH_BYTES, DOCUMENTS, NAMES, ORDER, SIGNATURES
 from herdkern.dedup.signature_file import SignatureFile, write_signatures
@@ -64,7 +66,7 @@ def read_index(index: Path | str, config: MinHashConfig) -> list[Segment]:
     return segments
 
 
-def _kept_rows(found: DedupRun, shard: int, num_docs: int) -> np.ndarray[Any, Any]:
+def _kept_rows(found: DedupRun, shard: int, num_docs: int) -> NDArray[Any]:
     is_kept = np.ones(num_docs, bool)
     for folder in found.resolved:
         decisions = stages.shard_decisions(folder, shard)
@@ -73,9 +75,9 @@ def _kept_rows(found: DedupRun, shard: int, num_docs: int) -> np.ndarray[Any, An
     return is_kept
 
 
-def _kept_in_order(found: DedupRun) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _kept_in_order(found: DedupRun) -> tuple[NDArray[Any], NDArray[Any]]:
     """(shard, row) of all kept documents of a run, in keep order."""
-    orders = [np.load(folder / ORDER, allow_pickle=False) for folder in found.signed]
+    orders = [load_array(folder / ORDER, np.uint32) for folder in found.signed]
     kept = [_kept_rows(found, shard, len(order)) for shard, order in enumerate(orders)]
     shards = read_array(found.numbered / "shards", np.uint32)
     rows = np.empty(len(shards), np.uint32)
@@ -88,37 +90,95 @@ def _kept_in_order(found: DedupRun) -> tuple[np.ndarray[Any, Any], np.ndarray[An
     return shards[is_kept], rows[is_kept]
 
 
+class _Spool:
+    """The kept documents of a run with their signatures and names, dealt to files by their place in keep order: whoever
+    reads the files one after the other has them in that order, holding one file's at a time."""
+
+    def __init__(self, folder: Path, num_docs: int, signature: np.dtype[Any], config: MinHashConfig):
+        width = config.num_bands * config.rows_per_band
+        fields = [("place", "<u8"), ("name", "<u8"), ("document", stages.DOCUMENT), ("signature", signature, (width,))]
+        self.record = np.dtype(fields)  # name: where the names begin in the file of names
+        self.part_docs = max(1 << 10, config.native_bytes // 4 // self.record.itemsize)
+        self.paths = [folder / f"spool-{part:05d}" for part in range(-(-num_docs // self.part_docs))]
+        self.name_bytes = [0] * len(self.paths)
+
+    def add(self, places: NDArray[np.int64], documents: NDArray[Any], signed: NDArray[Any], names: list[bytes]) -> None:
+        """Documents that are to stand at `places`."""
+        records = np.zeros(len(places), self.record)
+        records["place"], records["document"], records["signature"] = places, documents, signed
+        part_of = places // self.part_docs
+        for part in np.unique(part_of).tolist():
+            mine = np.flatnonzero(part_of == part)
+            texts = [names[i] for i in mine.tolist()]
+            sizes = np.array([len(text) for text in texts], np.uint64)
+            records["name"][mine] = np.cumsum(sizes) - sizes + np.uint64(self.name_bytes[part])
+            self.name_bytes[part] += int(sizes.sum())
+            for suffix, data in ((".records", records[mine].tobytes()), (".names", b"".join(texts))):
+                with open(f"{self.paths[part]}{suffix}", "ab") as f:
+                    f.write(data)
+
+    def parts(self) -> Iterator[tuple[NDArray[Any], bytes]]:
+        """(records, names) in order; what was read is deleted."""
+        for path in self.paths:
+            records = read_array(Path(f"{path}.records"), self.record)
+            records = records[np.argsort(records["place"])]
+            held = read_array(Path(f"{path}.names"), np.uint8).tobytes()
+            sizes = records["document"]["id_bytes"].astype(np.int64) + records["document"]["url_bytes"]
+            begins = records["name"].astype(np.int64)
+            names = b"".join(held[a:b] for a, b in zip(begins.tolist(), (begins + sizes).tolist(), strict=True))
+            yield records, names
+            for suffix in (".records", ".names"):
+                Path(f"{path}{suffix}").unlink()
+
+
+def _spool_shard(spool: _Spool, folder: Path, places: NDArray[np.int64], config: MinHashConfig) -> None:
+    """The documents of a shard. places: of every row its place in keep order, -1 for those that went."""
+    held = stages.load_rows(folder)
+    ends = np.cumsum(held["id_bytes"].astype(np.int64) + held["url_bytes"])
+    begin = 0
+    with SignatureFile(folder / SIGNATURES, config.spec) as file, open(folder / NAMES, "rb") as names:
+        for block in file.batches(BATCH_BYTES):
+            end = begin + len(block)
+            first = int(ends[begin - 1]) if begin else 0
+            cuts = [0, *(ends[begin:end] - first).tolist()]
+            data = read_array(names, np.uint8, cuts[-1]).tobytes()
+            kept = np.flatnonzero(places[begin:end] >= 0)
+            texts = [data[cuts[i] : cuts[i + 1]] for i in kept.tolist()]
+            if len(kept):
+                spool.add(places[begin + kept], held[begin + kept], block[kept], texts)
+            begin = end
+
+
 def write_segment(found: DedupRun, out: Path, config: MinHashConfig) -> int:
     """The kept documents of a run as a segment in the fresh folder `out`; returns their number."""
     shards, rows = _kept_in_order(found)
     num_docs = len(rows)
-    documents = np.zeros(num_docs, stages.DOCUMENT)
-    names: list[bytes] = [b""] * num_docs
-    width = config.num_bands * config.rows_per_band
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(SignatureFile(folder / SIGNATURES, config.spec)) for folder in found.signed]
-        dtype = files[0].dtype if files else np.dtype(np.uint32)
-        signed = np.empty((num_docs, width), dtype)
-        for shard, file in enumerate(files):
-            mine = np.flatnonzero(shards == shard)
-            held = stages.load_rows(found.signed[shard])
-            documents[mine] = held[rows[mine]]
-            begins = np.concatenate([[0], np.cumsum(held["id_bytes"].astype(np.int64) + held["url_bytes"])])
-            data = (found.signed[shard] / NAMES).read_bytes()
-            for place, row in zip(mine.tolist(), rows[mine].tolist(), strict=True):
-                names[place] = data[begins[row] : begins[row + 1]]
-            begin = 0
-            for block in file.batches(BATCH_BYTES):
-                inside = mine[(rows[mine] >= begin) & (rows[mine] < begin + len(block))]
-                signed[inside] = block[rows[inside] - begin]
-                begin += len(block)
-    documents["is_old"] = 1
-    (out / NAMES).write_bytes(b"".join(names))
-    np.save(out / DOCUMENTS, documents, allow_pickle=False)
-    write_signatures(out / SIGNATURES, config.spec, [signed])
-    partitioner = _text.BandPartitioner(str(out), 1, config.native_bytes // 2)
-    columns = np.arange(num_docs, dtype=np.uint64), documents["group"].copy(), documents["text_low"].copy()
-    partitioner.add_signatures(signed, config.num_bands, config.rows_per_band, *columns)
+    dtype = np.dtype(np.uint32)
+    for folder in found.signed[:1]:
+        with SignatureFile(folder / SIGNATURES, config.spec) as file:
+            dtype = file.dtype
+    spool = _Spool(out, num_docs, dtype, config)
+    for shard, folder in enumerate(found.signed):
+        mine = np.flatnonzero(shards == shard)
+        places = np.full(len(stages.load_rows(folder)), -1, np.int64)
+        places[rows[mine]] = mine
+        _spool_shard(spool, folder, places, config)
+    partitioner = _text.BandPartitioner(str(out), 1, config.native_bytes // 4)
+
+    def parts(documents: IO[bytes], names: IO[bytes]) -> Iterator[NDArray[Any]]:
+        for records, data in spool.parts():
+            rows, signed = records["document"].copy(), np.ascontiguousarray(records["signature"])
+            rows["is_old"] = 1
+            documents.write(rows.tobytes())
+            names.write(data)
+            columns = records["place"].copy(), rows["group"].copy(), rows["text_low"].copy()
+            partitioner.add_signatures(signed, config.num_bands, config.rows_per_band, *columns)
+            yield signed
+
+    with open(out / DOCUMENTS, "wb") as documents, open(out / NAMES, "wb") as names:
+        header = {"descr": np.lib.format.dtype_to_descr(stages.DOCUMENT), "fortran_order": False, "shape": (num_docs,)}
+        np.lib.format.write_array_header_1_0(documents, header)
+        write_signatures(out / SIGNATURES, config.spec, parts(documents, names))
     partitioner.finish()
     _text.merge_band_runs(str(out / "part-00000"), str(out / stages.BANDS), config.native_bytes // 2)
     (out / "part-00000").unlink()
@@ -128,7 +188,7 @@ def write_segment(found: DedupRun, out: Path, config: MinHashConfig) -> int:
 
 
 def _write_shingles(
-    found: DedupRun, shards: np.ndarray[Any, Any], rows: np.ndarray[Any, Any], out: Path, config: MinHashConfig
+    found: DedupRun, shards: NDArray[np.uint32], rows: NDArray[np.uint32], out: Path, config: MinHashConfig
 ) -> None:
     """The shingle sets of the documents, one behind the other, and where each begins; the texts are read again."""
     sizes = np.zeros(len(rows) + 1, np.int64)
@@ -136,25 +196,25 @@ def _write_shingles(
     for shard, folder in enumerate(found.signed):
         mine = np.flatnonzero(shards == shard)
         mine = mine[np.argsort(rows[mine], kind="stable")]
-        held = stages.load_rows(folder)
+        num_docs = len(stages.load_rows(folder))
         lengths = []
         with open(out / f"shingles-{shard:05d}", "wb") as f:
-            batches = stages.batches_of_shingles(found.files[shard], held, rows[mine].astype(np.int64), config)
-            for _, shingles in batches:
-                for values in shingles:
-                    unique = np.unique(values)
-                    unique.tofile(f)
+            members = rows[mine].astype(np.int64)
+            for _, values, begins in stages.batches_of_shingles(found.files[shard], num_docs, members, config):
+                for begin, end in pairwise(begins.tolist()):
+                    unique = np.unique(values[begin:end])
+                    f.write(unique.tobytes())
                     lengths.append(len(unique))
         sizes[mine + 1] = lengths
         begins = np.zeros(len(rows), np.int64)
         begins[mine] = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if lengths else []
         parts.append(begins)
-    np.cumsum(sizes).tofile(out / f"{stages.SHINGLES}.begins")
+    (out / f"{stages.SHINGLES}.begins").write_bytes(np.cumsum(sizes).tobytes())
     with contextlib.ExitStack() as stack, open(out / stages.SHINGLES, "wb") as joined:
         files = [stack.enter_context(open(out / f"shingles-{i:05d}", "rb")) for i in range(len(parts))]
         for place, shard in enumerate(shards.tolist()):
             files[shard].seek(8 * int(parts[shard][place]))
-            joined.write(files[shard].read(8 * int(sizes[place + 1])))
+            joined.write(read_array(files[shard], np.uint64, int(sizes[place + 1])).tobytes())
     for i in range(len(parts)):
         (out / f"shingles-{i:05d}").unlink()
 
@@ -201,7 +261,7 @@ def save_index(
     if (index / INDEX).exists():
         raise FileExistsError(f"save_index: index must be a new folder, got {index}; use add_to_index")
     result, found = dedup_against(run, [], inputs, config, name=name)
-    _add_segment(index, [], found, config)
+    _add_segment(index, [], found, config.within(run.max_memory))
     return result
 
 
@@ -223,5 +283,5 @@ def add_to_index(
     index, config = Path(index), config or MinHashConfig()
     segments = read_index(index, config)
     result, found = dedup_against(run, segments, inputs, config, name=name)
-    _add_segment(index, segments, found, config)
+    _add_segment(index, segments, found, config.within(run.max_memory))
     return result

@@ -1,15 +1,18 @@
 """The settings of document dedup, and how its memory is shared out."""
 
 import math
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from herdkern import _text
 from herdkern.dedup.clusters import KEEP_POLICIES, KeepPolicy
-from herdkern.dedup.minhash import Family, NgramUnit, check_settings, signature_spec
+from herdkern.dedup.minhash import Family, NgramUnit, check_settings, sign_plan, signature_spec
 from herdkern.dedup.presets import preset
+from herdkern.engine import task_memory
 
 MIB = 1 << 20
-RESERVE_BYTES = 96 * MIB  # of max_memory: the interpreter, NumPy and what reading a file takes
+RESERVE_BYTES = 96 * MIB  # of a task: the interpreter, NumPy and what reading a file takes
 LEAST_MEMORY = 128 * MIB
 _STANDARD_DEVIATIONS = 4  # of an estimate below the threshold: what is similar gets lost once in 30,000 pairs
 
@@ -26,7 +29,8 @@ class MinHashConfig:
     keep: who of a cluster stays. newest: by timestamp, then length; longest: by length, then timestamp; best_score: by
     the number `score_key` of the document's meta (documents without one come last), then timestamp, then length; at
     last the smallest id decides, which is all that counts for smallest_id (`documents.sort_keys` has every tie).
-    max_memory: bytes that one task may use (N workers take N times as much); at least 128 MiB.
+    max_memory: bytes that one task may use at most (N workers take N times as much), at least 128 MiB; None: what the
+    run gives a task, `Run(max_memory=)` shared by its workers.
     """
 
     num_bands: int = 20
@@ -41,7 +45,7 @@ class MinHashConfig:
     score_key: str = "score"
     within_language: bool = True  # documents of different `lang` are never near-duplicates
     write_dropped: bool = True  # the dropped documents aside, in dropped.jsonl.zst
-    max_memory: int = 1024 * MIB
+    max_memory: int | None = None
 
     def __post_init__(self) -> None:
         check_settings("MinHashConfig", **self.signature_settings)
@@ -51,7 +55,7 @@ class MinHashConfig:
             raise ValueError(f"MinHashConfig: verify must be exact, signature or none, got {self.verify!r}")
         if self.keep not in KEEP_POLICIES:
             raise ValueError(f"MinHashConfig: keep must be one of {', '.join(KEEP_POLICIES)}, got {self.keep!r}")
-        if self.max_memory < LEAST_MEMORY:
+        if self.max_memory is not None and self.max_memory < LEAST_MEMORY:
             raise ValueError(f"MinHashConfig: max_memory must be at least {LEAST_MEMORY} bytes, got {self.max_memory}")
 
     @classmethod
@@ -69,9 +73,15 @@ class MinHashConfig:
         return {name: getattr(self, name) for name in names}
 
     @property
-    def shingle_settings(self) -> dict[str, Any]:
-        """Keywords of herdkern.dedup.minhash.shingle_hashes."""
-        return {"ngram_size": self.ngram_size, "ngram_unit": self.ngram_unit}
+    def sign_plan(self) -> _text.SignPlan:
+        """What the kernel signs by."""
+        slots = self.num_bands * self.rows_per_band
+        return sign_plan(slots, self.ngram_size, self.ngram_unit, self.family, self.seed)
+
+    @property
+    def shingle_plan(self) -> _text.SignPlan:
+        """What the kernel makes shingles by, the same for all families."""
+        return sign_plan(1, self.ngram_size, self.ngram_unit, "fast32", 1)
 
     @property
     def spec(self) -> str:
@@ -83,10 +93,15 @@ class MinHashConfig:
         """All that decides who is kept: two runs of equal rules treat a document alike."""
         return {name: value for name, value in asdict(self).items() if name not in ("write_dropped", "max_memory")}
 
+    def within(self, max_memory: int) -> "MinHashConfig":
+        """The configuration for work outside of a task, which may use max_memory."""
+        return replace(self, max_memory=self.max_memory or max(LEAST_MEMORY, max_memory))
+
     @property
     def native_bytes(self) -> int:
-        """What of max_memory is left for the buffers and tables of a task."""
-        return self.max_memory - RESERVE_BYTES
+        """What is left for the buffers and tables of a task."""
+        memory = min(self.max_memory or sys.maxsize, task_memory())
+        return max(memory - RESERVE_BYTES, memory // 8)
 
     @property
     def min_bits(self) -> int:

@@ -8,29 +8,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from herdkern import _text
-from herdkern.data.decompress import DamagedFileError, read_chunks
-from herdkern.data.document import (
-    OWN_LINE_BYTES,
-    BadRecord,
-    BadRecordError,
-    Document,
-    document_kind,
-    document_of_line,
-    read_documents,
-)
 from herdkern.dedup.clusters import KeepPolicy
-from herdkern.dedup.minhash import signatures
 from herdkern.dedup.minhash_config import MinHashConfig
+from herdkern.dedup.pieces import line_reader, read_pieces
 from herdkern.dedup.signature_file import write_signatures
+from herdkern.engine import code_version
 
-BATCH_BYTES = 4 << 20  # texts that are signed at a time
+BATCH_BYTES = 4 << 20  # of a file that is signed at a time
 SIGNATURES, DOCUMENTS, NAMES, KEYS, ORDER = "signatures", "documents.npy", "names", "keys", "order.npy"
 DOCUMENT = np.dtype(
     [
         ("id_high", "<u8"),  # the first 16 bytes of the id as two numbers that order as the bytes do
         ("id_low", "<u8"),
         ("id_hash", "<u8"),
-        ("line_hash", "<u8"),  # of the document as Document.to_json writes it
+        ("line_hash", "<u8"),  # of all that Document.to_json writes
         ("text_high", "<u8"),  # 128 bits of the text
         ("text_low", "<u8"),
         ("timestamp", "<i8"),
@@ -40,59 +31,23 @@ DOCUMENT = np.dtype(
         ("text_bytes", "<u8"),
         ("id_bytes", "<u4"),  # of the names, id and URL, in the file NAMES
         ("url_bytes", "<u4"),
-        ("is_plain", "<u4"),  # its line is as to_json writes it, so it can be copied
+        ("is_plain", "<u4"),  # its line is as Document.to_json writes it, so it can be copied
         ("is_old", "<u4"),  # kept by an earlier run, whatever comes
     ]
 )
 
 
-def line_document(line: bytes, path: Path, number: int) -> Document:
-    """The document of a line that the kernel leaves to Python. Raises: BadRecordError."""
-    if number == 1:
-        line = line.removeprefix(b"\xef\xbb\xbf")
-    document = document_of_line(line.removesuffix(b"\r"), path, number)
-    if isinstance(document, BadRecord):
-        raise BadRecordError(document)
-    return document
-
-
-def read_pieces(path: Path, lines: _text.DocumentLines) -> Iterator[tuple[bytes, bool]]:
-    """(piece, whether it is the last) of a file of JSON lines. Raises: BadRecordError for damage or too long a line."""
-    try:
-        for piece in read_chunks(path, max_expansion=1 << 62):
-            yield piece, False
-            if lines.num_pending_bytes > OWN_LINE_BYTES:
-                number = lines.num_lines + 1
-                detail = f"{path}, line {number}: longer than {OWN_LINE_BYTES} bytes; split it"
-                raise BadRecordError(BadRecord(f"{path.name}#{number}", "line_too_long", detail))
-        yield b"", True
-    except DamagedFileError as error:
-        raise BadRecordError(BadRecord(f"{path.name}#{error.offset}", error.reason, str(error))) from error
-
-
-def read_rows(path: Path, config: MinHashConfig) -> Iterator[tuple[NDArray[np.void], bytes, list[bytes]]]:
-    """(rows of DOCUMENT, names, texts) of the documents of a file, about BATCH_BYTES at a time."""
-    lines = _text.DocumentLines(config.score_key, config.within_language)
+def read_rows(path: Path, config: MinHashConfig) -> Iterator[tuple[NDArray[np.void], bytes, NDArray[np.uint32]]]:
+    """(rows of DOCUMENT, names, signatures) of the documents of a file, about BATCH_BYTES of it at a time."""
+    signer = _text.DocumentSigner(config.sign_plan, config.score_key, config.within_language, *line_reader(path))
     num_bytes = 0
-    if document_kind(path) == "jsonl":
-        for piece, last in read_pieces(path, lines):
-            num_bytes += len(piece)
-            for row, number, line in lines.scan(piece, last):
-                lines.put(line_document(line, path, number).to_json().encode(), row)
-            if num_bytes >= BATCH_BYTES or last:
-                rows, names, texts = lines.take()
-                yield rows.view(DOCUMENT).reshape(-1), names, texts
-                num_bytes = 0
-        return
-    for document in read_documents(path):
-        lines.put(document.to_json().encode())
-        num_bytes += len(document.text)
-        if num_bytes >= BATCH_BYTES:
-            rows, names, texts = lines.take()
-            yield rows.view(DOCUMENT).reshape(-1), names, texts
+    for piece, last in read_pieces(path, signer):
+        signer.scan(piece, last)
+        num_bytes += len(piece)
+        if num_bytes >= BATCH_BYTES or last:
+            rows, names, signed = signer.take()
+            yield rows.view(DOCUMENT).reshape(-1), names, signed
             num_bytes = 0
-    rows, names, texts = lines.take()
-    yield rows.view(DOCUMENT).reshape(-1), names, texts
 
 
 def _descending(values: NDArray[Any]) -> NDArray[np.uint64]:
@@ -123,16 +78,17 @@ def sort_keys(rows: NDArray[np.void], keep: KeepPolicy) -> NDArray[np.uint64]:
     return np.stack([*policy, *(rows[name] for name in ("id_high", "id_low", "id_hash", "line_hash")), none], axis=1)
 
 
+@code_version(2)
 def sign(inputs: list[Path], out: Path, config: MinHashConfig) -> dict[str, Any]:
     """Stage: SIGNATURES, DOCUMENTS, NAMES of a shard; KEYS sorted, and ORDER, the rows in that order."""
     parts: list[NDArray[np.void]] = [np.zeros(0, DOCUMENT)]
 
     def batches() -> Iterator[NDArray[Any]]:
         with open(out / NAMES, "wb") as f:
-            for rows, names, texts in read_rows(inputs[0], config):
+            for rows, names, signed in read_rows(inputs[0], config):
                 parts.append(rows)
                 f.write(names)
-                yield signatures(texts, **config.signature_settings, num_threads=1)  # the executor has the other cores
+                yield signed
 
     write_signatures(out / SIGNATURES, config.spec, batches())
     rows = np.concatenate(parts)
