@@ -298,12 +298,17 @@ class DocumentLines:
     num_lines: int
     num_pending_bytes: int
 
-class DocumentSigner(DocumentLines):
+class DocumentColumns(DocumentLines):
     def __init__(
-        self, plan: SignPlan, score_key: str, use_groups: bool, file_name: str, reader: Callable[[bytes, int], bytes]
+        self,
+        plan: SignPlan | None,
+        score_key: str,
+        use_groups: bool,
+        file_name: str,
+        reader: Callable[[bytes, int], bytes],
     ) -> None: ...
     def scan(self, piece: bytes, last: bool) -> None: ...
-    def take(self) -> tuple[np.ndarray, bytes, np.ndarray]: ...  # rows uint8 (n, 104), names, signatures uint32
+    def take(self) -> tuple[np.ndarray, bytes, Any]: ...  # rows uint8 (n, 104), names, signatures uint32 or texts
 
 class DocumentTexts(DocumentLines):
     num_documents: int

@@ -1,6 +1,6 @@
-// Python classes over the lines of document files, which come piece by piece: DocumentSigner makes columns and
-// signatures of them, DocumentTexts takes the texts of some, DocumentDealer parts those that stay from those that go.
-// The GIL is released meanwhile. The stages are herdkern/dedup/{sign_stage,cluster_stages,drop}.py.
+// Python classes over the lines of document files, which come piece by piece: DocumentColumns makes rows of columns of
+// them, and signatures or texts, DocumentTexts takes the texts of some, DocumentDealer parts those that stay from those
+// that go. The GIL is released meanwhile. The stages are herdkern/dedup/{sign_stage,cluster_stages,drop}.py.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -60,13 +60,13 @@ class Documents {
   std::string plain_;
 };
 
-class DocumentSigner : public Documents {
+class DocumentColumns : public Documents {
  public:
-  DocumentSigner(py::object plan, std::string score_key, bool use_groups, const std::string& file_name,
-                 py::object reader)
+  DocumentColumns(py::object plan, std::string score_key, bool use_groups, const std::string& file_name,
+                  py::object reader)
       : Documents(file_name, std::move(reader)),
         held_plan_(std::move(plan)),
-        plan_(held_plan_.cast<const SignPlan&>()),
+        plan_(held_plan_.is_none() ? nullptr : held_plan_.cast<const SignPlan*>()),
         score_key_(std::move(score_key)),
         use_groups_(use_groups) {}
 
@@ -77,32 +77,50 @@ class DocumentSigner : public Documents {
       read(line, number);
       rows_.push_back(document.row(score_key_, use_groups_, names_));
       const std::string_view text = document.value(DocumentLine::kText);
+      if (plan_ == nullptr) {
+        texts_ += text;
+        return;
+      }
       const size_t begin = signatures_.size();
-      signatures_.resize(begin + static_cast<size_t>(plan_.num_slots));
-      best_kernels().sign(reinterpret_cast<const uint8_t*>(text.data()), static_cast<int64_t>(text.size()), plan_,
+      signatures_.resize(begin + static_cast<size_t>(plan_->num_slots));
+      best_kernels().sign(reinterpret_cast<const uint8_t*>(text.data()), static_cast<int64_t>(text.size()), *plan_,
                           scratch_, signatures_.data() + begin);
     });
   }
 
   // (rows, names, signatures) of the documents since the last call: uint8 (num_docs, 104), bytes, uint32 (num_docs,
-  // num_slots).
+  // num_slots); without a plan, a list of the texts (bytes) in place of the signatures.
   py::tuple take() {
     const auto count = static_cast<py::ssize_t>(rows_.size());
     py::array_t<uint8_t> rows({count, static_cast<py::ssize_t>(sizeof(DocumentRow))});
-    py::array_t<uint32_t> signatures({count, static_cast<py::ssize_t>(plan_.num_slots)});
     if (count > 0) std::memcpy(rows.mutable_data(), rows_.data(), rows_.size() * sizeof(DocumentRow));
-    if (count > 0) std::memcpy(signatures.mutable_data(), signatures_.data(), signatures_.size() * sizeof(uint32_t));
+    const py::object made = plan_ == nullptr ? py::object(take_texts()) : py::object(take_signatures());
     const py::bytes names(names_);
     rows_.clear();
     names_.clear();
-    signatures_.clear();
-    return py::make_tuple(rows, names, signatures);
+    return py::make_tuple(rows, names, made);
   }
 
  private:
+  py::list take_texts() {
+    py::list texts(rows_.size());
+    size_t begin = 0;
+    for (size_t i = 0; i < rows_.size(); begin += rows_[i++].text_bytes)
+      texts[i] = py::bytes(texts_.data() + begin, rows_[i].text_bytes);
+    texts_.clear();
+    return texts;
+  }
+  py::array take_signatures() {
+    py::array_t<uint32_t> signatures({static_cast<py::ssize_t>(rows_.size()), py::ssize_t(plan_->num_slots)});
+    if (!signatures_.empty())
+      std::memcpy(signatures.mutable_data(), signatures_.data(), signatures_.size() * sizeof(uint32_t));
+    signatures_.clear();
+    return signatures;
+  }
+
   py::object held_plan_;
-  const SignPlan& plan_;
-  std::string score_key_, names_;
+  const SignPlan* plan_;
+  std::string score_key_, names_, texts_;
   bool use_groups_;
   std::vector<DocumentRow> rows_;
   std::vector<uint32_t> signatures_;
@@ -269,11 +287,11 @@ void bind_documents(py::module_& m) {
   const auto lines = py::class_<Documents>(m, "DocumentLines")
                          .def_property_readonly("num_lines", &Documents::num_lines)
                          .def_property_readonly("num_pending_bytes", &Documents::num_pending_bytes);
-  py::class_<DocumentSigner, Documents>(m, "DocumentSigner")
+  py::class_<DocumentColumns, Documents>(m, "DocumentColumns")
       .def(py::init<py::object, std::string, bool, const std::string&, py::object>(), py::arg("plan"),
            py::arg("score_key"), py::arg("use_groups"), py::arg("file_name"), py::arg("reader"))
-      .def("scan", &DocumentSigner::scan, py::arg("piece"), py::arg("last"))
-      .def("take", &DocumentSigner::take);
+      .def("scan", &DocumentColumns::scan, py::arg("piece"), py::arg("last"))
+      .def("take", &DocumentColumns::take);
   py::class_<DocumentTexts, Documents>(m, "DocumentTexts")
       .def(py::init<const Array<uint8_t>&, const std::string&, py::object>(), py::arg("wanted"), py::arg("file_name"),
            py::arg("reader"))

@@ -37,17 +37,23 @@ DOCUMENT = np.dtype(
 )
 
 
-def read_rows(path: Path, config: MinHashConfig) -> Iterator[tuple[NDArray[np.void], bytes, NDArray[np.uint32]]]:
-    """(rows of DOCUMENT, names, signatures) of the documents of a file, about BATCH_BYTES of it at a time."""
-    signer = _text.DocumentSigner(config.sign_plan, config.score_key, config.within_language, *line_reader(path))
+def _read(
+    path: Path, config: MinHashConfig, plan: _text.SignPlan | None
+) -> Iterator[tuple[NDArray[np.void], bytes, Any]]:
+    columns = _text.DocumentColumns(plan, config.score_key, config.within_language, *line_reader(path))
     num_bytes = 0
-    for piece, last in read_pieces(path, signer):
-        signer.scan(piece, last)
+    for piece, last in read_pieces(path, columns):
+        columns.scan(piece, last)
         num_bytes += len(piece)
         if num_bytes >= BATCH_BYTES or last:
-            rows, names, signed = signer.take()
-            yield rows.view(DOCUMENT).reshape(-1), names, signed
+            rows, names, made = columns.take()
+            yield rows.view(DOCUMENT).reshape(-1), names, made
             num_bytes = 0
+
+
+def read_rows(path: Path, config: MinHashConfig) -> Iterator[tuple[NDArray[np.void], bytes, list[bytes]]]:
+    """(rows of DOCUMENT, names, texts) of the documents of a file, about BATCH_BYTES of it at a time."""
+    return _read(path, config, None)
 
 
 def _descending(values: NDArray[Any]) -> NDArray[np.uint64]:
@@ -85,7 +91,7 @@ def sign(inputs: list[Path], out: Path, config: MinHashConfig) -> dict[str, Any]
 
     def batches() -> Iterator[NDArray[Any]]:
         with open(out / NAMES, "wb") as f:
-            for rows, names, signed in read_rows(inputs[0], config):
+            for rows, names, signed in _read(inputs[0], config, config.sign_plan):
                 parts.append(rows)
                 f.write(names)
                 yield signed

@@ -57,7 +57,7 @@ def pieces_of(data, cuts):
 
 def sign(data, cuts=(), reader=None):
     reader = reader or Reader()
-    signer = _text.DocumentSigner(CONFIG.sign_plan, "score", True, reader.name, reader)
+    signer = _text.DocumentColumns(CONFIG.sign_plan, "score", True, reader.name, reader)
     for piece, last in pieces_of(data, cuts):
         signer.scan(piece, last)
     rows, names, signed = signer.take()
@@ -112,6 +112,9 @@ def check(data, cuts=()):
         groups = [same[value] for value in of]
         hashes = rows[name].tolist()
         assert len(set(zip(groups, hashes, strict=True))) == len(set(groups)) == len(set(hashes)), name
+    columns = _text.DocumentColumns(None, "score", True, reader.name, reader.read)
+    columns.scan(data, True)
+    assert columns.take()[2] == [text.encode() for text in texts]
     wants = np.arange(len(wanted)) % 2 == 0
     check_texts(data, wants, cuts, [t.encode() for t in texts])
     return reader.lines
@@ -336,7 +339,7 @@ def test_a_name_that_is_not_utf8_is_left_to_python():
     path = Path("folder/\udcff.jsonl")
     name, read = line_reader(path)
     assert name == ""
-    signer = _text.DocumentSigner(CONFIG.sign_plan, "score", True, name, read)
+    signer = _text.DocumentColumns(CONFIG.sign_plan, "score", True, name, read)
     signer.scan(b'{"text":"t"}\n', True)
     _, names, _ = signer.take()
     assert names == document_of_line(b'{"text":"t"}', path, 1).id.encode()
