@@ -9,7 +9,7 @@
 #include <string>
 #include <string_view>
 
-#include "text/text_ref.h"
+#include "text/any_text.h"
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
@@ -202,7 +202,9 @@ inline char* unescape(std::string_view raw, char* to, bool& is_good) {
         is_good = false;
       }
     }
-    to = put_code_point(c, to);
+    unsigned num_bytes;
+    store_little_endian(utf8_word<4>(c, num_bytes), reinterpret_cast<uint8_t*>(to));
+    to += num_bytes;
   }
   return to;
 }

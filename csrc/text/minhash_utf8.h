@@ -3,6 +3,7 @@
 #pragma once
 #include <array>
 
+#include "text/any_text.h"
 #include "text/minhash.h"
 #if defined(HK_X86)
 #include <immintrin.h>
@@ -26,35 +27,13 @@ inline int sequence_size(const uint8_t* p, const uint8_t* end) {
   return !bad && tail(1) && tail(2) && tail(3) ? 4 : 0;
 }
 
-// One code point below U+10000 (surrogates too) as UTF-8, its first byte lowest; all forms are made and one is chosen:
-// scripts mix lengths too wildly for branches.
-inline uint32_t utf8_word(uint32_t c) {
-  const uint32_t two = (0xC0 | c >> 6) | (0x80 | (c & 0x3F)) << 8;
-  const uint32_t three = (0xE0 | c >> 12) | (0x80 | (c >> 6 & 0x3F)) << 8 | (0x80 | (c & 0x3F)) << 16;
-  return c < 0x80 ? c : c < 0x800 ? two : three;
-}
-
-inline uint8_t* put_word(uint32_t word, uint8_t* out) {
-#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-  word = __builtin_bswap32(word);
-#endif
-  std::memcpy(out, &word, 4);
-  return out + 4;
-}
-
 // May write up to 3 bytes behind the end that it returns.
 template <typename Unit>
 inline uint8_t* encode_each(const Unit* units, int64_t count, uint8_t* out) {
   for (int64_t i = 0; i < count; ++i) {
-    const uint32_t c = units[i];
-    if (sizeof(Unit) == 4 && c >= 0x10000) {
-      out = put_word((0xF0 | c >> 18) | (0x80 | (c >> 12 & 0x3F)) << 8 | (0x80 | (c >> 6 & 0x3F)) << 16 |
-                         (0x80 | (c & 0x3F)) << 24,
-                     out);
-      continue;
-    }
-    put_word(utf8_word(c), out);
-    out += 1 + (c >= 0x80) + (c >= 0x800);
+    unsigned num_bytes;
+    store_little_endian(utf8_word<sizeof(Unit)>(units[i], num_bytes), out);
+    out += num_bytes;
   }
   return out;
 }

@@ -13,6 +13,7 @@ from typing import Any
 import zstandard
 
 from herdkern.data.decompress import CHUNK_BYTES, MAX_EXPANSION, DamagedFileError, read_lines
+from herdkern.data.stored_zstd import StoredFrame
 from herdkern.engine import atomic_file
 
 MAX_LINE_BYTES = 64 << 20
@@ -312,6 +313,8 @@ def _plain(value: Any) -> Any:
 class DocumentWriter:
     """Writes documents to `path`, zstd at `level` with a checksum (plain if it ends in .jsonl), as a context manager.
 
+    level: of zstd; 0 stores the text as it is in a zstd frame, without a checksum.
+
     The file appears under its name when the block ends well, complete and synced; until then, and for ever after an
     error, there is nothing there. The same documents give the same bytes.
     """
@@ -327,8 +330,10 @@ class DocumentWriter:
     def __enter__(self) -> "DocumentWriter":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._output.__enter__()
-        compress = zstandard.ZstdCompressor(level=self.level, write_checksum=True, write_content_size=False)
-        self._compressor = None if self.path.suffix == ".jsonl" else compress.compressobj()
+        compress = zstandard.ZstdCompressor(level=self.level or 1, write_checksum=True, write_content_size=False)
+        self._compressor: Any = compress.compressobj() if self.level else StoredFrame()
+        if self.path.suffix == ".jsonl":
+            self._compressor = None
         return self
 
     def write(self, document: Document, **extra: str) -> None:
@@ -346,7 +351,7 @@ class DocumentWriter:
             self._flush()
 
     def _flush(self) -> None:
-        data = b"".join(self._pending)
+        data = self._pending[0] if len(self._pending) == 1 else b"".join(self._pending)
         self._pending, self._pending_bytes = [], 0
         self._file.write(data if self._compressor is None else self._compressor.compress(data))
 

@@ -115,7 +115,7 @@ def dedup_against(
     signed = run.map(f"{name}.sign", sign, files, config=config)
     found = cluster_signed(run, segments, signed.tasks, config, name=name, files=files)
     shards = [[path, found.signed[i], found.labels[i], *found.resolved] for i, path in enumerate(files)]
-    return run.map(name, drop_members, shards, config={"config": config}), found
+    return run.map(name, drop_members, shards, config={"config": config, "level": config.compression_level}), found
 
 
 def dedup_minhash(

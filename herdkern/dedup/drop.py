@@ -17,7 +17,7 @@ from herdkern.dedup.minhash_config import MinHashConfig
 from herdkern.dedup.pieces import line_reader, read_pieces
 from herdkern.dedup.sign_stage import NAMES
 
-LEVEL = 1  # of zstd, for what the next stage reads
+LEVEL = 1  # of zstd, for what the next stage reads, unless settings["level"] says another
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,7 @@ def drop_members(inputs: list[Path], out: Path, settings: dict[str, Any]) -> dic
     Writes documents.jsonl.zst, dropped.jsonl.zst (unless it is not wanted) and clusters.npy.
     """
     config: MinHashConfig = settings["config"]
+    level = settings.get("level", LEVEL)
     path, rows = inputs[0], load_rows(inputs[1])
     shard = int(inputs[2].name.rpartition("-")[2])
     dealer = _text.DocumentDealer(rows["is_plain"].astype(np.uint8), config.write_dropped, *line_reader(path))
@@ -116,10 +117,11 @@ def drop_members(inputs: list[Path], out: Path, settings: dict[str, Any]) -> dic
                 dropped[REASONS[reason]] = dropped.get(REASONS[reason], 0) + count
     np.save(out / "clusters.npy", clusters, allow_pickle=False)
     with contextlib.ExitStack() as stack:
-        kept_writer = stack.enter_context(LineWriter(out / "documents.jsonl.zst", level=LEVEL))
-        aside = (
-            stack.enter_context(LineWriter(out / "dropped.jsonl.zst", level=LEVEL)) if config.write_dropped else None
-        )
+        kept_writer = LineWriter(out / "documents.jsonl.zst", level=level)
+        stack.enter_context(kept_writer)
+        aside = LineWriter(out / "dropped.jsonl.zst", level=level) if config.write_dropped else None
+        if aside is not None:
+            stack.enter_context(aside)
         for piece, last in read_pieces(path, dealer):
             kept, gone = dealer.deal(piece, last)
             kept_writer.write_lines(kept)

@@ -14,6 +14,7 @@ from herdkern.engine import task_memory
 MIB = 1 << 20
 RESERVE_BYTES = 96 * MIB  # of a task: the interpreter, NumPy and what reading a file takes
 LEAST_MEMORY = 128 * MIB
+_NO_RULES = ("write_dropped", "compression_level", "max_memory")
 _STANDARD_DEVIATIONS = 4  # of an estimate below the threshold: what is similar gets lost once in 30,000 pairs
 
 
@@ -45,6 +46,7 @@ class MinHashConfig:
     score_key: str = "score"
     within_language: bool = True  # documents of different `lang` are never near-duplicates
     write_dropped: bool = True  # the dropped documents aside, in dropped.jsonl.zst
+    compression_level: int = 1  # of zstd, for both files; 0 stores them as they are, without a checksum
     max_memory: int | None = None
 
     def __post_init__(self) -> None:
@@ -55,6 +57,8 @@ class MinHashConfig:
             raise ValueError(f"MinHashConfig: verify must be exact, signature or none, got {self.verify!r}")
         if self.keep not in KEEP_POLICIES:
             raise ValueError(f"MinHashConfig: keep must be one of {', '.join(KEEP_POLICIES)}, got {self.keep!r}")
+        if not 0 <= self.compression_level <= 22:
+            raise ValueError(f"MinHashConfig: compression_level must lie in [0, 22], got {self.compression_level}")
         if self.max_memory is not None and self.max_memory < LEAST_MEMORY:
             raise ValueError(f"MinHashConfig: max_memory must be at least {LEAST_MEMORY} bytes, got {self.max_memory}")
 
@@ -91,7 +95,7 @@ class MinHashConfig:
     @property
     def rules(self) -> dict[str, Any]:
         """All that decides who is kept: two runs of equal rules treat a document alike."""
-        return {name: value for name, value in asdict(self).items() if name not in ("write_dropped", "max_memory")}
+        return {name: value for name, value in asdict(self).items() if name not in _NO_RULES}
 
     def within(self, max_memory: int) -> "MinHashConfig":
         """The configuration for work outside of a task, which may use max_memory."""

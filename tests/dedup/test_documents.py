@@ -11,6 +11,7 @@ from herdkern.data.document import Document, read_documents, write_documents
 from herdkern.dedup import MinHashConfig, dedup_minhash
 from herdkern.dedup.clusters import band_keys
 from herdkern.dedup.minhash import exact_jaccard, signatures
+from herdkern.dedup.parquet import write_parquet
 from herdkern.engine import Run, StageError
 
 
@@ -324,3 +325,26 @@ def test_real_pages_against_all_pairs(tmp_path):
     above = [t for t, similarity in zip(truth, exact, strict=True) if similarity >= 0.8]
     assert len(above) > 300
     assert np.mean([t["a"] in gone or t["b"] in gone for t in above]) >= 0.99
+
+
+@pytest.mark.parametrize("level", [0, 19])
+def test_documents_are_the_same_at_every_level_of_compression(tmp_path, level):
+    documents, _ = corpus(np.random.default_rng(8), 10)
+    found = []
+    for name, config in (("a", MinHashConfig()), ("b", MinHashConfig(compression_level=level))):
+        (tmp_path / name).mkdir()
+        found.append(run_dedup(tmp_path / name, [documents], config)[1:])
+    assert found[0] == found[1]
+
+
+def test_parquet_that_we_wrote_keeps_meta(tmp_path):
+    pytest.importorskip("pyarrow")
+    text = " ".join(f"word{i}" for i in range(50))
+    documents = [
+        Document(id=str(i), text=text, record="r", meta={"score": i, "deep": {"a": [1, None]}}) for i in (1, 2)
+    ]
+    write_parquet(tmp_path / "in.parquet", iter(documents))
+    assert list(read_documents(tmp_path / "in.parquet")) == documents
+    with Run(tmp_path / "run") as run:
+        result = dedup_minhash(run, [tmp_path / "in.parquet"], MinHashConfig(keep="best_score"))
+    assert list(read_documents(result.tasks[0] / "documents.jsonl.zst")) == documents[1:]
