@@ -14,7 +14,8 @@ class StoredFrame:
 
     def compress(self, data: bytes) -> bytes:
         """The blocks of `data`."""
-        parts, self._begin = [self._begin], b""
+        parts: list[bytes | memoryview] = [self._begin]
+        self._begin = b""
         view = memoryview(data)
         for begin in range(0, len(view), _BLOCK_BYTES):
             block = view[begin : begin + _BLOCK_BYTES]

@@ -24,7 +24,7 @@ def test_any_reader_gets_back_what_was_given(tmp_path, sizes):
 
 @pytest.mark.parametrize("level", [0, 1, 3, 19])
 def test_documents_are_the_same_at_every_level(tmp_path, level):
-    documents = [Document(id=str(i), text="text " * i) for i in range(300)]
+    documents = [Document(id=str(i), text="text " * i, record="r") for i in range(300)]
     with DocumentWriter(tmp_path / "d.jsonl.zst", level=level) as writer:
         for document in documents:
             writer.write(document)
