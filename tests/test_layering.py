@@ -11,6 +11,7 @@ PACKAGE = ROOT / "herdkern"
 READERS = {
     "data.document",
     "data.decompress",
+    "data.stored_zstd",
 }  # import of the house only each other and the engine; the tokenizer reads by them
 BELOW = {  # floor -> what it may import of herdkern (itself always)
     "command": set(),
