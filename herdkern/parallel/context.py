@@ -100,7 +100,7 @@ def default_plan(q: Tensor, k: Tensor, cu_seqlens: Tensor, cp_size: int, **how: 
     return _remembered_plan(borders, cp_size, align, tuple(sorted(how.items())))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)  # a pipeline has several batches in flight
 def _remembered_plan(borders: bytes, cp_size: int, align: int, how: tuple[Any, ...]) -> ContextPlan:
     return ContextPlan.make(np.frombuffer(borders, np.int32), cp_size, align=align, **dict(how))
 
@@ -223,14 +223,12 @@ class ContextAttend:
         self.group, self.mode, self.keep_gathered = group, mode, keep_gathered
         self.traffic = Traffic()
         self._align = query_alignment(*heads)
-        self._plan: ContextPlan | None = None
 
     def plan(self, cu_seqlens: Tensor) -> ContextPlan:
-        """Return the plan for these documents; that of the last call, if they are the same."""
-        if self._plan is None or not _is_plan_for(self._plan, cu_seqlens):
-            size = dist.get_world_size(self.group)
-            self._plan = ContextPlan.make(cu_seqlens, size, mode=self.mode, align=self._align)
-        return self._plan
+        """Return the plan for these documents; the last few are remembered."""
+        size = dist.get_world_size(self.group)
+        borders = cu_seqlens.to("cpu", torch.int32).numpy().tobytes()
+        return _remembered_plan(borders, size, self._align, (("mode", self.mode),))
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, cu_seqlens_k: Tensor | None = None
