@@ -4,9 +4,9 @@
 
 Reads JSON lines, signs (128 slots, 5-word shingles), finds what agrees in one of 16 bands of 8 rows, decides who stays
 and writes that to FOLDER, each candidate as its manual shows and on one core. Prints JSON: seconds, memory, the ids
-that stayed. The lines that the packages without files of their own keep are copied as they are. The peers that take
-lists of shingles get them from Python's str.split, as their users do it. Imports and a first small run are not
-measured.
+that stayed. Nothing is compressed. The lines that the packages without files of their own keep are copied as they are.
+The peers that take lists of shingles get them from Python's str.split, as their users do it. Imports and a first small
+run are not measured.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def herdkern(**settings: Any) -> Dedup:
 
     config = MinHashConfig(
         num_bands=NUM_BANDS, rows_per_band=ROWS_PER_BAND, ngram_size=NGRAM_SIZE, write_dropped=False,
-        within_language=False, min_similarity=MIN_SIMILARITY, **settings,
+        within_language=False, min_similarity=MIN_SIMILARITY, compression_level=0, **settings,
     )  # fmt: skip
 
     def dedup(path: Path, folder: Path) -> Ids:
