@@ -89,11 +89,12 @@ def make_sampler(recipe: Recipe, datasets: Mapping[str, TokenDataset]) -> TokenS
     Raises: ValueError if no source is as long as one sequence.
     """
     train = recipe.train
-    long_enough = {name: data for name, data in datasets.items() if data.num_tokens > train.seq_len}
+    long_enough = {name: data for name, data in datasets.items() if data.num_tokens > train.longest_seq_len}
     if not long_enough:
         total = sum(data.num_tokens for data in datasets.values())
         raise ValueError(
-            f"run_recipe: the training text must have a source of at least seq_len + 1 = {train.seq_len + 1} tokens, "
+            "run_recipe: the training text must have a source of at least seq_len + 1 = "
+            f"{train.longest_seq_len + 1} tokens, "
             f"got {total} tokens in {len(datasets)} sources; give more text or lower --train.seq-len"
         )
 
@@ -104,7 +105,7 @@ def make_sampler(recipe: Recipe, datasets: Mapping[str, TokenDataset]) -> TokenS
     later = []
     if train.schedule.anneal_steps and train.anneal_start_sequence > 0:
         later = [MixPhase(start=train.anneal_start_sequence, weights=weights(recipe.mix.anneal_weights))]
-    return TokenSampler(long_enough, weights(recipe.mix.weights), train.seq_len, train.seed, later=later)
+    return TokenSampler(long_enough, weights(recipe.mix.weights), train.longest_seq_len, train.seed, later=later)
 
 
 def train_model(
@@ -134,7 +135,7 @@ def train_model(
     trainer = Trainer(model, recipe.train, batches, run_dir, evaluate=heldout_loss)
     last = run_dir / "checkpoints" / f"step-{recipe.train.steps}"
     if latest_checkpoint(run_dir / "checkpoints") == last:
-        tokens_seen = recipe.train.steps * recipe.train.tokens_per_step
+        tokens_seen = recipe.train.total_tokens
         return False, TrainResult(step=recipe.train.steps, tokens=tokens_seen, interrupted=False, checkpoint=last)
     result = trainer.fit()
     if result.interrupted:

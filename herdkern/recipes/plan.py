@@ -50,7 +50,7 @@ def cost(recipe: Recipe) -> list[tuple[str, str]]:
     """(what, how much) of the training."""
     model, train = recipe.model, recipe.train
     micro_batch = train.micro_batch_size or train.batch_size
-    tokens = train.steps * train.tokens_per_step
+    tokens = train.total_tokens
     flops = tokens * model.flops_per_token(train.seq_len)
     memory = model.memory_bytes(micro_batch * train.seq_len, compute_bytes=2 if train.dtype == "bf16" else 4)
     rows = [

@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from herdkern.train.config import CheckpointConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from herdkern.train.ramp import LLAMA3_RAMP, Ramp, RampPhase
 
 if TYPE_CHECKING:
     from herdkern.train.average import WeightAverage
@@ -14,17 +15,25 @@ if TYPE_CHECKING:
     from herdkern.train.checkpoint import CorruptCheckpointError, latest_checkpoint, load_checkpoint, verify_checkpoint
     from herdkern.train.evaluate import HeldOut, token_counts, unigram_baseline
     from herdkern.train.guard import NonFiniteError
+    from herdkern.train.long_context import LongContextConfig, LongContextGate, LongContextStalledError
     from herdkern.train.objective import next_token_loss
+    from herdkern.train.recompute import recompute_activations
     from herdkern.train.trainer import PackedBatches, Trainer, TrainResult
 
 __all__ = [
+    "LLAMA3_RAMP",
     "Batch",
     "CheckpointConfig",
     "CorruptCheckpointError",
     "HeldOut",
+    "LongContextConfig",
+    "LongContextGate",
+    "LongContextStalledError",
     "NonFiniteError",
     "OptimizerConfig",
     "PackedBatches",
+    "Ramp",
+    "RampPhase",
     "ScheduleConfig",
     "TrainConfig",
     "TrainResult",
@@ -34,6 +43,7 @@ __all__ = [
     "latest_checkpoint",
     "load_checkpoint",
     "next_token_loss",
+    "recompute_activations",
     "token_counts",
     "unigram_baseline",
     "verify_checkpoint",
@@ -43,6 +53,9 @@ _HOMES = {
     "Batch": "batch",
     "CorruptCheckpointError": "checkpoint",
     "HeldOut": "evaluate",
+    "LongContextConfig": "long_context",
+    "LongContextGate": "long_context",
+    "LongContextStalledError": "long_context",
     "NonFiniteError": "guard",
     "PackedBatches": "trainer",
     "TrainResult": "trainer",
@@ -52,6 +65,7 @@ _HOMES = {
     "latest_checkpoint": "checkpoint",
     "load_checkpoint": "checkpoint",
     "next_token_loss": "objective",
+    "recompute_activations": "recompute",
     "token_counts": "evaluate",
     "unigram_baseline": "evaluate",
     "verify_checkpoint": "checkpoint",

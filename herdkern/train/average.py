@@ -1,13 +1,18 @@
 """Polyak average: the mean of the weights along the annealing steps. Source: Llama 3 (2407.21783) section 3.4.3."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 
 class WeightAverage:
-    """The running mean of a model's parameters, mean += (params - mean) / count, kept in fp64."""
+    """The running mean of a model's parameters, mean += (params - mean) / count, kept in fp64.
+
+    A sharded parameter (DTensor) is averaged where its shards lie, element by element, with nothing sent.
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -41,3 +46,30 @@ class WeightAverage:
         """Continue from a saved mean of `count` updates."""
         self.mean = {name: tensor.clone() for name, tensor in mean.items()}
         self.count = count
+
+
+def offline_mean(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+    """(name, fp64 mean over `files`) of each tensor of safetensors files, in order of names; one tensor at a time is in
+    memory.
+
+    Raises: ValueError if there is no file, or one holds other tensors or another shape than the first.
+    """
+    if not files:
+        raise ValueError("offline_mean: files must have at least one, got none")
+    with safe_open(files[0], "pt") as first:
+        names = sorted(first.keys())
+    for path in files:
+        with safe_open(path, "pt") as f:
+            odd = set(names) ^ set(f.keys())
+        if odd:
+            raise ValueError(f"offline_mean: {path} must hold the tensors of {files[0]}, they differ in {min(odd)!r}")
+    for name in names:
+        total: Tensor | None = None
+        for path in files:
+            with safe_open(path, "pt") as f:
+                value = f.get_tensor(name).to(torch.float64)
+            if total is not None and total.shape != value.shape:
+                raise ValueError(f"offline_mean: {name!r} in {path} must be {tuple(total.shape)}, got {value.shape}")
+            total = value if total is None else total.add_(value)
+        assert total is not None
+        yield name, total / len(files)

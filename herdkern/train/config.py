@@ -9,6 +9,8 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from herdkern.train.ramp import Ramp, RampPhase
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -71,14 +73,17 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One run of the training loop. A step sees batch_size sequences of seq_len tokens, micro_batch_size at a time."""
+    """One run of the training loop. A step sees batch_size sequences of seq_len tokens, micro_batch_size at a time;
+    from the tokens that `ramp` names on, those of its phases."""
 
     steps: int = 200
     seq_len: int = 512
     batch_size: int = 16
     micro_batch_size: int = 0  # 0: the whole batch at once
+    ramp: tuple[RampPhase, ...] = ()  # batch size and sequence length from given tokens on; LLAMA3_RAMP[1:]
     seed: int = 0
     dtype: Literal["fp32", "bf16"] = "bf16"  # of activations and matrix products; parameters and sums are always fp32
+    recompute: Literal["none", "swiglu", "block"] = "none"  # made again in the backward pass: less memory, same bits
     document_mask: bool = True  # False lets attention cross documents inside a sequence: for study only
     mask_border_targets: bool = True  # do not learn to predict the first token of an unrelated next document
     reset_positions: bool = True  # rotary positions start at 0 in every document, else in every sequence
@@ -96,10 +101,12 @@ class TrainConfig:
         for name in ("steps", "seq_len", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainConfig: {name} must be at least 1, got {getattr(self, name)}")
-        if self.micro_batch_size < 0 or self.batch_size % (self.micro_batch_size or self.batch_size):
-            raise ValueError(
-                f"TrainConfig: micro_batch_size must divide batch_size={self.batch_size}, got {self.micro_batch_size}"
-            )
+        for phase in self.ramp_plan().phases:
+            if self.micro_batch_size < 0 or phase.batch_size % (self.micro_batch_size or phase.batch_size):
+                raise ValueError(
+                    f"TrainConfig: micro_batch_size must divide batch_size={phase.batch_size}, "
+                    f"got {self.micro_batch_size}"
+                )
         if self.dtype not in ("fp32", "bf16"):
             raise ValueError(f"TrainConfig: dtype must be 'fp32' or 'bf16', got {self.dtype!r}")
         if self.on_nonfinite not in ("stop", "skip"):
@@ -117,16 +124,35 @@ class TrainConfig:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one update sees."""
+        """Tokens that one update sees before the first phase of the ramp."""
         return self.batch_size * self.seq_len
+
+    def ramp_plan(self) -> Ramp:
+        """Which batch size and sequence length hold at which token."""
+        return Ramp((RampPhase(from_tokens=0, batch_size=self.batch_size, seq_len=self.seq_len), *self.ramp))
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all steps."""
+        return self.ramp_plan().tokens_before(self.steps)
+
+    @property
+    def longest_seq_len(self) -> int:
+        """The longest sequences of the run: what the sampler numbers where there is a ramp."""
+        return max(phase.seq_len for phase in self.ramp_plan().phases)
 
     @property
     def anneal_start_sequence(self) -> int:
-        """The number of the first sequence of the annealing phase: where an up-weighted mix starts."""
-        return (self.steps - self.schedule.anneal_steps) * self.batch_size
+        """The number of the sampler's first sequence of the annealing phase: where an up-weighted mix starts."""
+        before = self.ramp_plan().tokens_before(self.steps - self.schedule.anneal_steps)
+        return -(-before // self.longest_seq_len)
 
     def identity(self) -> dict[str, Any]:
         """The fields that the bits of the result depend on, as JSON values; a resumed run must have the same."""
         values = dataclasses.asdict(self)
-        del values["checkpoint"], values["eval_every_steps"], values["reuse_memory"]
+        del values["checkpoint"], values["eval_every_steps"], values["reuse_memory"], values["recompute"]
+        if self.ramp:
+            values["ramp"] = list(values["ramp"])  # as JSON gives it back
+        else:
+            del values["ramp"]  # runs from before there were ramps go on
         return values

@@ -31,6 +31,8 @@ from herdkern.train.guard import NonFiniteError, first_bad_tensor
 from herdkern.train.metrics import MFU_CONVENTION, MetricsLog, measured_peak_flops
 from herdkern.train.objective import Objective, next_token_loss
 from herdkern.train.optimizer import build_adamw, load_optimizer_tensors, optimizer_tensors, total_norm
+from herdkern.train.ramp import RampPhase, TokenStream
+from herdkern.train.recompute import recompute_activations
 from herdkern.train.schedule import learning_rate
 
 _FILL: Any = torch.utils.deterministic  # a module class of torch that declares its setting at run time
@@ -57,6 +59,11 @@ class BatchSource(Protocol):
 class SequenceSampler(Protocol):
     """herdkern.data.mix.TokenSampler, or anything else that numbers its sequences."""
 
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a sequence, the last target not counted."""
+        ...
+
     def sequence(self, t: int) -> tuple[Any, Any]:
         """Tokens (length + 1,) and document borders of sequence t."""
         ...
@@ -73,11 +80,19 @@ class PackedBatches:
         self.sampler = sampler
         self.config = config
         self.device = device
+        self._stream = TokenStream(sampler)
 
     def batch(self, first: int, count: int) -> Batch:
         """Sequences first .. first + count - 1 as one packed batch."""
+        return self._build([self.sampler.sequence(t) for t in range(first, first + count)])
+
+    def batch_at(self, token: int, count: int, seq_len: int) -> Batch:
+        """`count` sequences of `seq_len` tokens from that token of the stream on, as one packed batch."""
+        return self._build([self._stream.cut(token + i * seq_len, seq_len) for i in range(count)])
+
+    def _build(self, sequences: list[tuple[Any, Any]]) -> Batch:
         return build_batch(
-            [self.sampler.sequence(t) for t in range(first, first + count)],
+            sequences,
             document_mask=self.config.document_mask,
             mask_border_targets=self.config.mask_border_targets,
             reset_positions=self.config.reset_positions,
@@ -136,8 +151,15 @@ class Trainer:
         self._stopping = False
         if config.eval_every_steps and evaluate is None:
             warnings.warn("Trainer: eval_every_steps has no effect without evaluate", stacklevel=2)
+        self._ramp = config.ramp_plan()
+        if config.ramp and not hasattr(source, "batch_at"):
+            raise ValueError(
+                f"Trainer: source must have batch_at where train.ramp is set, got {type(source).__name__}; "
+                "take PackedBatches"
+            )
         if isinstance(model, Transformer):
             model.compute_dtype = TORCH_DTYPES[config.dtype]
+            recompute_activations(model, config.recompute)
 
     @property
     def checkpoints(self) -> Path:
@@ -162,7 +184,7 @@ class Trainer:
             write_json_atomic(self.run_dir / "training.json", {**self._resolved_config(), "memory": how})
             self._measure_peak()
             self.model.train()
-            total = self.config.steps * self.config.tokens_per_step
+            total = self.config.total_tokens
             disable = None if self.progress is None else not self.progress
             with tqdm(
                 total=total,
@@ -173,8 +195,9 @@ class Trainer:
                 desc="train",
             ) as bar:
                 while self.step < self.config.steps and not self._stopping:
+                    before = self.tokens
                     record = self._run_step()
-                    bar.update(self.config.tokens_per_step)
+                    bar.update(self.tokens - before)
                     bar.set_postfix(loss=record["loss"], lr=record["lr"], refresh=False)
                     every = self.config.checkpoint.every_steps
                     if every and self.step % every == 0:
@@ -188,9 +211,7 @@ class Trainer:
         """One update, its line in metrics.jsonl included."""
         begin = time.perf_counter()
         config, update = self.config, self.step + 1
-        size = config.micro_batch_size or config.batch_size
-        first = self.step * config.batch_size
-        batches = [self.source.batch(first + i, size) for i in range(0, config.batch_size, size)]
+        batches = self._batches(self._ramp.at(self.tokens))
         loss, extra = self._accumulate(batches)
         lr = learning_rate(update, config.schedule, steps=config.steps)
         grad_norm = self._update(lr) if math.isfinite(loss) else total_norm(self.model)
@@ -218,6 +239,15 @@ class Trainer:
             self._measure_peak()
         self.metrics.append(record)
         return record
+
+    def _batches(self, phase: RampPhase) -> list[Batch]:
+        """The micro-batches of a step."""
+        size = self.config.micro_batch_size or phase.batch_size
+        pieces = range(0, phase.batch_size, size)
+        if not self.config.ramp:
+            return [self.source.batch(self.step * phase.batch_size + i, size) for i in pieces]
+        source: Any = self.source  # has batch_at: looked for in __init__
+        return [source.batch_at(self.tokens + i * phase.seq_len, size, phase.seq_len) for i in pieces]
 
     def _update(self, lr: float) -> float:
         """One step of the optimizer, clip included; the norm before the clip. Nothing changes if it is not finite."""
@@ -289,7 +319,7 @@ class Trainer:
         state = {
             "step": self.step,
             "tokens": self.tokens,
-            "next_sequence": self.step * self.config.batch_size,
+            "next_sequence": self.tokens // self.config.longest_seq_len,
             "skipped_in_a_row": self._skipped_in_a_row,
             "average_count": self.average.count,
             "rng": {"torch": bytes(torch.get_rng_state().tolist()).hex()},
