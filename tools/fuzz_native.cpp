@@ -231,7 +231,7 @@ void read_text(std::string_view input) {
   one.encoder->count_batch(given, 1, &count);
   HOLDS(count == int64_t(ids.size()));
   if (crc32(0, begin, input.size()) % 64 != 0) return;
-  given.part_bytes = 16;  // two threads, and parts of a few words
+  given.part_bytes = std::max<size_t>(16, input.size() / 64);  // two threads, and parts of a few words
   IdBuffer again;
   int64_t offsets[2];
   one.encoder->encode_batch(given, 2, again, offsets);
