@@ -54,12 +54,15 @@ def cpu_units():
 
 
 def text_units():
-    """(source, flags, object name) of _text: a source named *_avx2.cpp or *_avx512.cpp is built for that level."""
+    """(source, flags, object name) of _text: a source named *_avx2.cpp, *_avx512.cpp or *_vbmi2.cpp is built for that
+    level."""
+    levels = dict(LEVELS) | {"vbmi2": [*dict(LEVELS)["avx512"], "-mavx512vbmi2"]}
+    levelled = {"avx2", "avx512", "vbmi2"}
     units = []
-    for source in sorted((ROOT / "csrc/text").glob("*.cpp"), key=lambda s: ("_avx" in s.stem, s.name)):
+    for source in sorted((ROOT / "csrc/text").glob("*.cpp"), key=lambda s: (s.stem.split("_")[-1] in levelled, s.name)):
         suffix = source.stem.rpartition("_")[2]
-        level = dict(LEVELS).get(suffix, []) if suffix in ("avx2", "avx512") else []
-        if suffix in ("avx2", "avx512") and not IS_X86:
+        level = levels[suffix] if suffix in levelled else []
+        if suffix in levelled and not IS_X86:
             continue
         units.append((source, [*level, "-pthread", *(["-DHK_X86=1"] if IS_X86 else [])], source.stem))
     return units

@@ -38,6 +38,7 @@ MOST_ACCEPTED = 256  # accepted inputs that further ones are made of
 HANG_SECONDS = 600  # of the clock on the wall, for libFuzzer's own limit: CPU time is looked at after each input
 # The sources that the native readers are made of.
 OF_READERS = (
+    "any_text*",
     "bpe_[!t]*",
     "bpe_tables",
     "code_point_set",
@@ -161,6 +162,7 @@ def build_native(sanitizer: bool) -> Path:
     sources = [path for name in OF_READERS for path in (ROOT / "csrc/text").glob(f"{name}.cpp")]
     flags = ["-std=c++17", "-O2", "-g1", "-DHK_X86=1", f"-I{ROOT / 'csrc'}", "-pthread", *SANITIZERS * sanitizer]
     levels = {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
+    levels["vbmi2"] = [*levels["avx512"], "-mavx512vbmi2"]
     newest = max(header.stat().st_mtime for header in (ROOT / "csrc").rglob("*.h"))
     objects = []
     for source in [ROOT / "tools/fuzz_native.cpp", *sorted(sources)]:

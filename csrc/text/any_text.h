@@ -20,7 +20,7 @@ struct AnyText {
       : data(units), size(num_units), unit_bytes(bytes_of_unit) {}
   size_t num_bytes() const { return size * (unit_bytes == 0 ? 1 : unit_bytes); }  // of UTF-8, about
   // What to_utf8 may write to.
-  size_t max_written() const { return unit_bytes == 0 ? 0 : (unit_bytes == 4 ? 4 : unit_bytes + 1) * size + 4; }
+  size_t max_written() const { return unit_bytes == 0 ? 0 : (unit_bytes == 4 ? 4 : unit_bytes + 1) * size + 64; }
 
   const void* data;
   size_t size;              // units
@@ -93,15 +93,22 @@ inline uint8_t* write_utf8(const Unit* units, size_t size, uint8_t* out) {
   return has_surrogate ? nullptr : out;
 }
 
+// The same for a text that is not UTF-8; writes up to 64 bytes behind the end.
+using Utf8Writer = uint8_t* (*)(const AnyText& text, uint8_t* out);
+// The fastest that this processor runs (any_text_vbmi2.cpp). HERDKERN_ISA forces a plainer one.
+Utf8Writer best_utf8_writer();
+
 // The text as UTF-8: in place, or written to `out`, which then stands behind it. A lone surrogate is written as if it
 // were none, and `out` is null then.
-inline std::string_view to_utf8(const AnyText& text, uint8_t*& out) {
+inline std::string_view to_utf8(const AnyText& text, uint8_t*& out, Utf8Writer write) {
   if (text.unit_bytes == 0) return {static_cast<const char*>(text.data), text.size};
   uint8_t* const begin = out;
-  out = text.unit_bytes == 1   ? write_utf8(static_cast<const uint8_t*>(text.data), text.size, begin)
-        : text.unit_bytes == 2 ? write_utf8(static_cast<const uint16_t*>(text.data), text.size, begin)
-                               : write_utf8(static_cast<const uint32_t*>(text.data), text.size, begin);
+  out = write(text, begin);
   return {reinterpret_cast<const char*>(begin), out == nullptr ? 0 : size_t(out - begin)};
+}
+inline std::string_view to_utf8(const AnyText& text, uint8_t*& out) {
+  static const Utf8Writer write = best_utf8_writer();
+  return to_utf8(text, out, write);
 }
 
 template <typename Unit>
@@ -131,7 +138,7 @@ class Utf8Buffer {
   std::string_view utf8_of(const AnyText& text) {
     reserve(text.max_written());
     uint8_t* end = bytes_.get();
-    const std::string_view utf8 = to_utf8(text, end);
+    const std::string_view utf8 = to_utf8(text, end, write_);
     if (text.unit_bytes != 0 && end == nullptr) throw LoneSurrogate();
     return utf8;
   }
@@ -158,6 +165,7 @@ class Utf8Buffer {
 
   std::unique_ptr<uint8_t[], Free> bytes_;
   size_t capacity_ = 0;
+  Utf8Writer write_ = best_utf8_writer();
 };
 
 }  // namespace herdkern::text

@@ -1,0 +1,35 @@
+// UTF-8 of Python's texts: the way for any processor, and the choice. See any_text.h.
+#include "text/any_text.h"
+
+#include <cstdlib>
+
+namespace herdkern::text {
+
+namespace vbmi2 {
+uint8_t* write_utf8(const AnyText& text, uint8_t* out);
+}
+
+namespace {
+
+uint8_t* write_any(const AnyText& text, uint8_t* out) {
+  if (text.unit_bytes == 1) return write_utf8(static_cast<const uint8_t*>(text.data), text.size, out);
+  if (text.unit_bytes == 2) return write_utf8(static_cast<const uint16_t*>(text.data), text.size, out);
+  return write_utf8(static_cast<const uint32_t*>(text.data), text.size, out);
+}
+
+}  // namespace
+
+Utf8Writer best_utf8_writer() {
+#if defined(HK_X86)
+  const char* forced = std::getenv("HERDKERN_ISA");
+  const std::string_view most = forced != nullptr && *forced != '\0' ? forced : "amx";
+  __builtin_cpu_init();
+  const bool has_vbmi2 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                         __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2");
+  if (has_vbmi2 && most != "avx512" && most != "avx2" && most != "baseline") return vbmi2::write_utf8;
+#endif
+  return write_any;
+}
+
+}  // namespace herdkern::text
