@@ -48,6 +48,8 @@ BlockScan find_block_scan(BlockPattern pattern) {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                           __builtin_cpu_supports("avx512vl");
+  const bool has_vbmi2 = has_avx512 && __builtin_cpu_supports("avx512vbmi2");
+  if (has_vbmi2 && most != "avx512" && most != "avx2" && most != "baseline") return vbmi2::block_scan(pattern);
   if (has_avx512 && most != "avx2" && most != "baseline") return avx512::block_scan(pattern);
   if (has_avx2 && most != "baseline") return avx2::block_scan(pattern);
 #endif

@@ -137,28 +137,111 @@ inline void read_ascii(const Bytes64& bytes, Block& block) {
   block.symbol = bytes.within(0x21, 94) & ~(block.upper | block.lower | block.number);
 }
 
+// Code points on their way into a block; a vector may be written behind the 64th.
+struct CodePoints {
+  alignas(64) uint8_t plain[192];  // the character if it is ASCII, else any byte from 0x80 on
+  alignas(64) uint8_t kind[192];   // CharKind bits, 0 for ASCII
+  uint16_t offsets[192];           // where it begins
+  int count = 0;
+};
+
+inline const uint8_t* decode_one(const uint8_t* p, const uint8_t* end, const uint8_t* kinds, CodePoints& found) {
+  if (*p < 0x80) {
+    found.plain[found.count] = *p;
+    found.kind[found.count++] = 0;
+    return p + 1;
+  }
+  const DecodedCodePoint c = decode_utf8(p, end);
+  found.plain[found.count] = 0x80;
+  found.kind[found.count++] = kinds[c.code_point];
+  return p + c.num_bytes;
+}
+
+#if defined(__AVX512VBMI2__)
+// Decodes what 64 bytes hold, up to the first code point of four bytes or malformed byte; returns how far it came.
+// `offset`: of p. The vector way has no branch for each code point, and lengths change at every word.
+inline size_t decode_64(const uint8_t* p, const uint8_t* end, const uint8_t* kinds, size_t offset, CodePoints& found) {
+  const size_t size = end - p < 64 ? size_t(end - p) : 64;
+  const Mask inside = size < 64 ? (Mask(1) << size) - 1 : ~Mask(0);
+  const __m512i first = _mm512_maskz_loadu_epi8(inside, p);
+  const __m512i second = _mm512_maskz_loadu_epi8(inside >> 1, p + 1);
+  const __m512i third = _mm512_maskz_loadu_epi8(inside >> 2, p + 2);
+  const auto set = [](uint8_t byte) { return _mm512_set1_epi8(char(byte)); };
+  const Mask later = _mm512_cmplt_epi8_mask(first, set(0xC0));  // 0x80 to 0xBF
+  const Mask lead = _mm512_cmpge_epu8_mask(first, set(0xC2)), lead_3 = _mm512_cmpge_epu8_mask(first, set(0xE0));
+  Mask bad = (lead << 1 | lead_3 << 2) ^ later;
+  bad |= _mm512_cmpge_epu8_mask(first, set(0xF0)) | (_mm512_movepi8_mask(first) & ~(later | lead));
+  // Two bytes would have done; half of a surrogate pair.
+  bad |= _mm512_cmpeq_epi8_mask(first, set(0xE0)) & _mm512_cmplt_epu8_mask(second, set(0xA0));
+  bad |= _mm512_cmpeq_epi8_mask(first, set(0xED)) & _mm512_cmpge_epu8_mask(second, set(0xA0));
+  size_t limit = bad == 0 ? size : size_t(__builtin_ctzll(bad));
+  if (limit > size) limit = size;
+  Mask starts = inside & ~later;
+  starts &= limit < 64 ? (Mask(1) << limit) - 1 : ~Mask(0);
+  if (starts == 0) return 0;
+  const int last = 63 - __builtin_clzll(starts);
+  if (size_t(last) + 1 + (lead >> last & 1) + (lead_3 >> last & 1) > limit) {
+    starts ^= Mask(1) << last;
+    limit = size_t(last);
+  }
+  const int count = __builtin_popcountll(starts);
+  const __m512i lead_bytes = _mm512_maskz_compress_epi8(starts, first);
+  const __m512i low_6 = set(0x3F);
+  const __m512i seconds = _mm512_and_si512(_mm512_maskz_compress_epi8(starts, second), low_6);
+  const __m512i thirds = _mm512_and_si512(_mm512_maskz_compress_epi8(starts, third), low_6);
+  alignas(64) static constexpr auto kIota = [] {
+    struct {
+      uint8_t values[64];
+    } iota{};
+    for (uint8_t i = 0; i < 64; ++i) iota.values[i] = i;
+    return iota;
+  }();
+  const __m512i places = _mm512_maskz_compress_epi8(starts, _mm512_load_si512(kIota.values));
+  const Mask is_long = _mm512_movepi8_mask(lead_bytes), is_3 = _mm512_cmpge_epu8_mask(lead_bytes, set(0xE0));
+  alignas(64) uint16_t codes[64];
+  _mm512_storeu_si512(found.plain + found.count, lead_bytes);
+  const auto widen = [](__m512i bytes, int half) {
+    return _mm512_cvtepu8_epi16(half ? _mm512_extracti64x4_epi64(bytes, 1) : _mm512_castsi512_si256(bytes));
+  };
+  for (int half = 0; half < 2; ++half) {
+    const __m512i lead_16 = _mm512_and_si512(widen(lead_bytes, half), _mm512_set1_epi16(0x1F));
+    const __m512i two = _mm512_or_si512(_mm512_slli_epi16(lead_16, 6), widen(seconds, half));
+    const __m512i three = _mm512_or_si512(_mm512_slli_epi16(two, 6), widen(thirds, half));
+    const __m512i code = _mm512_mask_mov_epi16(two, __mmask32(is_3 >> 32 * half), three);
+    _mm512_store_si512(codes + 32 * half, _mm512_maskz_mov_epi16(__mmask32(is_long >> 32 * half), code));
+    const __m512i place = _mm512_add_epi16(widen(places, half), _mm512_set1_epi16(short(offset)));
+    _mm512_storeu_si512(found.offsets + found.count + 32 * half, place);
+    if (count <= 32) break;
+  }
+  uint8_t* kind = found.kind + found.count;  // that of U+0000 is 0, which stands for all of ASCII
+  for (int i = 0; i < count; ++i) kind[i] = kinds[codes[i]];
+  found.count += count;
+  return limit;
+}
+#endif
+
 // Decodes the next 64 code points, or as many as there are.
 inline void read_any(const uint8_t* p, const uint8_t* end, const uint8_t* kinds, Block& block) {
-  alignas(64) uint8_t plain[64], kind[64];
-  int count = 0;
+  CodePoints found;
   const uint8_t* const start = p;
-  for (; count < 64 && p < end; ++count) {
-    block.offsets[count] = uint16_t(p - start);
-    if (*p < 0x80) {
-      plain[count] = *p++;
-      kind[count] = 0;
-    } else {
-      const DecodedCodePoint c = decode_utf8(p, end);
-      plain[count] = 0x80;
-      kind[count] = kinds[c.code_point];
-      p += c.num_bytes;
+  while (found.count < 64 && p < end) {
+#if defined(__AVX512VBMI2__)
+    if (const size_t done = decode_64(p, end, kinds, size_t(p - start), found)) {
+      p += done;
+      continue;
     }
+#endif
+    found.offsets[found.count] = uint16_t(p - start);
+    p = decode_one(p, end, kinds, found);
   }
-  block.offsets[count] = uint16_t(p - start);
-  std::memset(plain + count, 0x80, size_t(64 - count));
-  std::memset(kind + count, 0, size_t(64 - count));
-  read_ascii(Bytes64(plain), block);
-  const Bytes64 bits(kind);
+  found.offsets[found.count] = uint16_t(p - start);
+  const int count = found.count < 64 ? found.count : 64;
+  p = start + found.offsets[count];
+  std::memcpy(block.offsets, found.offsets, sizeof block.offsets);
+  std::memset(found.plain + count, 0x80, 64);
+  std::memset(found.kind + count, 0, 64);
+  read_ascii(Bytes64(found.plain), block);
+  const Bytes64 bits(found.kind);
   block.upper |= bits.any(kUpperBit);
   block.lower |= bits.any(kLowerBit);
   block.other_letter = bits.any(kOtherLetterBit);

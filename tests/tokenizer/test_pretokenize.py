@@ -166,7 +166,7 @@ def test_half_a_million_random_texts(name):
 
 
 @for_each_pattern
-@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["baseline", "avx2", "avx512", "amx"])
 def test_blocks_like_the_automaton(name, level, monkeypatch):
     """Every level of the block scanners against the general engine, which an extra group sends the pattern to."""
     monkeypatch.setenv("HERDKERN_ISA", level)
