@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "text/bpe_tables.h"
+#include "text/bpe_word_merge.h"
 #include "text/id_buffer.h"
 
 namespace herdkern::text {
@@ -31,6 +32,7 @@ class TokenRows {
   // table, bytes: of the same tokens; they must outlive this.
   TokenRows(const TokenList& tokens, const TokenTable& table, const ByteTokens& bytes);
   bool is_regular() const { return is_regular_; }
+  const std::vector<TokenParts>& parts() const { return parts_; }  // by id
   // Appends the ids of the word, which must not be a token as a whole; 16 bytes behind it must be readable. False, and
   // nothing appended, if no row of tokens fits.
   bool encode(const uint8_t* word, size_t len, Scratch& scratch, IdBuffer& out) const;
@@ -38,9 +40,6 @@ class TokenRows {
  private:
   struct Token {
     uint32_t id, len;  // len 0: none
-  };
-  struct Parts {
-    uint32_t left = kNoToken, right = kNoToken;  // ids; kNoToken: it is not made of two
   };
 
   template <typename Dead>
@@ -62,7 +61,7 @@ class TokenRows {
 
   const TokenTable& table_;
   const ByteTokens& bytes_;
-  std::vector<Parts> parts_;    // by id
+  std::vector<TokenParts> parts_;
   std::vector<Token> shorter_;  // by id, for tokens that are no short keys
   // By a hash of the first bytes, one bit for each length of a token that begins so: of 4 to 7; of 8 to 15, bit 0:
   // more.

@@ -66,7 +66,10 @@ void WordEncoder::Scratch::shrink() {
   give_back(heap);
 }
 
-WordEncoder::WordEncoder(const TokenList& tokens) : table_(tokens), bytes_(tokens), rows_(tokens, table_, bytes_) {}
+WordEncoder::WordEncoder(const TokenList& tokens)
+    : table_(tokens), bytes_(tokens), rows_(tokens, table_, bytes_), merge_word_(find_merge_word()) {
+  if (rows_.is_regular()) merges_ = MergeTable(rows_.parts(), table_, bytes_);
+}
 
 void WordEncoder::encode(const uint8_t* word, size_t len, ShortKey key, uint64_t hash, const uint8_t* readable_end,
                          Scratch& scratch, IdBuffer& out) const {
@@ -78,7 +81,15 @@ void WordEncoder::encode(const uint8_t* word, size_t len, ShortKey key, uint64_t
   }
   if (whole != kNoToken) return out.push(whole);
   if (len >= kNoToken) throw std::length_error("encode: a word must be shorter than 2**32 bytes");
-  if (len > kShortWord && rows_.is_regular()) {
+  if (len <= kMergedAtOnce && rows_.is_regular()) {
+    uint8_t padded[64];
+    if (size_t(readable_end - word) < sizeof padded) {
+      std::memset(padded, 0, sizeof padded);
+      word = static_cast<const uint8_t*>(std::memcpy(padded, word, len));
+    }
+    return out.grow_by(merge_word_(merges_, word, len, out.room_for(kMergedAtOnce)));
+  }
+  if (rows_.is_regular()) {
     const uint8_t* padded = word;
     if (size_t(readable_end - word) < len + kPadding) {
       scratch.bytes.resize(len + kPadding);
