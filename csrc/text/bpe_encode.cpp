@@ -19,6 +19,13 @@ std::string_view utf8_of_part(const Texts& texts, const TextPart& part) {
   return {static_cast<const char*>(text.data), text.size};
 }
 
+// Memory that is not written to costs nothing; growing costs a copy, or new page tables.
+size_t likely_ids(const Texts& texts, const TextPart& part) {
+  size_t num_bytes = part.is_cut ? part.end - part.begin : 0;
+  for (size_t i = part.first_text; i < part.last_text && !part.is_cut; ++i) num_bytes += texts.views[i].size;
+  return num_bytes / 3 + 256;
+}
+
 const uint8_t* bytes_of(std::string_view text) { return reinterpret_cast<const uint8_t*>(text.data()); }
 
 }  // namespace
@@ -128,6 +135,7 @@ void Encoder::encode_parts(const Texts& texts, int num_threads, std::vector<Text
 void Encoder::encode_batch(Texts& texts, int num_threads, IdBuffer& out, int64_t* offsets) const {
   std::vector<TextPart> parts = parts_for(texts, num_threads);
   std::vector<IdBuffer> pieces(parts.size());
+  for (size_t index = 0; index < parts.size(); ++index) pieces[index].reserve(likely_ids(texts, parts[index]));
   encode_parts(texts, num_threads, parts, offsets + 1, [&](size_t index) { return IdSink(pieces[index]); });
   offsets[0] = 0;
   if (parts.size() == 1 && !parts[0].is_cut) {
@@ -232,8 +240,9 @@ void Encoder::encode_ordinary(std::string_view text, Worker& worker, Sink& sink)
 }
 
 // A word that is not in its bucket of the cache with at most three ids; `entry`: where it is nevertheless, or null.
+// Says whether it was new.
 template <typename Sink>
-__attribute__((noinline)) void Encoder::encode_word(const Word& word, const uint8_t* readable_end,
+__attribute__((noinline)) bool Encoder::encode_word(const Word& word, const uint8_t* readable_end,
                                                     WordCache::Entry* entry, Worker& worker, Sink& sink) const {
   WordCache& cache = worker.cache;
   const bool is_cached = word.len <= WordCache::kMaxWord;
@@ -241,7 +250,10 @@ __attribute__((noinline)) void Encoder::encode_word(const Word& word, const uint
   if (entry != nullptr) {
     entry->mark_seen();
     const auto found = cache.ids_of(*entry, word.begin, word.len);
-    if (found.ids != nullptr) return sink.add(found.ids, found.num_ids);
+    if (found.ids != nullptr) {
+      sink.add(found.ids, found.num_ids);
+      return false;
+    }
   }
   IdBuffer& ids = sink.buffer();
   const size_t before = ids.size();
@@ -249,18 +261,21 @@ __attribute__((noinline)) void Encoder::encode_word(const Word& word, const uint
   const size_t num_ids = ids.size() - before;
   sink.note(num_ids);
   if (is_cached) cache.insert(word.key, word.hash, word.begin, word.len, ids.data() + before, num_ids);
+  return true;
 }
 
 // The words that begin in the range; returns where the last one ends.
 //
-// Words go through in groups: first all are cut and their cache lines asked for, then all are looked up. Tried: a pass
-// between the two that asks for ids in the ring and for the tokens that new words may be (1.3x where the ring is in no
-// cache, 0.7x where it is), and one that merges eight new words by turns (as fast as one by one).
+// Words go through in groups: first all are cut and their cache lines asked for, then all are looked up. Where the
+// group before had new words, a pass between asks for the tokens that such words may be. Tried: the same for ids in the
+// ring (1.3x where it is in no cache, 0.7x where it is), and a pass that merges eight new words by turns (no faster
+// than one by one).
 template <typename Sink>
 const uint8_t* Encoder::encode_words(Splitter::Cursor& cursor, const Range& range, Worker& worker, Sink& sink) const {
-  constexpr size_t kGroup = 32;
+  constexpr size_t kGroup = 32, kSomeNew = 2;
   Word words[kGroup];
   const uint8_t *begin = range.begin, *const end = range.readable_end;
+  size_t num_new = 0;  // of the group before
   while (begin < range.end) {
     WordCache::View cache = worker.cache.view();
     size_t num_words = 0;
@@ -280,6 +295,11 @@ const uint8_t* Encoder::encode_words(Splitter::Cursor& cursor, const Range& rang
       words[num_words] = {key, hash, begin, len};
       begin = stop;
     }
+    for (size_t i = 0; num_new > kSomeNew && i < num_words; ++i) {
+      const WordCache::Entry* entry = cache.find(words[i].key, words[i].hash);
+      __builtin_prefetch(entry != nullptr ? static_cast<const void*>(entry) : words_.table().line(words[i].hash));
+    }
+    num_new = 0;
     for (size_t i = 0; i < num_words;) {
       typename Sink::Run run(sink, num_words - i);
       WordCache::Entry* entry = nullptr;
@@ -291,7 +311,7 @@ const uint8_t* Encoder::encode_words(Splitter::Cursor& cursor, const Range& rang
       }
       run.close();
       if (i == num_words) break;
-      encode_word(words[i++], end, entry, worker, sink);
+      num_new += encode_word(words[i++], end, entry, worker, sink);
       cache = worker.cache.view();
     }
   }

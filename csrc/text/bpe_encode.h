@@ -63,7 +63,7 @@ class Encoder {
   template <typename Sink>
   const uint8_t* encode_words(Splitter::Cursor& cursor, const Range& range, Worker& worker, Sink& sink) const;
   template <typename Sink>
-  void encode_word(const Word& word, const uint8_t* readable_end, WordCache::Entry* entry, Worker& worker,
+  bool encode_word(const Word& word, const uint8_t* readable_end, WordCache::Entry* entry, Worker& worker,
                    Sink& sink) const;
   template <typename Task>
   void run_tasks(size_t num_tasks, int num_threads, Task&& task) const;

@@ -149,7 +149,9 @@ class TokenTable {
     }
     for (const LongToken& token : long_) visit(&long_bytes_[token.begin], size_t(token.len), token.id);
   }
-  void prefetch(uint64_t hash) const { __builtin_prefetch(&lines_[line_of(hash)]); }
+  // Where a short token is looked for first.
+  const void* line(uint64_t hash) const { return &lines_[line_of(hash)]; }
+  void prefetch(uint64_t hash) const { __builtin_prefetch(line(hash)); }
   size_t max_length() const { return max_length_; }
   // Bytes of a token, 0 for an id without one.
   uint32_t length_of(uint32_t id) const { return lengths_[id]; }

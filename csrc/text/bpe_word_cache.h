@@ -2,8 +2,9 @@
 //
 // A bucket is one cache line of two entries. A short word (up to 15 bytes) is its own key; a longer one is found by its
 // hash and compared with the bytes in a ring, where its ids follow them, as do those of a word with more than three.
-// The table starts small and grows with the number of words: a short text never touches much memory. At its full size a
-// new word takes the place of one that was not asked for since the last time a place was needed there.
+// The table starts with 2 MiB, which the first text pays for (fresh memory costs more than the words put into it), and
+// grows with the number of words. At its full size a new word takes the place of one that was not asked for since the
+// last time a place was needed there.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -43,7 +44,7 @@ class WordCache {
 
   // max_bytes: of table and ring together; where the smallest do not fit, nothing is ever kept.
   explicit WordCache(size_t max_bytes)
-      : table_(ring_size(max_bytes / 4) != 0 ? kFirstBuckets : 2),
+      : table_(ring_size(max_bytes / 4) != 0 ? first_buckets(max_bytes / 4 * 3) : 2),
         max_table_bytes_(max_bytes / 4 * 3),
         ring_bytes_(ring_size(max_bytes / 4)) {}
 
@@ -97,7 +98,7 @@ class WordCache {
     } else {
       std::copy(ids, ids + num_ids, entry.ids);
     }
-    if (num_words_ > table_.size()) grow();
+    if (num_words_ > table_.size() + table_.size() / 4) grow();
     put(entry, hash);
   }
 
@@ -107,7 +108,7 @@ class WordCache {
   };
   static_assert(sizeof(Bucket) == 64);
   static constexpr uint64_t kLongWord = 1ull << 63;
-  static constexpr size_t kFirstBuckets = 1 << 11, kLeastRing = 1 << 16;
+  static constexpr size_t kFirstBuckets = 1 << 15, kLeastRing = 1 << 16;
   static constexpr int kMaxSteps = 4;  // buckets that a word may lie in
 
   // The largest power of two, or none: a record of the longest word must be a small part of the ring.
@@ -115,6 +116,12 @@ class WordCache {
     size_t size = kLeastRing;
     while (2 * size <= max_bytes) size *= 2;
     return size <= max_bytes ? size : 0;
+  }
+
+  static size_t first_buckets(size_t max_table_bytes) {
+    size_t buckets = kFirstBuckets;
+    while (buckets > 1 << 11 && buckets * sizeof(Bucket) > max_table_bytes) buckets /= 2;
+    return buckets;
   }
 
   static uint64_t place_of(const Entry& entry) { return uint64_t(entry.ids[1]) << 32 | entry.ids[0]; }
@@ -161,7 +168,7 @@ class WordCache {
   void grow() {
     const size_t bytes = table_.size() * sizeof(Bucket);
     if (2 * bytes > max_table_bytes_) return;
-    HugeArray<Bucket> old((bytes < kLeastRing * 32 && 4 * bytes <= max_table_bytes_ ? 4 : 2) * table_.size());
+    HugeArray<Bucket> old(2 * table_.size());
     std::swap(old, table_);
     num_words_ = 0;
     for (size_t i = 0; i < old.size(); ++i) {

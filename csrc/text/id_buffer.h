@@ -17,8 +17,11 @@ class IdBuffer {
 
   // Room for n more ids behind the last one; call grow_by after writing them.
   uint32_t* room_for(size_t n) {
-    if (size_ + n > capacity_) reserve(size_ + n + capacity_ / 2 + 64);
+    if (size_ + n > capacity_) resize(size_ + n + capacity_ / 2 + 64);
     return ids_.get() + size_;
+  }
+  void reserve(size_t capacity) {
+    if (capacity > capacity_) resize(capacity);
   }
   void grow_by(size_t n) { size_ += n; }
   void push(uint32_t id) {
@@ -32,13 +35,13 @@ class IdBuffer {
   uint32_t* data() { return ids_.get(); }
   // The memory, cut to what is used.
   Memory release() {
-    if (size_ < capacity_ || !ids_) reserve(size_ + 1);  // an array needs an address even when it is empty
+    if (size_ < capacity_ || !ids_) resize(size_ + 1);  // an array needs an address even when it is empty
     return std::move(ids_);
   }
 
  private:
   // realloc moves the pages of large arrays instead of their bytes.
-  void reserve(size_t capacity) {
+  void resize(size_t capacity) {
     void* memory = std::realloc(ids_.get(), capacity * sizeof(uint32_t));
     if (memory == nullptr) throw std::bad_alloc();
     (void)ids_.release();
