@@ -12,6 +12,7 @@ Where a case is named after times, a stage also sleeps so long: sleeping ranks d
 of them can be compared on two cores. Its own arithmetic is tiny. The case "compute" does not sleep; with fewer cores
 than ranks it is bounded by the processor, which hides the latency for all.
 Before any time is taken, the losses and all gradients of the candidates are compared with one process.
+With --json, one more step of ours in the last case of that kind is drawn as it ran, into an SVG beside the report.
 """
 
 import argparse
@@ -35,7 +36,8 @@ from machine import describe_machine
 from torch import nn
 
 from herdkern.model import ModelConfig, Transformer
-from herdkern.parallel import Pipeline, Stage, interleaved_schedule, layers_of_stages, simulate
+from herdkern.parallel import Pipeline, Simulation, Stage, interleaved_schedule, layers_of_stages, simulate
+from herdkern.parallel.pipeline_picture import as_svg
 from herdkern.train import Batch
 
 RANKS, CHUNKS = 4, 2
@@ -106,6 +108,9 @@ class Wire:
 send_now = dist.isend
 
 
+seen: list[float] = []  # begin and end of each action of this rank, in turn
+
+
 class Takes(torch.autograd.Function):
     """Sleeps in the forward and in the backward pass."""
 
@@ -118,6 +123,7 @@ class Takes(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dx: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         time.sleep(ctx.seconds)
+        seen.append(time.perf_counter())
         return dx, None, None
 
 
@@ -127,8 +133,11 @@ class TimedStage(Stage):
     seconds = (0.0, 0.0)
 
     def forward(self, x: torch.Tensor | None, batch: Any) -> torch.Tensor:
+        seen.append(time.perf_counter())
         out = super().forward(x, batch)
-        return Takes.apply(out, *self.seconds) if any(self.seconds) else out  # type: ignore[no-any-return]
+        out = Takes.apply(out, *self.seconds) if any(self.seconds) else out
+        seen.append(time.perf_counter())
+        return out
 
 
 class StageForTorch(nn.Module):
@@ -229,7 +238,8 @@ def make_steps(rank: int, name: str) -> tuple[dict[str, Any], dict[str, list[Tim
                 failed[candidate] = reason(error)
         else:
             overlap = candidate == OURS
-            pipeline = Pipeline(stages[candidate], group, group_size=size, overlap=overlap)
+            note = lambda stage, is_last: seen.append(time.perf_counter())  # noqa: E731
+            pipeline = Pipeline(stages[candidate], group, group_size=size, overlap=overlap, before_backward=note)
             steps[candidate] = lambda pipeline=pipeline: pipeline.step(batches)
     return steps, stages, failed, batches
 
@@ -278,14 +288,19 @@ def work(rank: int, store: str, names: list[str], rounds: int, results: Any) -> 
                 dist.all_reduce(took, op=dist.ReduceOp.MAX)
                 samples[candidate] += [float(took)] * (turn > 0)  # the first warms up
             order = order[1:] + order[:1]
+        dist.barrier()
+        seen.clear()
+        steps[OURS]()
+        times: list[list[float]] = [[]] * RANKS
+        dist.all_gather_object(times, list(seen))
         if rank == 0:
-            results.put((name, samples, failed))
+            results.put((name, samples, failed, times))
         dist.barrier()
     dist.destroy_process_group()
 
 
 def run_cases(names: list[str], rounds: int, limit: float) -> Any:
-    """(name, seconds of each candidate, reasons of those that failed) of each case, as they come."""
+    """(name, seconds of each candidate, reasons of those that failed, begins and ends on each rank), as they come."""
     context = mp.get_context("spawn")
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
@@ -332,6 +347,15 @@ def make_case_row(name: str, samples: dict[str, list[float]], failed: dict[str, 
     return row
 
 
+def draw(name: str, times: list[list[float]], path: Path) -> None:
+    """The step as it ran."""
+    schedule = interleaved_schedule(RANKS, CHUNKS, CASES[name][2], best_size(*CASES[name][:3]))
+    start = min(some[0] for some in times)
+    begins, ends = (tuple(tuple(1e3 * (t - start) for t in some[i::2]) for some in times) for i in (0, 1))
+    most = tuple(max(warmup + 1, 1) for warmup in schedule.warmup)
+    path.write_text(as_svg(schedule, Simulation(begins=begins, ends=ends, peak_activations=most)))
+
+
 def main() -> int:
     options: argparse.Namespace = parse_options(CASES, limit=300, quick_limit=45)
     names = [name for name in CASES if options.case in name][: 1 if options.quick else None]
@@ -341,8 +365,10 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     report = {"bench": "pipeline", "unit": "ms", "quick": options.quick, "cases": rows, "machine": machine}
     rounds = 3 if options.quick else max(options.rounds, 5)
-    for name, samples, failed in run_cases(names, rounds, options.limit):
+    for name, samples, failed, times in run_cases(names, rounds, options.limit):
         rows.append(make_case_row(name, samples, failed))
+        if options.json and CASES[name][0]:
+            draw(name, times, Path(options.json).with_suffix(".svg"))
         write_json(options.json, report | {"unfinished": True})
     write_json(options.json, report)
     import json
