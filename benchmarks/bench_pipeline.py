@@ -10,7 +10,7 @@ torch.distributed.pipelining. Times are wall seconds of a step from a common sta
 
 Where a case is named after times, a stage also sleeps so long: sleeping ranks do not compete for the processor, so four
 of them can be compared on two cores. Its own arithmetic is tiny. The case "compute" does not sleep; with fewer cores
-than ranks it is bounded by the processor, which hides the latency for all.
+than ranks it is bounded by the processor, too.
 Before any time is taken, the losses and all gradients of the candidates are compared with one process.
 With --json, one more step of ours in the last case of that kind is drawn as it ran, into an SVG beside the report.
 """

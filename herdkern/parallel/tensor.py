@@ -3,7 +3,8 @@
 Wq, Wk, Wv and the two matrices into the feed-forward are cut by columns of their output (heads, neurons), Wo and the
 matrix out of it by columns of their input, embedding and head by the vocabulary. Between them every rank holds a part
 of the tokens: norms and sums work on it, an all-gather comes before each pair of matrices and a reduce-scatter behind
-it. Where tokens do not divide by the ranks the last part ends in rows of zeros, which touch nothing.
+it. Gathered rows are not kept for the backward pass, which gathers them again. Where tokens do not divide by the ranks
+the last part ends in rows of zeros, which touch nothing.
 
 Parameters are DTensors, so that checkpoints know how they lie; norms have whole ones, whose gradients are summed over
 the ranks after a step. With more ranks than KV heads, wk and wv are whole on all ranks, and each uses the rows of its
@@ -11,6 +12,7 @@ head.  Source: Korthikanti et al. 2022 (arXiv:2205.05198), Llama 3 (arXiv:2407.2
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -123,8 +125,10 @@ def _cut_block(block: Block, config: ModelConfig, mesh: DeviceMesh) -> None:
     def gather(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *others = arguments
         whole = gather_rows(x, group)
-        # attention has no rows of zeros: positions tell how many tokens there are
-        return (whole[: others[1].numel()] if others else whole, *others)
+        if others:  # attention has no rows of zeros: positions tell how many tokens there are
+            whole = whole[: others[1].numel()]
+        whole._gathered_from = _Part(x.detach(), len(whole), group)  # type: ignore[attr-defined]
+        return (whole, *others)
 
     def scatter(module: nn.Module, arguments: tuple[Any, ...], out: Tensor) -> Tensor:
         return scatter_rows(out, group)
@@ -147,12 +151,46 @@ def _distribute(module: nn.Module, mesh: DeviceMesh, placement: Placement) -> No
 
 
 def _linear(module: nn.Module, x: Tensor) -> Tensor:
-    return F.linear(x, module.weight.to_local().to(x.dtype))  # type: ignore[operator, union-attr]
+    with _keep_parts(x):
+        return F.linear(x, module.weight.to_local().to(x.dtype))  # type: ignore[operator, union-attr]
 
 
 def _linear_of_head(module: nn.Module, rows: slice, x: Tensor) -> Tensor:
     weight = module.weight.to_local(grad_placements=[Partial()])  # type: ignore[operator, union-attr]
-    return F.linear(x, weight[rows].to(x.dtype))
+    with _keep_parts(x):
+        return F.linear(x, weight[rows].to(x.dtype))
+
+
+class _Part:
+    """Stands for gathered rows among what autograd keeps: this rank's part, from which they are gathered again."""
+
+    def __init__(self, part: Tensor, rows: int, group: dist.ProcessGroup) -> None:
+        self.part, self.rows, self.group = part, rows, group
+        self.num_kept = 0  # by the matrices that share them, whose backward passes follow each other
+        self.whole: Tensor | None = None
+
+    def keep(self) -> "_Part":
+        self.num_kept += 1
+        return self
+
+    def gathered(self) -> Tensor:
+        """All rows, gathered for the first that asks and let go by the last."""
+        self.num_kept -= 1
+        whole = _all_gather(self.part, self.group)[: self.rows] if self.whole is None else self.whole
+        self.whole = whole if self.num_kept > 0 else None
+        return whole
+
+
+def _keep_parts(x: Tensor) -> AbstractContextManager[Any]:
+    """Lets autograd keep this rank's part where it would keep `x`, if that was gathered from parts."""
+    kept: _Part | None = getattr(x, "_gathered_from", None)
+    if kept is None:
+        return nullcontext()
+    same = (x.data_ptr(), x.shape)
+    return torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.keep() if (t.data_ptr(), t.shape) == same else t,
+        lambda t: t.gathered() if isinstance(t, _Part) else t,
+    )
 
 
 def _embed(module: nn.Embedding, group: dist.ProcessGroup, rank: int, size: int, tokens: Tensor) -> Tensor:

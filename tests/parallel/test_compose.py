@@ -4,12 +4,14 @@ import itertools
 
 import pytest
 import torch
-from pipeline_cases import make_batches, make_model, one_process, worst_difference
+from pipeline_cases import Batch, make_batches, make_model, one_process, worst_difference
 from ranks import Ranks
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from herdkern.parallel import ParallelConfig, ParallelModel
+from herdkern.parallel import ParallelConfig, ParallelModel, Stage
 from herdkern.parallel.compose import whole_gradient
+from herdkern.parallel.tensor import parallelize_tensor
 
 pytestmark = pytest.mark.distributed
 SHAPE = {"num_layers": 5, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "init_std": 0.1}
@@ -157,6 +159,34 @@ def test_parameters_are_gathered_once_in_bf16_and_gradients_summed_in_fp32(world
         assert {dtype for name, dtype in transfers if name == "reduce_scatter_base"} == {"torch.float32"}
         assert gradients == {"torch.float32"}
     assert sum(parts for *_, parts in found) == sum(param.numel() for param in make_model(**SHAPE).parameters())
+
+
+def kept_by_tensor_parallel_rank(rank, tp):
+    """Bytes that live after the forward pass of some layers and did not before, and the all-gathers of both passes."""
+    config = ParallelConfig(tp=tp, dp=4 // tp)
+    mesh = config.state_mesh()["tp"]
+    model = make_model(num_layers=3, num_heads=4, num_kv_heads=4, head_dim=8, ffn_dim=96)
+    stage = Stage(model, 1, 3, range(3))  # one in the middle
+    parallelize_tensor([stage], mesh)
+    cu_seqlens = torch.tensor([0, 20, 64], dtype=torch.int32)
+    positions = torch.cat([torch.arange(20), torch.arange(44)])
+    batch = Batch(torch.zeros(64, dtype=torch.int64), None, positions, cu_seqlens, 0)
+    x = stage.new_hidden(batch).normal_().requires_grad_()
+    stage(x, batch).sum().backward()  # what is made once is made
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        out = stage(x, batch)
+    events = recorded.profiler.kineto_results.events()
+    with Transfers() as transfers:
+        out.sum().backward()
+    gathers = [name for name, _ in transfers.found].count("allgather_base")
+    return sum(event.nbytes() for event in events if event.name() == "[memory]"), gathers
+
+
+def test_a_tensor_parallel_rank_keeps_its_share_of_the_activations(worlds):
+    whole, part = (max(kept for kept, _ in worlds(4).run(kept_by_tensor_parallel_rank, tp)) for tp in (1, 4))
+    assert part <= 1.1 * whole / 4
+    # gradients of two sums and rows for two sets of matrices, each once for a layer
+    assert {gathers for _, gathers in worlds(4).run(kept_by_tensor_parallel_rank, 4)} == {3 * 4}
 
 
 def test_what_cannot_be_cut_is_refused():
