@@ -19,7 +19,6 @@ import math
 import os
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from apart import make_row, parse_options, print_row
 from context_picture import save_picture
 from harness import OURS, Bench, Case, pytest_cases, reason, write_json
 from machine import describe_machine
+from ranks_apart import run_ranks
 
 from herdkern.ops import attention
 from herdkern.parallel import ContextPlan, context_parallel_attention, query_alignment
@@ -268,30 +267,6 @@ def work(rank: int, store: str, names: list[str], rounds: int, results: Any) -> 
     os._exit(0)  # a mesh of torch's ends its threads with noise
 
 
-def run_wall(names: list[str], rounds: int, limit: float) -> Any:
-    """(name, seconds of each candidate, reasons of those that failed) of each case, as they come."""
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (str(Path(folder) / "store"), names, rounds, results)
-        processes = [context.Process(target=work, args=(rank, *arguments), daemon=True) for rank in range(RANKS)]
-        for process in processes:
-            process.start()
-        until = time.monotonic() + limit
-        try:
-            for _ in names:
-                while results.empty():
-                    dead = [process.exitcode for process in processes if process.exitcode]
-                    if dead or time.monotonic() > until:
-                        raise RuntimeError(f"ranks ended with {dead}" if dead else f"not finished in {limit:.0f} s")
-                    time.sleep(0.02)
-                yield results.get()
-        finally:
-            for process in processes:
-                process.join(5)
-                process.kill()
-
-
 def wall_row(name: str, samples: dict[str, list[float]], failed: dict[str, str]) -> dict[str, Any]:
     documents, total = WALL[name]
     aside = {ONE: "the whole batch on one core"}
@@ -327,7 +302,7 @@ def main() -> int:
             rows.append(plan_row(num_docs, size, 20 if options.quick else 100))
     names = [name for name in WALL if options.case in name][: 1 if options.quick else None]
     rounds = 3 if options.quick else max(options.rounds, 5)
-    for name, samples, failed in run_wall(names, rounds, options.limit) if names else ():
+    for name, samples, failed in run_ranks(work, names, rounds, RANKS, options.limit) if names else ():
         rows.append(wall_row(name, samples, failed))
         write_json(options.json, report | {"unfinished": True})
     write_json(options.json, report)

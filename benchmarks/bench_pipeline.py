@@ -21,7 +21,6 @@ import heapq
 import itertools
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -29,10 +28,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from apart import make_row, parse_options, print_row
 from harness import OURS, Bench, Case, pytest_cases, reason, write_json
 from machine import describe_machine
+from ranks_apart import run_ranks
 from torch import nn
 
 from herdkern.model import ModelConfig, Transformer
@@ -299,31 +298,6 @@ def work(rank: int, store: str, names: list[str], rounds: int, results: Any) -> 
     dist.destroy_process_group()
 
 
-def run_cases(names: list[str], rounds: int, limit: float) -> Any:
-    """(name, seconds of each candidate, reasons of those that failed, begins and ends on each rank), as they come."""
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (str(Path(folder) / "store"), names, rounds, results)
-        processes = [context.Process(target=work, args=(rank, *arguments), daemon=True) for rank in range(RANKS)]
-        for process in processes:
-            process.start()
-        until = time.monotonic() + limit
-        try:
-            for _ in names:
-                while results.empty():
-                    dead = [process.exitcode for process in processes if process.exitcode]
-                    if dead or time.monotonic() > until:
-                        raise RuntimeError(f"ranks ended with {dead}" if dead else f"not finished in {limit:.0f} s")
-                    time.sleep(0.05)
-                yield results.get()
-            for process in processes:
-                process.join(30)
-        finally:
-            for process in processes:
-                process.kill()
-
-
 def make_case_row(name: str, samples: dict[str, list[float]], failed: dict[str, str]) -> dict[str, Any]:
     """The row, with what the simulation says of ours and of the time that a rank is busy at least."""
     forward, backward, num_microbatches, tokens, _ = CASES[name]
@@ -365,7 +339,7 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     report = {"bench": "pipeline", "unit": "ms", "quick": options.quick, "cases": rows, "machine": machine}
     rounds = 3 if options.quick else max(options.rounds, 5)
-    for name, samples, failed, times in run_cases(names, rounds, options.limit):
+    for name, samples, failed, times in run_ranks(work, names, rounds, RANKS, options.limit):
         rows.append(make_case_row(name, samples, failed))
         if options.json and CASES[name][0]:
             draw(name, times, Path(options.json).with_suffix(".svg"))

@@ -1,7 +1,7 @@
 // UTF-8 of Python's texts: the way for any processor, and the choice. See any_text.h.
 #include "text/any_text.h"
 
-#include <cstdlib>
+#include "text/isa_level.h"
 
 namespace herdkern::text {
 
@@ -21,13 +21,7 @@ uint8_t* write_any(const AnyText& text, uint8_t* out) {
 
 Utf8Writer best_utf8_writer() {
 #if defined(HK_X86)
-  const char* forced = std::getenv("HERDKERN_ISA");
-  const std::string_view most = forced != nullptr && *forced != '\0' ? forced : "amx";
-  __builtin_cpu_init();
-  const bool has_vbmi2 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                         __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi2");
-  if (has_vbmi2 && most != "avx512" && most != "avx2" && most != "baseline") return vbmi2::write_utf8;
+  if (isa_level() >= IsaLevel::kVbmi2) return vbmi2::write_utf8;
 #endif
   return write_any;
 }

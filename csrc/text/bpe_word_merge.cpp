@@ -1,9 +1,7 @@
 // Merging within short words: the table, the kernel for any processor, and the choice among the levels.
 #define HK_MERGE_LEVEL baseline
-#include <cstdlib>
-#include <string_view>
-
 #include "text/bpe_word_merge_kernel.h"
+#include "text/isa_level.h"
 
 namespace herdkern::text {
 
@@ -44,16 +42,9 @@ uint32_t MergeTable::find(uint64_t key) const {
 
 MergeWord find_merge_word() {
 #if defined(HK_X86)
-  const char* forced = std::getenv("HERDKERN_ISA");
-  const std::string_view most = forced != nullptr && *forced != '\0' ? forced : "amx";
-  __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
-                        __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                          __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && most != "avx2" && most != "baseline") return avx512::merge_word;
-  if (has_avx2 && most != "baseline") return avx2::merge_word;
+  const IsaLevel level = isa_level();
+  if (level >= IsaLevel::kAvx512) return avx512::merge_word;
+  if (level >= IsaLevel::kAvx2) return avx2::merge_word;
 #endif
   return baseline::merge_word;
 }

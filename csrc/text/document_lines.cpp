@@ -26,84 +26,6 @@ uint64_t load(const char* p, size_t size) {
   return value;
 }
 
-// A string as json.dumps writes it again, appended. False if it holds half a surrogate pair.
-bool append_plain(const JsonString& string, std::string& out) {
-  out += '"';
-  if (string.is_plain) {
-    out += string.raw;
-  } else {
-    std::string text(string.raw.size(), '\0');
-    bool is_good = false;
-    text.resize(static_cast<size_t>(unescape(string.raw, text.data(), is_good) - text.data()));
-    if (!is_good) return false;
-    append_escaped(text, out);
-  }
-  out += '"';
-  return true;
-}
-
-bool pass_value(JsonScanner& scan, int depth, std::string* out);
-
-// At '{' or '['. The keys of an object must differ: of several, Python keeps the last value at the first place.
-bool pass_container(JsonScanner& scan, int depth, std::string* out) {
-  if (depth == 0) return false;
-  const bool is_object = scan.next() == '{';
-  const char close = is_object ? '}' : ']';
-  scan.is(scan.next());
-  if (out) *out += is_object ? '{' : '[';
-  std::vector<std::string> keys;
-  bool is_first = true;
-  if (!scan.is_after_white(close)) {
-    do {
-      if (out && !is_first) *out += ',';
-      is_first = false;
-      scan.white();
-      if (is_object) {
-        JsonString key;
-        if (!scan.string(key) || !scan.is_after_white(':')) return false;
-        scan.white();
-        if (out) {
-          const size_t begin = out->size();
-          if (!append_plain(key, *out)) return false;
-          keys.emplace_back(*out, begin);
-          *out += ':';
-        }
-      }
-      if (!pass_value(scan, depth - 1, out)) return false;
-    } while (scan.is_after_white(','));
-    if (!scan.is(close)) return false;
-  }
-  if (out) *out += close;
-  std::sort(keys.begin(), keys.end());
-  return std::adjacent_find(keys.begin(), keys.end()) == keys.end();
-}
-
-// Any value, appended to `out` as json.dumps writes it again; without `out` it is only passed over.
-bool pass_value(JsonScanner& scan, int depth, std::string* out) {
-  const auto word = [&](std::string_view text) {
-    if (out) *out += text;
-    return scan.literal(text);
-  };
-  JsonString string;
-  std::string_view raw;
-  bool is_whole = false;
-  switch (scan.next()) {
-    case '"':
-      return scan.string(string) && (!out || append_plain(string, *out));
-    case 't':
-      return word("true");
-    case 'f':
-      return word("false");
-    case 'n':
-      return word("null");
-    case '{':
-    case '[':
-      return pass_container(scan, depth, out);
-    default:
-      return scan.number(raw, is_whole) && (!out || append_number(raw, is_whole, *out));
-  }
-}
-
 }  // namespace
 
 // Two chains of folded products over 16 bytes at a time, each with constants of its own.
@@ -168,7 +90,7 @@ bool DocumentLine::member(JsonScanner& scan, int max_depth) {
     const char kind = scan.next();
     Entry& entry = new_entry(key, true);
     entry.is_kept = kind != '{' && kind != '[' && kind != 'n';
-    return pass_value(scan, max_depth, entry.is_kept ? &entry.json : nullptr);
+    return pass_json_value(scan, max_depth, entry.is_kept ? &entry.json : nullptr);
   }
   const Name name = static_cast<Name>(found - std::begin(kKeys));
   if (name == kMeta) return meta(scan, max_depth);
@@ -176,7 +98,7 @@ bool DocumentLine::member(JsonScanner& scan, int max_depth) {
     const char kind = scan.next();
     timestamp_ = 0;
     timestamp_size_ = 0;
-    if (kind != '-' && (kind < '0' || kind > '9')) return pass_value(scan, max_depth, nullptr);
+    if (kind != '-' && (kind < '0' || kind > '9')) return pass_json_value(scan, max_depth, nullptr);
     std::string_view raw;
     bool is_whole = false;
     if (!scan.number(raw, is_whole)) return false;
@@ -191,12 +113,12 @@ bool DocumentLine::member(JsonScanner& scan, int max_depth) {
   field.is_text = scan.next() == '"';
   if (field.is_text) return scan.string(field.json);
   field.json = {};
-  return pass_value(scan, max_depth, nullptr);
+  return pass_json_value(scan, max_depth, nullptr);
 }
 
 bool DocumentLine::meta(JsonScanner& scan, int max_depth) {
   if (fields_[kMeta].is_text) return false;  // a second one
-  if (scan.next() != '{') return pass_value(scan, max_depth, nullptr);
+  if (scan.next() != '{') return pass_json_value(scan, max_depth, nullptr);
   fields_[kMeta].is_text = true;
   const char* begin = scan.place();
   scan.is('{');
@@ -212,7 +134,7 @@ bool DocumentLine::meta(JsonScanner& scan, int max_depth) {
         key_.resize(static_cast<size_t>(unescape(key.raw, key_.data(), is_good) - key_.data()));
       }
       Entry& entry = new_entry(key.has_escapes ? std::string_view(key_) : key.raw, false);
-      if (!is_good || !pass_value(scan, max_depth - 1, &entry.json)) return false;
+      if (!is_good || !pass_json_value(scan, max_depth - 1, &entry.json)) return false;
     } while (scan.is_after_white(','));
     if (!scan.is('}')) return false;
   }

@@ -294,4 +294,9 @@ inline bool append_number(std::string_view raw, bool is_whole, std::string& out)
   return true;
 }
 
+// Any value of at most so many containers inside each other, appended to `out` as json.dumps writes it again; without
+// `out` it is only passed over. False also if an object that is to be written has a key twice: of several, Python keeps
+// the last value at the first place.
+bool pass_json_value(JsonScanner& scan, int depth, std::string* out);
+
 }  // namespace herdkern::text

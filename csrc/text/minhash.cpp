@@ -1,12 +1,10 @@
 // The MinHash kernel for the baseline, the tables of its word definition, and the choice of a level.
 #define HK_MINHASH_LEVEL baseline
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
-#include <stdexcept>
-#include <string>
 #include <utility>
 
+#include "text/isa_level.h"
 #include "text/minhash_kernel.h"
 #include "text/unicode_sets.h"
 
@@ -82,29 +80,12 @@ std::unique_ptr<WordTable> make_word_table() {
   return table;
 }
 
-bool runs_here(const char* level) {
-#if defined(HK_X86)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
-                    __builtin_cpu_supports("fma");
-  if (std::string(level) == "avx2") return avx2;
-  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#else
-  (void)level;
-  return false;
-#endif
-}
-
 std::vector<MinHashKernels> find_levels() {
   std::vector<MinHashKernels> levels;
 #if defined(HK_X86)
-  const char* forced = std::getenv("HERDKERN_ISA");  // forces a lower level; "amx" has nothing to add here
-  const std::string most = forced && *forced ? forced : "amx";
-  if (most != "baseline" && most != "avx2" && most != "avx512" && most != "amx")
-    throw std::invalid_argument("HERDKERN_ISA must be baseline, avx2, avx512 or amx, got '" + most + "'");
-  if (runs_here("avx512") && (most == "avx512" || most == "amx")) levels.push_back(avx512::minhash_kernels());
-  if (runs_here("avx2") && most != "baseline") levels.push_back(avx2::minhash_kernels());
+  const IsaLevel level = isa_level();
+  if (level >= IsaLevel::kAvx512) levels.push_back(avx512::minhash_kernels());
+  if (level >= IsaLevel::kAvx2) levels.push_back(avx2::minhash_kernels());
 #endif
   levels.push_back(baseline::minhash_kernels());
   return levels;

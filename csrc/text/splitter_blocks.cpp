@@ -1,11 +1,11 @@
 // The block scanners for any processor, and the choice among the levels.
 #define HK_BLOCK_LEVEL baseline
 #include <algorithm>
-#include <cstdlib>
 #include <string_view>
 #include <vector>
 
 #include "text/code_point_set.h"
+#include "text/isa_level.h"
 #include "text/splitter_blocks_kernel.h"
 #include "text/unicode_sets.h"
 
@@ -40,18 +40,10 @@ const uint8_t* char_kinds() {
 
 BlockScan find_block_scan(BlockPattern pattern) {
 #if defined(HK_X86)
-  const char* forced = std::getenv("HERDKERN_ISA");
-  const std::string_view most = forced != nullptr && *forced != '\0' ? forced : "amx";
-  __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
-                        __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                          __builtin_cpu_supports("avx512vl");
-  const bool has_vbmi2 = has_avx512 && __builtin_cpu_supports("avx512vbmi2");
-  if (has_vbmi2 && most != "avx512" && most != "avx2" && most != "baseline") return vbmi2::block_scan(pattern);
-  if (has_avx512 && most != "avx2" && most != "baseline") return avx512::block_scan(pattern);
-  if (has_avx2 && most != "baseline") return avx2::block_scan(pattern);
+  const IsaLevel level = isa_level();
+  if (level >= IsaLevel::kVbmi2) return vbmi2::block_scan(pattern);
+  if (level >= IsaLevel::kAvx512) return avx512::block_scan(pattern);
+  if (level >= IsaLevel::kAvx2) return avx2::block_scan(pattern);
 #endif
   return baseline::block_scan(pattern);
 }

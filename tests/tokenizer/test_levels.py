@@ -1,6 +1,9 @@
 """Every instruction set that this processor has gives the same ids: UTF-8 from text, words, merges."""
 
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 from torture import torture_bytes, torture_strings
@@ -37,3 +40,12 @@ def test_half_a_surrogate_pair_is_refused_wherever_it_is(trained, level, letters
     for place in range(70):
         with pytest.raises(ValueError, match=rf"a lone surrogate at character {place};"):
             other.encode_ordinary(letters * place + "\udfff" + letters * 3)
+
+
+def test_a_level_that_does_not_exist_is_refused():
+    script = "from herdkern.tokenizer.pretokenize import split_words; split_words('a')"
+    environment = os.environ | {"HERDKERN_ISA": "sse9"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert "RuntimeError: HERDKERN_ISA must be baseline, avx2, avx512 or amx, got 'sse9'" in result.stderr
