@@ -155,20 +155,6 @@ py::array_t<int64_t> count(const Encoder& encoder, const py::object& texts, int 
   return counts;
 }
 
-// (n, 2): for each token, in the given order, the two ids that it is merged from, or kNoToken twice.
-py::array_t<uint32_t> merges_of(const Encoder& encoder, const py::object& tokens) {
-  const TokenList list = to_tokens(tokens);
-  py::array_t<uint32_t> result({py::ssize_t(list.size()), py::ssize_t(2)});
-  uint32_t* out = result.mutable_data();
-  for (const auto& [bytes, id] : list) {
-    const std::vector<uint32_t> parts = encoder.parts_of(bytes, id);
-    const bool is_merge = parts.size() == 2;
-    *out++ = is_merge ? parts[0] : kNoToken;
-    *out++ = is_merge ? parts[1] : kNoToken;
-  }
-  return result;
-}
-
 // Calls use(ids, size) with the ids of a list or tuple of ints or of an array of uint32 or int64.
 template <typename Use>
 void with_ids(const py::object& ids, Use&& use) {
@@ -284,8 +270,7 @@ void bind_bpe_encode(py::module_& m) {
            py::arg("num_threads"), py::arg("part_bytes") = TextPart::kBytes)
       .def("encode_lists", &encode_lists, py::arg("texts"), py::arg("special"), py::arg("forbidden"),
            py::arg("num_threads"))
-      .def("count", &count, py::arg("texts"), py::arg("num_threads"), py::arg("part_bytes") = TextPart::kBytes)
-      .def("merges_of", &merges_of, py::arg("tokens"));
+      .def("count", &count, py::arg("texts"), py::arg("num_threads"), py::arg("part_bytes") = TextPart::kBytes);
   py::class_<Decoder>(m, "Decoder")
       .def(py::init([](const py::object& tokens, const py::object& special_tokens) {
              TokenList list = to_tokens(tokens);

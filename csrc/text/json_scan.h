@@ -249,7 +249,7 @@ inline void append_escaped(std::string_view text, std::string& out) {
 
 // As Python's repr: the fewest digits that give the number back, with an exponent from 1e16 and below 1e-4.
 inline void append_float(double value, std::string& out) {
-  char text[40];  // d.dddde+XXX
+  char text[40];  // a digit, a point, sixteen more, an exponent
   const char* end = std::to_chars(text, text + sizeof(text), value, std::chars_format::scientific).ptr;
   const char* p = text;
   if (*p == '-') out += *p++;

@@ -3,7 +3,7 @@
 A stage keeps the names that its parameters have in the model, so the stages of all ranks together are its state dict.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -109,11 +109,6 @@ def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     weight = weight if weight.dtype == torch.float32 else weight.to(hidden.dtype)
     loss: Tensor = ops.linear_cross_entropy(hidden, weight, targets, reduction="sum")
     return loss
-
-
-def named_stage_parameters(stages: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
-    """The parameters of stages under the names that they have in the model."""
-    return {name: param for stage in stages for name, param in stage.named_parameters()}
 
 
 def _all_tokens(batch: MicroBatch) -> int:
