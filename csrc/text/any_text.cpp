@@ -5,13 +5,16 @@
 
 namespace herdkern::text {
 
+namespace avx2 {
+Utf8End write_utf8(const AnyText& text, uint8_t* out);
+}
 namespace vbmi2 {
-uint8_t* write_utf8(const AnyText& text, uint8_t* out);
+Utf8End write_utf8(const AnyText& text, uint8_t* out);
 }
 
 namespace {
 
-uint8_t* write_any(const AnyText& text, uint8_t* out) {
+Utf8End write_any(const AnyText& text, uint8_t* out) {
   if (text.unit_bytes == 1) return write_utf8(static_cast<const uint8_t*>(text.data), text.size, out);
   if (text.unit_bytes == 2) return write_utf8(static_cast<const uint16_t*>(text.data), text.size, out);
   return write_utf8(static_cast<const uint32_t*>(text.data), text.size, out);
@@ -21,7 +24,9 @@ uint8_t* write_any(const AnyText& text, uint8_t* out) {
 
 Utf8Writer best_utf8_writer() {
 #if defined(HK_X86)
-  if (isa_level() >= IsaLevel::kVbmi2) return vbmi2::write_utf8;
+  const IsaLevel level = isa_level();
+  if (level >= IsaLevel::kVbmi2) return vbmi2::write_utf8;
+  if (level >= IsaLevel::kAvx2) return avx2::write_utf8;
 #endif
   return write_any;
 }

@@ -19,7 +19,7 @@ struct AnyText {
   AnyText(const void* units, size_t num_units, unsigned bytes_of_unit)
       : data(units), size(num_units), unit_bytes(bytes_of_unit) {}
   size_t num_bytes() const { return size * (unit_bytes == 0 ? 1 : unit_bytes); }  // of UTF-8, about
-  // What to_utf8 may write to.
+  // What the UTF-8 of it needs, with what a writer may write behind the end.
   size_t max_written() const { return unit_bytes == 0 ? 0 : (unit_bytes == 4 ? 4 : unit_bytes + 1) * size + 64; }
 
   const void* data;
@@ -58,9 +58,15 @@ inline void store_little_endian(Word word, uint8_t* out) {
   std::memcpy(out, &word, sizeof word);
 }
 
-// Writes up to 3 bytes behind the end. Returns the end, or null for a lone surrogate.
+// Where UTF-8 ends, and whether it holds a lone surrogate, which is written like any other code point.
+struct Utf8End {
+  uint8_t* end;
+  bool has_surrogate;
+};
+
+// Writes up to 3 bytes behind the end.
 template <typename Unit>
-inline uint8_t* write_utf8(const Unit* units, size_t size, uint8_t* out) {
+inline Utf8End write_utf8(const Unit* units, size_t size, uint8_t* out) {
   constexpr size_t kGroup = 16;
   uint32_t has_surrogate = 0;
   const auto write = [&](uint32_t c) {
@@ -90,25 +96,21 @@ inline uint8_t* write_utf8(const Unit* units, size_t size, uint8_t* out) {
     }
   }
   for (; i < size; ++i) write(units[i]);
-  return has_surrogate ? nullptr : out;
+  return {out, has_surrogate != 0};
 }
 
 // The same for a text that is not UTF-8; writes up to 64 bytes behind the end.
-using Utf8Writer = uint8_t* (*)(const AnyText& text, uint8_t* out);
-// The fastest that this processor runs (any_text_vbmi2.cpp). HERDKERN_ISA forces a plainer one.
+using Utf8Writer = Utf8End (*)(const AnyText& text, uint8_t* out);
+// The fastest that this processor runs (any_text_vbmi2.cpp, any_text_avx2.cpp). HERDKERN_ISA forces a plainer one.
 Utf8Writer best_utf8_writer();
 
-// The text as UTF-8: in place, or written to `out`, which then stands behind it. A lone surrogate is written as if it
-// were none, and `out` is null then.
-inline std::string_view to_utf8(const AnyText& text, uint8_t*& out, Utf8Writer write) {
-  if (text.unit_bytes == 0) return {static_cast<const char*>(text.data), text.size};
-  uint8_t* const begin = out;
-  out = write(text, begin);
-  return {reinterpret_cast<const char*>(begin), out == nullptr ? 0 : size_t(out - begin)};
-}
+// The text as UTF-8: in place, or written to `out`, which then stands behind it.
 inline std::string_view to_utf8(const AnyText& text, uint8_t*& out) {
+  if (text.unit_bytes == 0) return {static_cast<const char*>(text.data), text.size};
   static const Utf8Writer write = best_utf8_writer();
-  return to_utf8(text, out, write);
+  const uint8_t* const begin = out;
+  out = write(text, out).end;
+  return {reinterpret_cast<const char*>(begin), size_t(out - begin)};
 }
 
 template <typename Unit>
@@ -136,11 +138,11 @@ class Utf8Buffer {
  public:
   // Good until the next call. Throws LoneSurrogate.
   std::string_view utf8_of(const AnyText& text) {
+    if (text.unit_bytes == 0) return {static_cast<const char*>(text.data), text.size};
     reserve(text.max_written());
-    uint8_t* end = bytes_.get();
-    const std::string_view utf8 = to_utf8(text, end, write_);
-    if (text.unit_bytes != 0 && end == nullptr) throw LoneSurrogate();
-    return utf8;
+    const Utf8End written = write_(text, bytes_.get());
+    if (written.has_surrogate) throw LoneSurrogate();
+    return {reinterpret_cast<const char*>(bytes_.get()), size_t(written.end - bytes_.get())};
   }
   void shrink() {
     if (capacity_ <= kKept) return;

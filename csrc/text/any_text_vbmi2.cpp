@@ -9,7 +9,7 @@
 
 namespace herdkern::text::vbmi2 {
 
-uint8_t* write_utf8(const AnyText& text, uint8_t* out);
+Utf8End write_utf8(const AnyText& text, uint8_t* out);
 
 namespace {
 
@@ -54,7 +54,7 @@ inline uint8_t* write_four(__m512i c, size_t n, uint8_t* out, bool& has_surrogat
   return store_used(bytes, 0x1111111111111111 & (n < 16 ? (uint64_t(1) << 4 * n) - 1 : ~uint64_t(0)), out);
 }
 
-uint8_t* write(const uint8_t* units, size_t size, uint8_t* out) {
+Utf8End write(const uint8_t* units, size_t size, uint8_t* out) {
   for (size_t i = 0; i < size; i += 64) {
     const size_t n = size - i < 64 ? size - i : 64;
     const __m512i c = _mm512_maskz_loadu_epi8(n < 64 ? (__mmask64(1) << n) - 1 : ~__mmask64(0), units + i);
@@ -66,10 +66,10 @@ uint8_t* write(const uint8_t* units, size_t size, uint8_t* out) {
     out = write_two(_mm512_cvtepu8_epi16(_mm512_castsi512_si256(c)), n < 32 ? n : 32, out);
     if (n > 32) out = write_two(_mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(c, 1)), n - 32, out);
   }
-  return out;
+  return {out, false};
 }
 
-uint8_t* write(const uint16_t* units, size_t size, uint8_t* out) {
+Utf8End write(const uint16_t* units, size_t size, uint8_t* out) {
   bool has_surrogate = false;
   for (size_t i = 0; i < size; i += 32) {
     const size_t n = size - i < 32 ? size - i : 32;
@@ -84,10 +84,10 @@ uint8_t* write(const uint16_t* units, size_t size, uint8_t* out) {
       if (n > 16) out = write_four(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(c, 1)), n - 16, out, has_surrogate);
     }
   }
-  return has_surrogate ? nullptr : out;
+  return {out, has_surrogate};
 }
 
-uint8_t* write(const uint32_t* units, size_t size, uint8_t* out) {
+Utf8End write(const uint32_t* units, size_t size, uint8_t* out) {
   bool has_surrogate = false;
   for (size_t i = 0; i < size; i += 16) {
     const size_t n = size - i < 16 ? size - i : 16;
@@ -99,12 +99,12 @@ uint8_t* write(const uint32_t* units, size_t size, uint8_t* out) {
       out = write_four(c, n, out, has_surrogate);
     }
   }
-  return has_surrogate ? nullptr : out;
+  return {out, has_surrogate};
 }
 
 }  // namespace
 
-uint8_t* write_utf8(const AnyText& text, uint8_t* out) {
+Utf8End write_utf8(const AnyText& text, uint8_t* out) {
   if (text.unit_bytes == 1) return write(static_cast<const uint8_t*>(text.data), text.size, out);
   if (text.unit_bytes == 2) return write(static_cast<const uint16_t*>(text.data), text.size, out);
   return write(static_cast<const uint32_t*>(text.data), text.size, out);

@@ -77,7 +77,7 @@ py::array_t<uint32_t> sign_texts(const py::sequence& objects, const SignPlan& pl
   uint32_t* rows = out.mutable_data();
   {
     py::gil_scoped_release release;
-    for_each_plain_text(texts, kernels, num_threads, [&](int64_t doc, const Utf8Text& text, Scratch& scratch) {
+    for_each_plain_text(texts, num_threads, [&](int64_t doc, const Utf8Text& text, Scratch& scratch) {
       kernels.sign(text.data, text.size, plan, scratch, rows + doc * plan.num_slots);
     });
   }
@@ -135,7 +135,7 @@ py::tuple shingle_texts(const py::sequence& objects, const SignPlan& plan, int n
   std::vector<std::vector<uint64_t>> lists(texts.count());
   {
     py::gil_scoped_release release;
-    for_each_plain_text(texts, kernels, num_threads, [&](int64_t doc, const Utf8Text& text, Scratch& scratch) {
+    for_each_plain_text(texts, num_threads, [&](int64_t doc, const Utf8Text& text, Scratch& scratch) {
       kernels.shingle(text.data, text.size, plan, scratch, lists[doc]);
     });
   }
@@ -168,7 +168,7 @@ py::array_t<double> jaccard_of_pairs(const py::sequence& objects, const Array<in
     std::vector<uint8_t> wanted(texts.count(), 0);
     for (int64_t i = 0; i < 2 * num_pairs; ++i) wanted[pair[i]] = 1;
     std::vector<std::vector<uint64_t>> sets(texts.count());
-    for_each_plain_text(texts, kernels, num_threads, [&](int64_t doc, const Utf8Text& text, Scratch& scratch) {
+    for_each_plain_text(texts, num_threads, [&](int64_t doc, const Utf8Text& text, Scratch& scratch) {
       if (!wanted[doc]) return;
       auto& set = sets[doc];
       kernels.shingle(text.data, text.size, plan, scratch, set);

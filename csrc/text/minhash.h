@@ -95,16 +95,9 @@ struct MinHashKernels {
                   std::vector<uint64_t>& out);
   // Lowers the slots of out to those of `count` shingle hashes (m61: of any values below 2^64, as they are).
   void (*lower)(const uint64_t* hashes, int64_t count, const SignPlan& plan, Scratch& scratch, uint32_t* out);
-  // UTF-8 of `count` code points in units of 1, 2 or 4 bytes, lone surrogates as "surrogatepass" encodes them. out:
-  // room for utf8_room() bytes. Returns the end.
-  uint8_t* (*encode)(const void* units, int64_t count, int unit_bytes, uint8_t* out);
   bool (*is_utf8)(const uint8_t* text, int64_t size);               // well-formed
   int64_t (*count_code_points)(const uint8_t* text, int64_t size);  // of UTF-8
 };
-
-inline int64_t utf8_room(int64_t count, int unit_bytes) {
-  return count * (unit_bytes == 1 ? 2 : unit_bytes == 2 ? 3 : 4) + 16;
-}
 
 // Levels that this build has and this processor runs, best first; "baseline" is always last.
 const std::vector<MinHashKernels>& minhash_levels();

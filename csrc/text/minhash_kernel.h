@@ -271,7 +271,7 @@ void lower(const uint64_t* hashes, int64_t count, const SignPlan& plan, Scratch&
 #define HK_STRING_OF(x) #x
 #define HK_STRING(x) HK_STRING_OF(x)
 MinHashKernels minhash_kernels() {
-  return {HK_STRING(HK_MINHASH_LEVEL), sign, shingle, lower, encode, is_utf8, count_code_points};
+  return {HK_STRING(HK_MINHASH_LEVEL), sign, shingle, lower, is_utf8, count_code_points};
 }
 
 }  // namespace herdkern::text::HK_MINHASH_LEVEL

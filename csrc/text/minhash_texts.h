@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "text/any_text.h"
 #include "text/minhash.h"
 #include "text/parallel.h"
 
@@ -26,17 +27,18 @@ struct Utf8Text {
 // The str and bytes objects of a sequence, held by a tuple of its own while the GIL is released.
 class PlainTexts {
  public:
-  explicit PlainTexts(const py::sequence& objects) : held_(objects), texts_(held_.size()) {
-    for (size_t i = 0; i < texts_.size(); ++i) {
+  explicit PlainTexts(const py::sequence& objects) : held_(objects) {
+    texts_.reserve(held_.size());
+    for (size_t i = 0; i < held_.size(); ++i) {
       PyObject* object = PyTuple_GET_ITEM(held_.ptr(), static_cast<Py_ssize_t>(i));
       if (PyBytes_Check(object)) {
-        texts_[i] = {PyBytes_AS_STRING(object), PyBytes_GET_SIZE(object), 0};
+        texts_.emplace_back(PyBytes_AS_STRING(object), static_cast<size_t>(PyBytes_GET_SIZE(object)), 0u);
       } else if (PyUnicode_Check(object)) {
 #if PY_VERSION_HEX < 0x030C0000
         if (PyUnicode_READY(object) != 0) throw py::error_already_set();
 #endif
-        const int width = PyUnicode_IS_ASCII(object) ? 0 : static_cast<int>(PyUnicode_KIND(object));
-        texts_[i] = {PyUnicode_DATA(object), PyUnicode_GET_LENGTH(object), width};
+        const unsigned unit_bytes = PyUnicode_IS_ASCII(object) ? 0 : static_cast<unsigned>(PyUnicode_KIND(object));
+        texts_.emplace_back(PyUnicode_DATA(object), static_cast<size_t>(PyUnicode_GET_LENGTH(object)), unit_bytes);
       } else {
         throw py::type_error("texts: every text must be str or bytes, got " + std::string(Py_TYPE(object)->tp_name) +
                              " at index " + std::to_string(i));
@@ -47,12 +49,12 @@ class PlainTexts {
   int64_t count() const { return static_cast<int64_t>(texts_.size()); }
 
   // Valid until the next call with the same memory.
-  Utf8Text utf8(int64_t i, const MinHashKernels& kernels, std::vector<uint8_t>& memory) const {
-    const Text& text = texts_[i];
-    if (text.width == 0) return {static_cast<const uint8_t*>(text.data), text.length};
-    const auto room = static_cast<size_t>(utf8_room(text.length, text.width));
-    if (memory.size() < room) memory.resize(room);
-    return {memory.data(), kernels.encode(text.data, text.length, text.width, memory.data()) - memory.data()};
+  Utf8Text utf8(int64_t i, std::vector<uint8_t>& memory) const {
+    const AnyText& text = texts_[i];
+    if (memory.size() < text.max_written()) memory.resize(text.max_written());
+    uint8_t* out = memory.data();
+    const std::string_view utf8 = to_utf8(text, out);
+    return {reinterpret_cast<const uint8_t*>(utf8.data()), static_cast<int64_t>(utf8.size())};
   }
 
   // Begins of pieces of neighbouring texts, about 256 kB each, and the end: the tasks of a parallel loop.
@@ -60,7 +62,7 @@ class PlainTexts {
     std::vector<int64_t> begins{0};
     int64_t bytes = 0;
     for (int64_t i = 0; i < count(); ++i) {
-      bytes += texts_[i].length + 64;
+      bytes += static_cast<int64_t>(texts_[i].size) + 64;
       if (bytes < (1 << 18) && i + 1 < count()) continue;
       begins.push_back(i + 1);
       bytes = 0;
@@ -69,14 +71,8 @@ class PlainTexts {
   }
 
  private:
-  struct Text {
-    const void* data;
-    int64_t length;  // in units of `width` bytes
-    int width;       // 0: UTF-8
-  };
-
   py::tuple held_;
-  std::vector<Text> texts_;
+  std::vector<AnyText> texts_;
 };
 
 // Lends a Scratch to each task, so that there are no more than threads.
@@ -101,13 +97,13 @@ class ScratchPool {
 
 // Calls work(doc, text, scratch) for every text, pieces of them on several threads.
 template <typename Work>
-void for_each_plain_text(const PlainTexts& texts, const MinHashKernels& kernels, int num_threads, Work&& work) {
+void for_each_plain_text(const PlainTexts& texts, int num_threads, Work&& work) {
   const std::vector<int64_t> begins = texts.pieces();
   ScratchPool pool;
   parallel_for(static_cast<int64_t>(begins.size()) - 1, num_threads, [&](int64_t piece) {
     std::unique_ptr<Scratch> scratch = pool.take();
     for (int64_t doc = begins[piece]; doc < begins[piece + 1]; ++doc)
-      work(doc, texts.utf8(doc, kernels, scratch->utf8), *scratch);
+      work(doc, texts.utf8(doc, scratch->utf8), *scratch);
     pool.give(std::move(scratch));
   });
 }
