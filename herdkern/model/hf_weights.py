@@ -122,7 +122,7 @@ def materialize(model: Transformer) -> Transformer:
 
 def hf_state(model: Transformer) -> dict[str, Tensor]:
     """The parameters of `model` under Hugging Face's names; a tied head is left out."""
-    return {_hf_name(name): param for name, param in model.named_parameters()}  # a shared parameter is listed once
+    return {hf_name(name): param for name, param in model.named_parameters()}  # a shared parameter is listed once
 
 
 def config_to_hf(config: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -250,7 +250,8 @@ def _meta_name(name: str) -> str:
     return f"{META_TOP_NAMES[name.removesuffix('.weight')]}.weight"
 
 
-def _hf_name(name: str) -> str:
+def hf_name(name: str) -> str:
+    """The name that Hugging Face gives to the parameter `name` of ours."""
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 

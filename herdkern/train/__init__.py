@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from herdkern.train.long_context import LongContextConfig, LongContextGate, LongContextStalledError
     from herdkern.train.objective import next_token_loss
     from herdkern.train.recompute import recompute_activations
+    from herdkern.train.sharded_checkpoint import SaveCost, Saver
+    from herdkern.train.sharded_load import latest_sharded, load_sharded
     from herdkern.train.trainer import PackedBatches, Trainer, TrainResult
 
 __all__ = [
@@ -34,6 +36,8 @@ __all__ = [
     "PackedBatches",
     "Ramp",
     "RampPhase",
+    "SaveCost",
+    "Saver",
     "ScheduleConfig",
     "TrainConfig",
     "TrainResult",
@@ -41,7 +45,9 @@ __all__ = [
     "WeightAverage",
     "build_batch",
     "latest_checkpoint",
+    "latest_sharded",
     "load_checkpoint",
+    "load_sharded",
     "next_token_loss",
     "recompute_activations",
     "token_counts",
@@ -58,12 +64,16 @@ _HOMES = {
     "LongContextStalledError": "long_context",
     "NonFiniteError": "guard",
     "PackedBatches": "trainer",
+    "SaveCost": "sharded_checkpoint",
+    "Saver": "sharded_checkpoint",
     "TrainResult": "trainer",
     "Trainer": "trainer",
     "WeightAverage": "average",
     "build_batch": "batch",
     "latest_checkpoint": "checkpoint",
+    "latest_sharded": "sharded_load",
     "load_checkpoint": "checkpoint",
+    "load_sharded": "sharded_load",
     "next_token_loss": "objective",
     "recompute_activations": "recompute",
     "token_counts": "evaluate",

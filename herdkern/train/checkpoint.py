@@ -2,7 +2,7 @@
 
 model.safetensors and config.json make the folder a Hugging Face model; optimizer.safetensors, average.safetensors
 and state.json are what a resumed run needs besides. A folder is written as step-N.tmp, synced, then renamed; no
-pickle anywhere.
+pickle anywhere. Folders that several ranks wrote (sharded_checkpoint.py) are found, checked and loaded here, too.
 """
 
 import hashlib
@@ -18,12 +18,16 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from herdkern.engine import read_json, write_json_atomic
+from herdkern.engine import config_sha256, read_json, write_json_atomic
 from herdkern.engine.shards import TMP_SUFFIX, remove_folder, replace_folder, seal_folder
+from herdkern.model.hf_weights import hf_name
+from herdkern.train.sharded_files import index_of, read_whole
 
 BLOCK_BYTES = 1 << 20  # one checksum for each, so that damage is located
+MAX_BLOCK_BYTES = 1 << 30
 MANIFEST = "manifest.json"
 FORMAT = {"format": "herdkern-checkpoint", "version": 1}
+SHARDED_FORMAT = {"format": "herdkern-checkpoint", "version": 2}
 
 
 class CorruptCheckpointError(ValueError):
@@ -73,13 +77,18 @@ def save_checkpoint(
     except BaseException:
         remove_folder(tmp)
         raise
+    prune_checkpoints(root, keep_last)
+    return final
+
+
+def prune_checkpoints(root: Path, keep_last: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints below `root`, and what interrupted saves left there."""
     for old in checkpoint_folders(root)[:-keep_last]:
         aside = old.with_name(old.name + TMP_SUFFIX)  # a half-deleted folder must not look like a checkpoint
         remove_folder(aside)
         old.rename(aside)
     for rest in root.glob(f"step-*{TMP_SUFFIX}"):  # those just set aside, and what a kill left behind
         remove_folder(rest)
-    return final
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
@@ -104,53 +113,110 @@ def verify_checkpoint(folder: Path) -> None:
 
     Raises: CorruptCheckpointError naming the file, and the byte range of the first damaged block.
     """
-    manifest_path = folder / MANIFEST
+    manifest = read_manifest(folder)
+    for name in manifest["files"]:
+        verify_file(folder, name, manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, of either form.
+
+    Raises: CorruptCheckpointError if it is not whole, does not list state.json, or if the folder of several ranks holds
+    a shard that is not of it.
+    """
+    path = folder / MANIFEST
     try:
-        manifest = read_json(manifest_path)
-        files, block_bytes = dict(manifest["files"]), int(manifest["block_bytes"])
-        expected = {name: (int(e["bytes"]), str(e["sha256"]), list(e["block_crc32"])) for name, e in files.items()}
+        manifest = dict(read_json(path))
+        if not 0 < int(manifest["block_bytes"]) <= MAX_BLOCK_BYTES:
+            raise ValueError(f"block_bytes = {manifest['block_bytes']}")
+        files = dict(manifest["files"])
+        for entry in files.values():
+            int(entry["bytes"]), str(entry["sha256"]), list(entry["block_crc32"])
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise CorruptCheckpointError(
-            f"{manifest_path} must be a checkpoint manifest, got {type(e).__name__}: {e}"
-        ) from e
-    if "state.json" not in expected:
-        raise CorruptCheckpointError(f"{manifest_path} must list state.json, got {sorted(expected)}")
-    for name, (num_bytes, sha256, blocks) in expected.items():
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            raise CorruptCheckpointError(f"{path} must be there, as {MANIFEST} lists it")
+        raise CorruptCheckpointError(f"{path} must be a checkpoint manifest, got {type(e).__name__}: {e}") from e
+    if "state.json" not in files:
+        raise CorruptCheckpointError(f"{path} must list state.json, got {sorted(files)}")
+    if "ranks" in manifest or "sha256" in manifest:
+        if manifest.get("sha256") != manifest_sha256(manifest):
+            raise CorruptCheckpointError(f"{path} is damaged (its own checksum differs)")
+        foreign = {file.name for file in folder.glob("*.safetensors")} - set(files)
+        if foreign:
+            raise CorruptCheckpointError(f"{folder / min(foreign)} must not be there, as {MANIFEST} does not list it")
+    return manifest
+
+
+def manifest_sha256(manifest: Mapping[str, Any]) -> str:
+    """The checksum that a manifest of several ranks has of itself."""
+    return config_sha256({key: value for key, value in manifest.items() if key != "sha256"})
+
+
+def verify_file(folder: Path, name: str, manifest: Mapping[str, Any]) -> None:
+    """Compare one file with what the manifest says of it.
+
+    Raises: CorruptCheckpointError naming the file, and the byte range of the first damaged block.
+    """
+    path, entry, block_bytes = folder / name, manifest["files"][name], int(manifest["block_bytes"])
+    if Path(name).name != name or not path.is_file():
+        raise CorruptCheckpointError(f"{path} must be there, as {MANIFEST} lists it")
+    try:
         found = _describe(path, block_bytes)
-        if found["bytes"] != num_bytes:
-            raise CorruptCheckpointError(f"{path} must have {num_bytes} bytes, got {found['bytes']}")
-        if found["sha256"] != sha256:
-            pairs = enumerate(zip(found["block_crc32"], blocks))
-            bad = next((i for i, (got, want) in pairs if got != want), 0)
-            end = min((bad + 1) * block_bytes, num_bytes)
-            raise CorruptCheckpointError(
-                f"{path} is damaged between bytes {bad * block_bytes} and {end} (checksum differs)"
-            )
+    except OSError as e:
+        raise CorruptCheckpointError(f"{path} must be readable, got {e}") from e
+    if found["bytes"] != int(entry["bytes"]):
+        raise CorruptCheckpointError(f"{path} must have {entry['bytes']} bytes, got {found['bytes']}")
+    if found["sha256"] != entry["sha256"]:
+        pairs = enumerate(zip(found["block_crc32"], entry["block_crc32"]))
+        bad = next((i for i, (got, want) in pairs if got != want), 0)
+        end = min((bad + 1) * block_bytes, found["bytes"])
+        raise CorruptCheckpointError(
+            f"{path} is damaged between bytes {bad * block_bytes} and {end} (checksum differs)"
+        )
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Everything in `folder`, checked.
+    """Everything in `folder`, checked; what several ranks wrote in parts comes whole, under the names that one writes.
 
     Raises: CorruptCheckpointError if a checksum differs; ValueError if it was written in an unknown version of the
     format.
     """
     verify_checkpoint(folder)
-    manifest = read_json(folder / MANIFEST)
-    if {key: manifest.get(key) for key in FORMAT} != FORMAT:
+    manifest = read_manifest(folder)
+    form = {key: manifest.get(key) for key in FORMAT}
+    if form not in (FORMAT, SHARDED_FORMAT):
         raise ValueError(f"load_checkpoint: {folder} must be {FORMAT}, got version {manifest.get('version')!r}")
-    tensors = {Path(name).stem: load_file(folder / name) for name in manifest["files"] if name.endswith(".safetensors")}
+    if form == SHARDED_FORMAT:
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for (stem, name), stored in index_of(folder, manifest["files"]).items():
+            known = hf_name(name) if stem == "model" and "config.json" in manifest["files"] else name
+            tensors.setdefault(stem, {})[known] = read_whole(stored)
+    else:
+        names = [name for name in manifest["files"] if name.endswith(".safetensors")]
+        tensors = {Path(name).stem: load_file(folder / name) for name in names}
     return Checkpoint(folder=folder, tensors=tensors, state=json.loads((folder / "state.json").read_text("utf-8")))
 
 
+class Checksums:
+    """What a manifest says of a file, from its bytes in order; all parts but the last must be of `block_bytes`."""
+
+    def __init__(self) -> None:
+        self.digest, self.blocks, self.num_bytes = hashlib.sha256(), list[int](), 0
+
+    def add(self, block: bytes | memoryview) -> None:
+        """The next block."""
+        self.digest.update(block)
+        self.blocks.append(zlib.crc32(block))
+        self.num_bytes += len(block)
+
+    def entry(self) -> dict[str, Any]:
+        """Size, SHA-256 and the CRC-32 of every block."""
+        return {"bytes": self.num_bytes, "sha256": self.digest.hexdigest(), "block_crc32": self.blocks}
+
+
 def _describe(path: Path, block_bytes: int = BLOCK_BYTES) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    blocks, num_bytes = [], 0
-    with open(path, "rb") as f:
-        while block := f.read(block_bytes):
-            digest.update(block)
-            blocks.append(zlib.crc32(block))
-            num_bytes += len(block)
-    return {"bytes": num_bytes, "sha256": digest.hexdigest(), "block_crc32": blocks}
+    sums = Checksums()
+    with open(path, "rb") as f:  # buffered: a short read would shift the blocks
+        buffer = bytearray(min(block_bytes, path.stat().st_size + 1))
+        view = memoryview(buffer)
+        while num_bytes := f.readinto(buffer):
+            sums.add(view[:num_bytes])
+    return sums.entry()
