@@ -8,6 +8,7 @@ over documents. On a GPU, only the functions whose result has one entry for each
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -140,6 +141,17 @@ def pad_input(packed: Tensor, indices: Tensor, batch_size: int, row_len: int) ->
     return padded.index_copy(0, indices, packed).unflatten(0, (batch_size, row_len))
 
 
+def check_border_values(function: str, name: str, borders: np.ndarray) -> None:
+    """Raise ValueError unless `borders`, (num_docs + 1,) integers on the host, start with 0 and do not decrease."""
+    if borders[0] != 0:
+        raise ValueError(f"{function}: {name} must start with 0, got {borders[0]}; see cu_seqlens_from_lengths")
+    falls = borders[1:] < borders[:-1]
+    if falls.any():
+        at = int(falls.argmax()) + 1
+        values = f"(entry {at} follows {borders[at - 1]}), got {borders[at]}"
+        raise ValueError(f"{function}: {name} must not decrease {values}; see cu_seqlens_from_lengths")
+
+
 def _as_tensor(function: str, lengths: Any) -> Tensor:
     try:
         values = list(lengths)
@@ -194,12 +206,7 @@ def _check_borders(function: str, cu_seqlens: Tensor) -> None:
         got = tuple(cu_seqlens.shape)
         raise ValueError(f"{function}: cu_seqlens must have shape (num_docs + 1,), got {got}; start it with 0")
     if _readable(cu_seqlens):
-        if (first := int(cu_seqlens[0])) != 0:
-            raise ValueError(f"{function}: cu_seqlens must start with 0, got {first}; see cu_seqlens_from_lengths")
-        if (falls := (cu_seqlens.diff() < 0).nonzero()).numel():
-            at = int(falls[0]) + 1
-            values = f"{int(cu_seqlens[at])} after {int(cu_seqlens[at - 1])} at index {at}"
-            raise ValueError(f"{function}: cu_seqlens must not decrease, got {values}; see cu_seqlens_from_lengths")
+        check_border_values(function, "cu_seqlens", cu_seqlens.detach().numpy())
 
 
 def _padding_mask(function: str, attention_mask: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ def test_nothing_is_read_where_the_sizes_are_known():
             r"shape \(num_docs \+ 1,\), got \(0,\)",
         ),
         (lambda: position_ids_from_cu_seqlens(torch.tensor([1, 2])), ValueError, r"must start with 0, got 1"),
-        (lambda: document_ids_from_cu_seqlens(torch.tensor([0, 4, 2])), ValueError, r"got 2 after 4 at index 2"),
+        (lambda: document_ids_from_cu_seqlens(torch.tensor([0, 4, 2])), ValueError, r"\(entry 2 follows 4\), got 2"),
         (lambda: cu_seqlens_from_padding_mask(torch.ones(2, 2)), TypeError, r"attention_mask must hold integers"),
         (lambda: cu_seqlens_from_padding_mask(torch.ones(2).bool()), ValueError, r"must be \(batch, row_len\)"),
         (lambda: unpad_input(torch.ones(2, 3), torch.ones(3, 2).bool()), ValueError, r"must be \(3, 2, \.\.\.\)"),

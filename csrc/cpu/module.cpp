@@ -11,6 +11,7 @@ namespace py = pybind11;
 namespace herdkern::cpu {
 void bind_adamw(py::module_& m);                 // bind_adamw.cpp
 void bind_attention(py::module_& m);             // bind_attention.cpp
+void bind_context_plan(py::module_& m);          // bind_context_plan.cpp
 void bind_linear_cross_entropy(py::module_& m);  // bind_linear_cross_entropy.cpp
 void bind_peak(py::module_& m);                  // bind_peak.cpp
 void bind_rms_norm(py::module_& m);              // bind_rms_norm.cpp
@@ -27,6 +28,7 @@ PYBIND11_MODULE(_ops, m) {
   m.def("has_avx512_bf16", &has_avx512_bf16);
   bind_adamw(m);
   bind_attention(m);
+  bind_context_plan(m);
   bind_linear_cross_entropy(m);
   bind_peak(m);
   bind_rms_norm(m);

@@ -1,12 +1,13 @@
 """What the arguments of packed attention must be; every error names the function, the argument and the remedy."""
 
-from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from herdkern.documents import check_border_values
 from herdkern.ops.backend import dtype_name
 
 MAX_HEAD_DIM = 256
@@ -130,11 +131,7 @@ def check_softmax(
 def border_values(function: str, name: str, borders: Tensor, total: int) -> list[int]:
     """The borders as a list, checked as the native op checks them."""
     values: list[int] = borders.tolist()
-    if values[0] != 0:
-        raise ValueError(f"{function}: {name} must start with 0, got {values[0]}")
-    for doc, (begin, end) in enumerate(pairwise(values)):
-        if end < begin:
-            raise ValueError(f"{function}: {name} must not decrease (entry {doc + 1} follows {begin}), got {end}")
+    check_border_values(function, name, np.asarray(values))
     if values[-1] != total:
         raise ValueError(f"{function}: {name} must end with the number of tokens {total}, got {values[-1]}")
     return values

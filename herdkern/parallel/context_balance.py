@@ -8,6 +8,9 @@ of what is left, so that rounding does not add up.
 
 A segment is a document, or half of one that is longer than a rank's share: its light half goes to the left, its heavy
 half to the right (tried documents only: two equal ones on 16 ranks left one rank 2.3 times the mean of tokens).
+
+`segments_and_cuts` runs csrc/common/context_plan.h where it is built; what follows it here is the same in NumPy and
+plain Python, for installations without native code, and the twin that the tests compare with.
 """
 
 import math
@@ -15,6 +18,11 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
+
+try:
+    from herdkern._ops import balanced_context_cuts as _native
+except ImportError:  # not built, or built before there was one
+    _native = None
 
 _SLACK = 0.01  # of a rank's tokens and work: a cut moves this far to spare a document, and then nothing travels
 
@@ -43,6 +51,22 @@ class Segments:
     document: np.ndarray
     offset: np.ndarray  # of the part in its document
     borders: np.ndarray
+
+
+def segments_and_cuts(lengths: np.ndarray, num_ranks: int, align: int, work: Work) -> tuple[Segments, list[int]]:
+    """Return the line of documents of these lengths, (num_docs,) int64, and its 2 * num_ranks + 1 cuts."""
+    if _native is None:
+        return segments_and_cuts_reference(lengths, num_ranks, align, work)
+    *columns, cuts = _native(lengths, num_ranks, align, work.causal, work.reach)
+    return Segments(*columns), cuts.tolist()
+
+
+def segments_and_cuts_reference(
+    lengths: np.ndarray, num_ranks: int, align: int, work: Work
+) -> tuple[Segments, list[int]]:
+    """What `segments_and_cuts` returns, without native code."""
+    segments = by_work_per_token(lengths, num_ranks, align, causal=work.causal)
+    return segments, balanced_cuts(Line(segments, lengths, work), num_ranks, align)
 
 
 def in_batch_order(lengths: np.ndarray) -> Segments:

@@ -18,20 +18,15 @@ Source: Llama 3 (arXiv:2407.21783), section 3.3.2; the balanced cuts are our own
 import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from herdkern.parallel.context_balance import (
-    Line,
-    Segments,
-    Work,
-    balanced_cuts,
-    by_work_per_token,
-    in_batch_order,
-)
+from herdkern.documents import check_border_values
+from herdkern.parallel.context_balance import Segments, Work, in_batch_order, segments_and_cuts
 
 Mode = Literal["needed", "allgather"]
 Interval = tuple[int, int]
@@ -102,25 +97,32 @@ class Pieces:
         found: np.ndarray = (self.keys_begin < self.begin) | (self.keys_end > self.end)
         return found
 
-    def at(self, i: int) -> Piece:
-        """The piece at this index."""
+    @cached_property
+    def _few(self) -> dict[int, Piece]:
+        """Those of documents that lie in several pieces or see keys outside themselves, by index: a few a rank."""
+        is_one_of_several = np.bincount(self.document)[self.document] > 1 if len(self.document) else self.is_divided
+        few = np.flatnonzero(is_one_of_several | self.is_divided)
         columns = (self.document, self.begin, self.end, self.row, self.keys_begin, self.keys_end)
-        return Piece(*(int(column[i]) for column in columns))
+        rows = zip(*(column[few].tolist() for column in columns), strict=True)
+        return {i: Piece(*row) for i, row in zip(few.tolist(), rows, strict=True)}
+
+    @cached_property
+    def _divided(self) -> list[list[Piece]]:
+        divided, firsts = np.flatnonzero(self.is_divided), self.first
+        found = [self._few[i] for i in divided.tolist()]
+        ends = np.searchsorted(divided, firsts).tolist()
+        return [found[begin:end] for begin, end in pairwise(ends)]
 
     def divided(self, rank: int) -> list[Piece]:
         """The pieces of a rank that see keys outside themselves; a few."""
-        mine = self.of(rank)
-        return [self.at(i) for i in (mine.start + np.flatnonzero(self.is_divided[mine])).tolist()]
+        return self._divided[rank]
 
     @cached_property
     def parts(self) -> dict[int, list[tuple[int, Piece]]]:
         """Who holds what of each document that lies in several pieces: ranks and pieces, by position."""
-        count = np.bincount(self.document)
+        ranks = np.searchsorted(self.first, list(self._few), side="right") - 1
         found: dict[int, list[tuple[int, Piece]]] = {}
-        several = np.flatnonzero(count[self.document] > 1) if len(count) else np.empty(0, np.int64)
-        ranks = np.searchsorted(self.first, several, side="right") - 1
-        for i, rank in zip(several.tolist(), ranks.tolist(), strict=True):
-            piece = self.at(i)
+        for rank, piece in zip(ranks.tolist(), self._few.values(), strict=True):
             found.setdefault(piece.document, []).append((rank, piece))
         for parts in found.values():
             parts.sort(key=lambda part: part[1].begin)
@@ -188,8 +190,7 @@ class ContextPlan:
             raise ValueError(f"ContextPlan: align must be at least 1, got {align}")
         lengths = np.diff(borders)
         if mode == "needed":
-            segments = by_work_per_token(lengths, cp_size, align, causal=causal)
-            cuts = balanced_cuts(Line(segments, lengths, Work(causal, window_left + 1)), cp_size, align)
+            segments, cuts = segments_and_cuts(lengths, cp_size, align, Work(causal, window_left + 1))
         else:
             segments, total, align = in_batch_order(lengths), int(borders[-1]), 1
             cuts = [total * i // (2 * cp_size) for i in range(2 * cp_size + 1)]
@@ -386,12 +387,5 @@ def _borders(cu_seqlens: Tensor | np.ndarray | Sequence[int]) -> np.ndarray:
         raise ValueError(
             f"ContextPlan: cu_seqlens must be (num_docs + 1,) integers, got {borders.shape} {borders.dtype}"
         )
-    borders = borders.astype(np.int64)
-    if borders[0] != 0:
-        raise ValueError(f"ContextPlan: cu_seqlens must start with 0, got {borders[0]}")
-    if len(borders) > 1 and (steps := np.diff(borders)).min() < 0:
-        at = int(steps.argmin()) + 1
-        raise ValueError(
-            f"ContextPlan: cu_seqlens must not decrease (entry {at} follows {borders[at - 1]}), got {borders[at]}"
-        )
-    return borders
+    check_border_values("ContextPlan", "cu_seqlens", borders)
+    return borders.astype(np.int64)

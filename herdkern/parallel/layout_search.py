@@ -12,6 +12,7 @@ from typing import Literal
 
 from herdkern.model.config import ModelConfig
 from herdkern.parallel.clusters import GIB, Cluster
+from herdkern.parallel.config import ParallelConfig
 from herdkern.parallel.layout import Layout
 from herdkern.parallel.memory_estimate import MemoryEstimate, estimate_memory, peak_rank
 from herdkern.parallel.pipeline_schedule import layers_of_stages
@@ -134,7 +135,8 @@ def judge(task: Task, tp: int, cp: int, pp: int, dp: int) -> Fit | Refusal:
     if task.seq_len < cp * SMALLEST_PIECE and cp > 1:
         text = f"{task.seq_len} tokens on {cp} context ranks: fewer than {SMALLEST_PIECE} each"
         return Refusal(axes=axes, reason="batch", text=text)
-    base = Layout(tp=tp, cp=cp, pp=pp, dp=dp, micro_batch_tokens=task.seq_len, num_microbatches=task.sequences // dp)
+    cut = ParallelConfig(tp=tp, cp=cp, pp=pp, dp=dp)
+    base = Layout(cut, micro_batch_tokens=task.seq_len, num_microbatches=task.sequences // dp)
     return _first_that_fits(task, base)
 
 
@@ -142,7 +144,7 @@ def _outside_the_node(task: Task, tp: int) -> str:
     """What tensor parallelism over nodes would cost, where it would leave one."""
     if tp <= task.cluster.devices_per_node:
         return ""
-    layout = Layout(tp=tp, micro_batch_tokens=task.seq_len, num_microbatches=1)
+    layout = Layout(ParallelConfig(tp=tp), micro_batch_tokens=task.seq_len)
     ahead, back = block_seconds(task.model, layout, task.cluster, task.seq_len)
     sent = ahead["tensor communication"] + back["tensor communication"]
     computed = sum(ahead.values()) + sum(back.values()) - sent
@@ -153,7 +155,7 @@ def _first_that_fits(task: Task, base: Layout) -> Fit | Refusal:
     smallest: tuple[Layout, MemoryEstimate] | None = None
     for recompute in RECOMPUTE if task.recompute == "any" else (task.recompute,):
         for num_chunks in _chunks(task, base):
-            layout = replace(base, num_chunks=num_chunks, recompute=recompute)
+            layout = replace(base.cut(num_chunks=num_chunks), recompute=recompute)
             memory = fullest_rank(task.model, layout)
             if memory.total <= task.cluster.usable_bytes:
                 return _fit(task, layout, memory, roughly=True)

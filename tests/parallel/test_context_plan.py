@@ -9,7 +9,8 @@ from context_jobs import random_case
 
 from herdkern.ops import attention
 from herdkern.ops.backend import available_isas, forced_isa
-from herdkern.parallel import ContextPlan, query_alignment
+from herdkern.parallel import ContextPlan, context_balance, query_alignment
+from herdkern.parallel.context_balance import Work
 
 MODES = ["needed", "allgather"]
 
@@ -76,6 +77,33 @@ def test_agrees_with_the_naive_twin(mode, seed):
     assert sum(map(plan.rows_sent, range(size))) == sum(map(plan.rows_received, range(size)))
     x = torch.arange(lengths.sum())
     assert torch.equal(plan.unshard([plan.shard(x, rank) for rank in range(size)]), x)
+
+
+@pytest.mark.skipif(context_balance._native is None, reason="herdkern._ops is not built, or has no planner")
+@pytest.mark.parametrize(
+    "seeds", [range(60), pytest.param(range(60, 2000), marks=pytest.mark.full)], ids=["some", "many"]
+)
+def test_native_plans_are_those_of_numpy(seeds):
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        lengths = random_lengths(seed)
+        if seed % 5 == 0:  # many, with a tail
+            lengths = rng.lognormal(rng.uniform(3, 8), rng.uniform(0.1, 2.5), int(2 ** rng.uniform(0, 12)))
+            lengths = lengths.astype(np.int64)
+        elif seed % 5 == 1:  # millions of tokens
+            lengths = rng.integers(0, 1 << 22, rng.integers(1, 9))
+        size, align = int(rng.choice([1, 2, 3, 5, 8, 16, 64])), int(rng.choice([1, 7, 8, 32, 170, 512]))
+        causal = bool(rng.random() < 0.75)
+        work = Work(causal, int(rng.choice([0, 1, 8, 300])) if causal else 0)
+        (ours, cuts), (numpys, expected) = (
+            make(lengths, size, align, work)
+            for make in (context_balance.segments_and_cuts, context_balance.segments_and_cuts_reference)
+        )
+        assert cuts == expected, seed
+        for column in ("document", "offset", "borders"):
+            one, other = getattr(ours, column), getattr(numpys, column)
+            assert one.dtype == other.dtype
+            assert np.array_equal(one, other), (seed, column)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])

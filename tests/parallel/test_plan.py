@@ -12,6 +12,7 @@ from herdkern import cli
 from herdkern.model.config import llama3_8b, llama3_405b, micro
 from herdkern.parallel.checkpoint_interval import effective_time, mean_time_between_failures, young_daly_interval
 from herdkern.parallel.clusters import Link, collective_seconds, h100, h200
+from herdkern.parallel.config import ParallelConfig
 from herdkern.parallel.layout import Layout
 from herdkern.parallel.layout_report import paper_rows, saving
 from herdkern.parallel.layout_search import Fit, Refusal, Task, fullest_rank, judge, search, simulated
@@ -100,9 +101,8 @@ def test_recomputation_only_where_nothing_else_fits():
 @pytest.mark.parametrize("num_microbatches", [40, 64])
 @pytest.mark.parametrize(("pp", "num_chunks"), [(4, 1), (4, 2), (8, 4)])
 def test_fewer_microbatches_stand_for_many(pp, num_chunks, num_microbatches):
-    layout = Layout(
-        tp=8, pp=pp, num_chunks=num_chunks, micro_batch_tokens=8192, num_microbatches=num_microbatches, dp=2
-    )
+    axes = ParallelConfig(tp=8, pp=pp, num_chunks=num_chunks, dp=2)
+    layout = Layout(axes, micro_batch_tokens=8192, num_microbatches=num_microbatches)
     model = dataclasses.replace(llama3_405b(), num_layers=pp * num_chunks * 2 - 2)
     short = layout.shortened()
     assert short.num_microbatches < num_microbatches
@@ -110,12 +110,12 @@ def test_fewer_microbatches_stand_for_many(pp, num_chunks, num_microbatches):
     some = fullest_rank(model, layout)
     assert some.total + 24 * 8192 * (num_microbatches - short.num_microbatches) == whole.total  # token ids of the rest
     exact = project(model, layout, h100(), seq_len=8192)
-    times = dataclasses.replace(short, group_size=0)
+    times = short.cut(microbatches_in_flight=0)
     assert exact.step_s > project(model, times, h100(), seq_len=8192).step_s
 
 
 def test_extrapolation_equals_the_whole_simulation(monkeypatch):
-    layout = Layout(tp=8, pp=4, num_chunks=2, micro_batch_tokens=8192, num_microbatches=38)
+    layout = Layout(ParallelConfig(tp=8, pp=4, num_chunks=2), micro_batch_tokens=8192, num_microbatches=38)
     model = dataclasses.replace(llama3_405b(), num_layers=22)
     short = project(model, layout, h100(), seq_len=8192)
     monkeypatch.setattr(Layout, "shortened", lambda self: self)
@@ -124,7 +124,7 @@ def test_extrapolation_equals_the_whole_simulation(monkeypatch):
 
 def test_an_ideal_cluster_takes_as_long_as_its_flops():
     model = llama3_8b()
-    layout = Layout(micro_batch_tokens=8192, num_microbatches=4, dp=2)
+    layout = Layout(ParallelConfig(dp=2), micro_batch_tokens=8192, num_microbatches=4)
     found = project(model, layout, IDEAL, seq_len=8192)
     tiles = math.prod((8192 / 128, 4096 / 256))
     assert tiles == int(tiles)  # whole tiles: one processor loses nothing
@@ -144,7 +144,8 @@ def test_documents_make_attention_cheaper_and_nothing_else():
 
 
 def test_each_axis_pays_on_its_link():
-    base = Layout(tp=8, cp=2, pp=4, dp=4, num_chunks=2, micro_batch_tokens=8192, num_microbatches=8)
+    axes = ParallelConfig(tp=8, cp=2, pp=4, dp=4, num_chunks=2)
+    base = Layout(axes, micro_batch_tokens=8192, num_microbatches=8)
     model = llama3_405b()
     slow_node = dataclasses.replace(h100(), node_link=Link(bytes_per_s=180e9, latency_s=20e-6))
     slow_net = dataclasses.replace(h100(), network=Link(bytes_per_s=21.25e9, latency_s=60e-6))
@@ -160,7 +161,7 @@ def test_each_axis_pays_on_its_link():
 
 def test_the_pipeline_waits_as_its_formula_says_with_equal_stages():
     model = dataclasses.replace(llama3_8b(vocab_size=256), num_layers=30)
-    layout = Layout(pp=4, num_chunks=2, micro_batch_tokens=4096, num_microbatches=16)
+    layout = Layout(ParallelConfig(pp=4, num_chunks=2), micro_batch_tokens=4096, num_microbatches=16)
     # the embedding and the head count as a layer but cost next to nothing: the ends wait, the others set the pace
     found = project(model, layout, IDEAL, seq_len=4096)
     ideal = layout.schedule().ideal_bubble

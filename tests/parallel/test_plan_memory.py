@@ -6,6 +6,7 @@ import pytest
 from live_bytes import RankAlone, peak_bytes
 
 from herdkern.model.config import llama3_405b, nano
+from herdkern.parallel.config import ParallelConfig
 from herdkern.parallel.layout import Layout
 from herdkern.parallel.memory_estimate import PURPOSES, as_table, estimate_memory, peak_rank
 
@@ -15,8 +16,13 @@ WIDE_VOCABULARY = dataclasses.replace(nano(6000), max_seq_len=256)
 TIED = dataclasses.replace(DEEP, tied_embeddings=True)
 
 
+AXES = {field.name for field in dataclasses.fields(ParallelConfig)}
+
+
 def one(**settings) -> Layout:
-    return Layout(**{"micro_batch_tokens": 256, "fsdp": False, **settings})
+    axes = ParallelConfig(**{name: value for name, value in settings.items() if name in AXES})
+    others = {name: value for name, value in settings.items() if name not in AXES}
+    return Layout(axes, **{"micro_batch_tokens": 256, **others})
 
 
 LAYOUTS = [
@@ -76,7 +82,7 @@ def test_every_schedule_ends_with_what_it_began_with():
     for recompute in ("none", "swiglu", "block"):
         for fsdp in (False, True):
             for tp in (1, 2):
-                layout = one(recompute=recompute, fsdp=fsdp, tp=tp, cp=2, num_microbatches=2)
+                layout = one(recompute=recompute, tp=tp, dp=2 if fsdp else 1, num_microbatches=2)
                 for layers, is_first, is_last in ((0, 1, 0), (0, 0, 1), (1, 1, 0), (3, 0, 0), (2, 0, 1), (2, 1, 1)):
                     for config in (SMALL, dataclasses.replace(SMALL, tied_embeddings=True)):
                         kinds = {"is_first": bool(is_first), "is_last": bool(is_last)}
@@ -93,37 +99,38 @@ def test_every_schedule_ends_with_what_it_began_with():
 
 
 def test_tensor_context_and_data_ranks_share():
-    whole = Layout(micro_batch_tokens=8192, num_microbatches=1)
+    whole = one(dp=2, micro_batch_tokens=8192)
     model = dataclasses.replace(llama3_405b(), num_layers=2)
     base = estimate_memory(model, whole)[0]
     for axes, share in (({"tp": 8}, 1 / 8), ({"cp": 8}, 1 / 8)):
-        cut = estimate_memory(model, dataclasses.replace(whole, **axes))[0]
+        cut = estimate_memory(model, whole.cut(**axes))[0]
         assert cut.terms["activations"] == pytest.approx(base.terms["activations"] * share, rel=0.02)
-    sharded = estimate_memory(model, dataclasses.replace(whole, dp=16))[0]
-    assert sharded.terms["optimizer"] == base.terms["optimizer"] / 16
+    sharded = estimate_memory(model, whole.cut(dp=16))[0]
+    assert sharded.terms["optimizer"] == base.terms["optimizer"] / 8
     assert sharded.terms["parameters"] == base.terms["parameters"]  # not resharded after the forward pass
 
 
 def test_the_first_and_last_stage_are_not_the_fullest_of_405b():
-    layout = Layout(tp=8, pp=16, dp=128, num_chunks=8, micro_batch_tokens=8192, num_microbatches=16)
+    layout = one(tp=8, pp=16, dp=128, num_chunks=8, micro_batch_tokens=8192, num_microbatches=16)
     estimates = estimate_memory(llama3_405b(), layout)
     assert len(estimates) == 16
     assert peak_rank(estimates).pp_rank == 1  # rank 0 holds one layer fewer
     assert estimates[0].total < 80e9
 
 
-def test_a_layout_gives_the_axes_of_a_run():
-    config = Layout(tp=2, cp=3, pp=4, dp=6, dp_shard=2, num_chunks=2, micro_batch_tokens=64).parallel_config()
-    assert config.world_size == 2 * 3 * 4 * 6
-    assert (config.num_shards, config.num_chunks) == (2, 2)
-    assert one(dp=4).parallel_config().num_shards == 1
+def test_a_layout_holds_the_axes_of_a_run():
+    layout = one(tp=2, cp=3, pp=4, dp=6, dp_shard=2, num_chunks=2, micro_batch_tokens=64)
+    assert layout.world_size == layout.axes.world_size == 2 * 3 * 4 * 6
+    assert (layout.shard_size, layout.num_stages, layout.rank_tokens) == (2 * 3, 4 * 2, 22)
+    assert layout.cut(dp_shard=0).shard_size == 6 * 3
+    assert (one().fsdp, one(cp=2).fsdp, one(dp=2).fsdp) == (False, True, True)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"tp": 0}, "tp must be at least 1"),
-        ({"group_size": 2}, "group_size must lie in"),
+        ({"num_microbatches": 0}, "num_microbatches must be at least 1"),
         ({"dp_shard": 3, "dp": 4}, "dp_shard must be 0"),
         ({"num_chunks": 2}, "num_chunks must be 1 without a pipeline"),
         ({"dtype": "fp16"}, "dtype must be"),
