@@ -19,6 +19,7 @@ import gc
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -36,19 +37,9 @@ ROOT = Path(__file__).resolve().parent.parent
 MEMORY_MB = 256
 MOST_ACCEPTED = 256  # accepted inputs that further ones are made of
 HANG_SECONDS = 600  # of the clock on the wall, for libFuzzer's own limit: CPU time is looked at after each input
-# The sources that the native readers are made of.
-OF_READERS = (
-    "any_text*",
-    "bpe_[!t]*",
-    "bpe_tables",
-    "code_point_set",
-    "json_lines",
-    "merge_recovery",
-    "regex_*",
-    "splitter*",
-    "word_*",
-)
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+LEVELS = {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
+LEVELS["vbmi2"] = [*LEVELS["avx512"], "-mavx512vbmi2"]
 
 
 def one_input(reader: str, path: Path, data: bytes) -> bool:
@@ -152,6 +143,19 @@ def mutator(
     return change
 
 
+def native_sources(program: Path) -> list[Path]:
+    """The source files that `program` needs, itself first: a header's file has its name, with a level or without."""
+    needed, left = {program}, [program]
+    while left:
+        for name in re.findall(r'^#include "([^"]+)"', left.pop().read_text("utf-8"), re.M):
+            header = ROOT / "csrc" / name
+            files = [header.with_name(f"{header.stem}{level}.cpp") for level in ("", *(f"_{one}" for one in LEVELS))]
+            fresh = {path for path in (header, *files) if path.exists()} - needed
+            needed |= fresh
+            left += fresh
+    return [program, *sorted(path for path in needed - {program} if path.suffix == ".cpp")]
+
+
 def build_native(sanitizer: bool) -> Path:
     """Compiles the native readers with libFuzzer, what changed alone, and returns the program."""
     compiler = os.environ.get("CXX") or shutil.which("clang++")
@@ -159,17 +163,14 @@ def build_native(sanitizer: bool) -> Path:
         sys.exit("fuzz_tokenizer: a native reader needs clang++ with libFuzzer on PATH, or named by CXX; got none")
     folder = ROOT / "build" / ("fuzz-sanitizer" if sanitizer else "fuzz")
     folder.mkdir(parents=True, exist_ok=True)
-    sources = [path for name in OF_READERS for path in (ROOT / "csrc/text").glob(f"{name}.cpp")]
     flags = ["-std=c++17", "-O2", "-g1", "-DHK_X86=1", f"-I{ROOT / 'csrc'}", "-pthread", *SANITIZERS * sanitizer]
-    levels = {"avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
-    levels["vbmi2"] = [*levels["avx512"], "-mavx512vbmi2"]
     newest = max(header.stat().st_mtime for header in (ROOT / "csrc").rglob("*.h"))
     objects = []
-    for source in [ROOT / "tools/fuzz_native.cpp", *sorted(sources)]:
+    for source in native_sources(ROOT / "tools/fuzz_native.cpp"):
         made = folder / f"{source.stem}.o"
         objects.append(str(made))
         if not made.exists() or made.stat().st_mtime < max(newest, source.stat().st_mtime):
-            level = levels.get(source.stem.rpartition("_")[2], [])
+            level = LEVELS.get(source.stem.rpartition("_")[2], [])
             command = [compiler, *flags, "-fsanitize=fuzzer-no-link", *level, "-c", str(source), "-o", str(made)]
             subprocess.run(command, check=True)
     program = folder / "fuzz_native"
