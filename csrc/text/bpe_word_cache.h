@@ -109,7 +109,8 @@ class WordCache {
   static_assert(sizeof(Bucket) == 64);
   static constexpr uint64_t kLongWord = 1ull << 63;
   static constexpr size_t kFirstBuckets = 1 << 15, kLeastRing = 1 << 16;
-  static constexpr int kMaxSteps = 4;  // buckets that a word may lie in
+  // Buckets that a word may lie in. With 4, one word in 25 found no place in a table that was not yet to grow.
+  static constexpr int kMaxSteps = 8;
 
   // The largest power of two, or none: a record of the longest word must be a small part of the ring.
   static size_t ring_size(size_t max_bytes) {
