@@ -143,7 +143,7 @@ template <typename Dead>
 bool TokenRows::lay(const uint8_t* word, size_t len, Dead&& dead, uint64_t* borders, IdBuffer& out) const {
   const size_t num_before = out.size();
   size_t at = 0;
-  Token last{0, 0}, token = longest_at(word, len);
+  Token last{0, 0}, again{0, 0}, token = longest_at(word, len);
   for (;;) {
     const size_t end = at + token.len;
     if (!dead.holds(end) && (at == 0 || remembered(borders, last, token, word + at))) {
@@ -151,10 +151,12 @@ bool TokenRows::lay(const uint8_t* word, size_t len, Dead&& dead, uint64_t* bord
       if (end == len) return true;
       at = end;
       last = token;
-      token = longest_at(word + at, len - at);
+      again = comes_again(last, word + at, len - at);
+      token = again.len != 0 ? again : longest_at(word + at, len - at);
       continue;
     }
-    token = shorter_than(token, word + at);
+    token = again.len != 0 && token.id == again.id ? longest_at(word + at, len - at) : shorter_than(token, word + at);
+    if (again.len != 0 && token.id == again.id) token = shorter_than(token, word + at);
     if (token.len != 0) continue;
     if (at == 0) return false;
     dead.add(at);  // nothing follows here: take the token before it back
@@ -162,6 +164,7 @@ bool TokenRows::lay(const uint8_t* word, size_t len, Dead&& dead, uint64_t* bord
     at -= token.len;
     out.pop();
     if (out.size() > num_before) last = {out.data()[out.size() - 1], table_.length_of(out.data()[out.size() - 1])};
+    again = out.size() > num_before ? comes_again(last, word + at, len - at) : Token{0, 0};
   }
 }
 

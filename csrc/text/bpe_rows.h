@@ -1,7 +1,7 @@
 // The ids of a word in linear time. A row of tokens is what the merges of BPE leave exactly if every two neighbours are
 // what they leave of the two tokens' bytes. So tokens are laid from the left: the longest that the text begins with is
 // tried first, a shorter one when it does not go with the token before it or when nothing could follow; a border once
-// found to be no border is never tried again, which bounds the work.
+// found to be no border is never tried again, which bounds the work. There is one such row, whatever is tried first.
 //
 // Whether two tokens go together is seen by undoing their merges at the border between them, the last merge first: if
 // at some moment the two parts beside the border make a token of a lower rank than the merge undone, BPE would have
@@ -13,6 +13,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "text/bpe_tables.h"
@@ -49,6 +50,12 @@ class TokenRows {
   // The longest one that a token's text begins with and that is not the token.
   Token shorter_than(Token token, const uint8_t* text) const {
     return token.len > kShortKey ? shorter_[token.id] : longest_at(text, token.len - 1);
+  }
+  // The token before `text` if the text goes on with the same bytes, else none; of long tokens alone. It is tried
+  // first: a run of one sign has many tokens, of which those longer than the one that repeats lead nowhere.
+  static Token comes_again(Token last, const uint8_t* text, size_t most) {
+    const bool is_same = last.len > kShortKey && last.len <= most && std::memcmp(text - last.len, text, last.len) == 0;
+    return is_same ? last : Token{0, 0};
   }
   // limit: tokens from this rank on do not count.
   bool go_together(Token first, Token second, const uint8_t* border, uint32_t limit) const;

@@ -71,6 +71,16 @@ def test_tokens_that_no_merge_makes(seed):
     assert_naive(Tokenizer(ranks, {}), [*words, *(word.decode() for word in lonely)])
 
 
+def test_runs_with_many_long_tokens():
+    """The token that repeats is tried first, and taken back where it leads nowhere."""
+    rng = random.Random(12)
+    runs = [unit * rng.randrange(1, 90) for unit in ("a", "ab", "aab") for _ in range(200)]
+    ranks = train_bpe([" ".join(runs)], 420, special_tokens=()).mergeable_ranks
+    assert sum(len(token) > 15 for token in ranks) > 50
+    tails = ["".join(rng.choices(["a" * 7, "b", "ab" * 9, "aab" * 5], k=6)) for _ in range(60)]
+    assert_naive(Tokenizer(ranks, {}), [run * 3 + tail for run, tail in zip(rng.sample(runs, 60), tails)])
+
+
 FAMILIES = {
     "letter": "a",
     "letters": "ab",
