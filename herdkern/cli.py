@@ -16,6 +16,7 @@ USAGE = """usage: herdkern COMMAND [ARGUMENTS]
   report RUN        write RUN/report.html again
   generate          continue a prompt with the model of a run or a Hugging Face folder
   export            write a run's model as a Hugging Face folder
+  checkpoint        inspect, verify or export the checkpoints of a run, of any number of ranks
   tokenizer count   count the words of JSONL, Parquet or text files, within a memory budget
   tokenizer merge   sum word counts, weighted
   tokenizer train   learn a byte-level BPE vocabulary from word counts, JSONL, Parquet or text
@@ -254,11 +255,18 @@ def _plan(args: list[str]) -> int:
     return plan_main(args)
 
 
+def _checkpoint(args: list[str]) -> int:
+    from herdkern.train.checkpoint_cli import main as checkpoint_main
+
+    return checkpoint_main(args)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     "report": _report,
     "generate": _generate,
     "export": _export,
+    "checkpoint": _checkpoint,
     "extract": _extract,
     "dedup": _dedup,
     "env": _env,

@@ -28,7 +28,7 @@ BELOW = {  # floor -> what it may import of herdkern (itself always)
     "model": {"ops", "documents"},
     "optim": {"ops"},
     "parallel": {"model", "ops", "documents", "_ops", "engine", "command"},
-    "train": {"memory", "parallel", "model", "ops", "optim", "data", "tokenizer", "engine"},
+    "train": {"memory", "parallel", "model", "ops", "optim", "data", "tokenizer", "engine", "command"},
     "report": {"data", "engine"},
     "recipes": {"train", "parallel", "model", "ops", "dedup", "data", "tokenizer", "engine", "report", "env"},
     "env": {"ops", "_ops", "_text", "tokenizer", "dedup"},

@@ -57,24 +57,26 @@ def save_hf(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().to(dtype).contiguous() for name, tensor in hf_state(model).items()}
-    shards = _cut_into_shards(state, max_shard_bytes)
-    if len(shards) == 1:
-        _save_safetensors(shards[0], folder / "model.safetensors")
-        (folder / INDEX_NAME).unlink(missing_ok=True)
-    else:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        for name, shard in zip(names, shards, strict=True):
-            _save_safetensors(shard, folder / name)
-        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        total = sum(t.nbytes for t in state.values())
-        _save_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _save_json(folder / "config.json", config_to_hf(model.config, dtype))
-    special = {
-        k: v for k, v in (("bos_token_id", model.config.bos_id), ("eos_token_id", model.config.eos_id)) if v >= 0
-    }
-    _save_json(folder / "generation_config.json", {"_from_model_config": True, **special})
+    (folder / INDEX_NAME).unlink(missing_ok=True)
+    files = cut_into_files(state, max_shard_bytes)
+    for name, sizes in files.items():
+        _save_safetensors({key: state[key] for key in sizes}, folder / name)
+    save_hf_config(folder, model.config, files, dtype=dtype)
     if tokenizer is not None:
         tokenizer.save(folder)
+
+
+def save_hf_config(
+    folder: Path, config: ModelConfig, files: Mapping[str, Mapping[str, int]], *, dtype: torch.dtype
+) -> None:
+    """Write the JSON files beside the weights of `cut_into_files`: config, generation config, and the index of many."""
+    if len(files) > 1:
+        weight_map = {key: name for name, sizes in files.items() for key in sizes}
+        total = sum(sum(sizes.values()) for sizes in files.values())
+        _save_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _save_json(folder / "config.json", config_to_hf(config, dtype))
+    special = {k: v for k, v in (("bos_token_id", config.bos_id), ("eos_token_id", config.eos_id)) if v >= 0}
+    _save_json(folder / "generation_config.json", {"_from_model_config": True, **special})
 
 
 def load_hf(folder: Path | str, *, compute_dtype: torch.dtype = torch.float32) -> Transformer:
@@ -261,16 +263,28 @@ def _first_id(value: int | list[int] | None) -> int:
     return -1 if value is None else value
 
 
-def _cut_into_shards(state: dict[str, Tensor], max_shard_bytes: int) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
+class HasBytes(Protocol):
+    """A tensor, or what will be one."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in a file."""
+        ...
+
+
+def cut_into_files(state: Mapping[str, HasBytes], max_shard_bytes: int) -> dict[str, dict[str, int]]:
+    """The bytes of each tensor by the name of the file that it goes into: model.safetensors, or model-I-of-N."""
+    shards: list[dict[str, int]] = [{}]
     room = max_shard_bytes
     for name, tensor in state.items():
         if tensor.nbytes > room and shards[-1]:
             shards.append({})
             room = max_shard_bytes
-        shards[-1][name] = tensor
+        shards[-1][name] = tensor.nbytes
         room -= tensor.nbytes
-    return shards
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
 
 
 def _save_safetensors(state: dict[str, Tensor], path: Path) -> None:

@@ -78,17 +78,18 @@ class NewPart:
         return math.prod(self.sizes) * self.dtype.itemsize
 
 
-def header_of(parts: Iterable[NewPart]) -> bytes:
-    """What a safetensors file of these parts, in this order, begins with.
+def header_of(parts: Iterable[NewPart], *, whole: bool = False) -> bytes:
+    """What a safetensors file of these parts, in this order, begins with; `whole`: they are whole tensors.
 
     Larger dtypes must come first, so that every part is aligned.  Raises: ValueError for a dtype without a name
     there.
     """
     parts = list(parts)
-    sharding = {part.key: {"saved_offsets": part.offsets, "shape": part.shape} for part in parts}
-    entries: dict[str, Any] = {
-        "__metadata__": {"format": "pt", "DCP_VERSION": "1.0", _SHARDING: json.dumps(sharding, separators=(",", ":"))}
-    }
+    metadata = {"format": "pt"}
+    if not whole:
+        sharding = {part.key: {"saved_offsets": part.offsets, "shape": part.shape} for part in parts}
+        metadata |= {"DCP_VERSION": "1.0", _SHARDING: json.dumps(sharding, separators=(",", ":"))}
+    entries: dict[str, Any] = {"__metadata__": metadata}
     begin = 0
     for part in parts:
         if part.dtype not in _NAMES:
