@@ -5,6 +5,7 @@ Source: The Llama 3 Herd of Models, section 3.3.2 (arXiv:2407.21783).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from herdkern.parallel.context import ContextAttend
 from herdkern.parallel.data import clip_gradients, local, num_targets_of_all, reduce_after_last, reshard, shard_stages
 from herdkern.parallel.pipeline import Pipeline
 from herdkern.parallel.pipeline_stages import MicroBatch, stages_of_rank
-from herdkern.parallel.tensor import is_whole, parallelize_tensor, sum_norm_gradients
+from herdkern.parallel.tensor import gather_rows, is_whole, parallelize_tensor, sum_norm_gradients
 
 
 class ParallelModel:
@@ -72,6 +73,19 @@ class ParallelModel:
         loss = self.pipeline.evaluate(self._parts(microbatches), num_targets=num_targets)
         reshard(self.stages)
         return self._sum_of_all(loss)
+
+    def num_wrong(self, microbatch: MicroBatch) -> int:
+        """How many targets of a micro-batch, the same on all data-parallel ranks, are not the most likely token."""
+        group, last = self.state_mesh["tp"].get_group(), self.stages[-1]
+        before = last.cross_entropy
+        if last.is_last:
+            last.cross_entropy = partial(num_wrong_targets, group)
+        try:
+            # a mean over the targets of all data-parallel ranks, which all have the same ones
+            wrong = self.evaluate([microbatch]) * microbatch.num_targets
+        finally:
+            last.cross_entropy = before
+        return round(float(wrong))
 
     def clip_gradients(self, max_norm: float) -> Tensor:
         """The norm of all gradients of the run, () fp64, each counted once; above `max_norm` they are scaled down."""
@@ -132,6 +146,33 @@ class _Part:
     positions: Tensor
     cu_seqlens: Tensor
     num_targets: int
+
+
+@torch.no_grad()
+def num_wrong_targets(group: dist.ProcessGroup, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """How many targets that count are not the most likely token, () fp32, the same on all ranks of `group`.
+
+    hidden: (rows, dim), this rank's part of the tokens.  weight: its rows of the head.  targets: (total_tokens,) int64.
+    Of equal logits the first token counts, as in one process.
+    """
+    counts = targets != -100
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    if size > 1:
+        hidden = gather_rows(hidden, group)[: targets.numel()]
+    vocab_size, rows = weight.shape[0], local(weight)
+    logits = torch.nn.functional.linear(hidden[counts], rows.to(hidden.dtype)).float()
+    start = rank * -(-vocab_size // size)
+    if logits.shape[1] == 0:  # the last ranks may have no tokens of the vocabulary
+        best, token = logits.new_full((len(logits),), -torch.inf), torch.zeros(len(logits), dtype=torch.int64)
+    else:
+        best, token = logits.max(-1)
+    mine = torch.stack([best.double(), (token + start).double()])
+    every = [torch.empty_like(mine) for _ in range(size)]
+    dist.all_gather(every, mine, group=group)
+    stacked = torch.stack(every)  # (ranks, 2, targets)
+    winner = stacked[:, 0].argmax(0, keepdim=True)
+    chosen = stacked[:, 1].gather(0, winner)[0].long()
+    return (chosen != targets[counts]).sum().float()
 
 
 @torch.no_grad()

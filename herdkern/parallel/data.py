@@ -7,6 +7,7 @@ averaged: the loss is divided by the targets of all ranks.
 Source: The Llama 3 Herd of Models, section 3.3.2 (arXiv:2407.21783).
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -71,6 +72,8 @@ def local(tensor: Tensor) -> Tensor:
 def clip_gradients(params: Sequence[nn.Parameter], copies: Sequence[float], max_norm: float) -> Tensor:
     """The norm of the gradients of all parameters of a run, () fp64; above `max_norm` (0: never) they are scaled down.
 
+    Gradients whose norm is not finite stay as they are.
+
     params: of this rank.  copies: of each, on how many ranks of the run the same part of it lies.
     """
     total = torch.zeros((), dtype=torch.float64, device=params[0].device)
@@ -80,7 +83,7 @@ def clip_gradients(params: Sequence[nn.Parameter], copies: Sequence[float], max_
         total += gradient.double().square().sum() / count
     dist.all_reduce(total)
     norm = total.sqrt()
-    if max_norm and norm > max_norm:
+    if max_norm and max_norm < norm < math.inf:
         for gradient in gradients:
             gradient.mul_((max_norm / norm).to(gradient.dtype))
     return norm

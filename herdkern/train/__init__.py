@@ -6,7 +6,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from herdkern.train.config import CheckpointConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from herdkern.train.config import CheckpointConfig, LongContextConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from herdkern.train.ramp import LLAMA3_RAMP, Ramp, RampPhase
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from herdkern.train.checkpoint import CorruptCheckpointError, latest_checkpoint, load_checkpoint, verify_checkpoint
     from herdkern.train.evaluate import HeldOut, token_counts, unigram_baseline
     from herdkern.train.guard import NonFiniteError
-    from herdkern.train.long_context import LongContextConfig, LongContextGate, LongContextStalledError
+    from herdkern.train.long_context import LongContextGate, LongContextStalledError
     from herdkern.train.objective import next_token_loss
     from herdkern.train.recompute import recompute_activations
     from herdkern.train.sharded_checkpoint import SaveCost, Saver
@@ -59,7 +59,6 @@ _HOMES = {
     "Batch": "batch",
     "CorruptCheckpointError": "checkpoint",
     "HeldOut": "evaluate",
-    "LongContextConfig": "long_context",
     "LongContextGate": "long_context",
     "LongContextStalledError": "long_context",
     "NonFiniteError": "guard",

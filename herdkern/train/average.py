@@ -19,10 +19,11 @@ class WeightAverage:
         self.mean: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Take the present parameters into the mean."""
+    def update(self, model: nn.Module | Mapping[str, Tensor]) -> None:
+        """Take the present parameters, of a module or by their names, into the mean."""
         self.count += 1
-        for name, param in model.named_parameters():
+        named = model.named_parameters() if isinstance(model, nn.Module) else model.items()
+        for name, param in named:
             value = param.detach().to(torch.float64)
             if self.count == 1:
                 self.mean[name] = value.clone()

@@ -61,14 +61,60 @@ class ScheduleConfig:
 class CheckpointConfig:
     """When to save and how many complete checkpoints to keep."""
 
-    every_steps: int = 100  # 0: only at the end
+    every_steps: int | Literal["auto"] = 100  # 0: only at the end; "auto": by what a save costs (Young and Daly)
     keep_last: int = 2
+    between_failures_s: float = 0.0  # seconds of the whole job, for "auto"; 0: the Llama 3 paper's rate for a device
 
     def __post_init__(self) -> None:
-        if self.every_steps < 0:
+        if self.every_steps != "auto" and self.every_steps < 0:
             raise ValueError(f"CheckpointConfig: every_steps must not be negative, got {self.every_steps}")
+        if self.between_failures_s < 0:
+            raise ValueError(
+                f"CheckpointConfig: between_failures_s must not be negative, got {self.between_failures_s}"
+            )
         if self.keep_last < 1:
             raise ValueError(f"CheckpointConfig: keep_last must be at least 1, got {self.keep_last}")
+
+
+LLAMA3_LENGTHS = (8192, 16_384, 32_768, 49_152, 65_536, 98_304, 131_072)  # where it starts, and six stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongContextConfig:
+    """Stages of a growing context, each left only when two criteria hold (herdkern.train.long_context).
+
+    lengths: the context before, then that of every stage; none: no stages.  from_tokens: where the first begins.
+    check_every_steps: how often the criteria are looked at.  max_stage_tokens: of a stage, after which training stops
+    with an error.  confidence: of the one-sided interval that a short evaluation may lie below its baseline.
+    batch_multiple: a step of a stage has as many sequences as its tokens before it give, rounded down to a multiple of
+    this; each is a micro-batch.
+    """
+
+    lengths: tuple[int, ...] = LLAMA3_LENGTHS
+    from_tokens: int = 0
+    check_every_steps: int = 100
+    max_stage_tokens: int = 200_000_000_000
+    confidence: float = 0.95
+    batch_multiple: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rises = all(a < b for a, b in zip(self.lengths, self.lengths[1:]))
+        if self.lengths and (len(self.lengths) < 2 or not rises or self.lengths[0] < 1):
+            raise ValueError(f"LongContextConfig: lengths must be two or more and rise, or none, got {self.lengths}")
+        if self.max_stage_tokens < 1 or not 0.5 <= self.confidence < 1:
+            raise ValueError(
+                "LongContextConfig: max_stage_tokens must be positive and confidence lie in [0.5, 1), "
+                f"got {self.max_stage_tokens}, {self.confidence}"
+            )
+        for name, least in (("from_tokens", 0), ("check_every_steps", 1), ("batch_multiple", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"LongContextConfig: {name} must be at least {least}, got {getattr(self, name)}")
+
+    def phase(self, length: int, tokens_per_step: int) -> RampPhase:
+        """A step of sequences of `length` that sees at most `tokens_per_step` tokens."""
+        sequences = tokens_per_step // length // self.batch_multiple * self.batch_multiple
+        return RampPhase(from_tokens=self.from_tokens, batch_size=sequences, seq_len=length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +136,15 @@ class TrainConfig:
     average_every_steps: int = 0  # Polyak average over the annealing steps; 0: none
     average_last_steps: int = 0  # only over so many steps at the end; 0: over all annealing steps
     eval_every_steps: int = 0  # held-out loss; 0: never inside the loop
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    # a step that is not finite ends the run, is left out, or sends the run back to a checkpoint and past that data
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     max_skipped_steps: int = 10  # in a row, with on_nonfinite="skip"
+    max_rollbacks: int = 3  # of the run, with on_nonfinite="rollback"
     reuse_memory: bool = True  # keep freed memory for the next step (herdkern.memory); the same bits either way
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    long_context: LongContextConfig = field(default_factory=lambda: LongContextConfig(lengths=()))
 
     def __post_init__(self) -> None:
         for name in ("steps", "seq_len", "batch_size"):
@@ -109,9 +158,12 @@ class TrainConfig:
                 )
         if self.dtype not in ("fp32", "bf16"):
             raise ValueError(f"TrainConfig: dtype must be 'fp32' or 'bf16', got {self.dtype!r}")
-        if self.on_nonfinite not in ("stop", "skip"):
-            raise ValueError(f"TrainConfig: on_nonfinite must be 'stop' or 'skip', got {self.on_nonfinite!r}")
-        for name in ("average_every_steps", "average_last_steps", "eval_every_steps", "max_skipped_steps"):
+        if self.on_nonfinite not in ("stop", "skip", "rollback"):
+            raise ValueError(
+                f"TrainConfig: on_nonfinite must be 'stop', 'skip' or 'rollback', got {self.on_nonfinite!r}"
+            )
+        names = ("average_every_steps", "average_last_steps", "eval_every_steps", "max_skipped_steps", "max_rollbacks")
+        for name in names:
             if getattr(self, name) < 0:
                 raise ValueError(f"TrainConfig: {name} must not be negative, got {getattr(self, name)}")
         if self.schedule.warmup_steps + self.schedule.anneal_steps > self.steps:
@@ -119,6 +171,13 @@ class TrainConfig:
                 f"TrainConfig: warmup_steps + anneal_steps must be at most steps={self.steps}, "
                 f"got {self.schedule.warmup_steps} + {self.schedule.anneal_steps}"
             )
+        if self.long_context.lengths:
+            tokens = self.ramp_plan().at(self.long_context.from_tokens).tokens_per_step
+            if tokens < self.long_context.lengths[-1] * self.long_context.batch_multiple:
+                raise ValueError(
+                    f"TrainConfig: long_context.lengths must fit into a step of {tokens} tokens "
+                    f"{self.long_context.batch_multiple} times, got {self.long_context.lengths[-1]}"
+                )
         if self.average_every_steps and not self.schedule.anneal_steps:
             warnings.warn("TrainConfig: average_every_steps has no effect without schedule.anneal_steps", stacklevel=3)
 
@@ -138,8 +197,13 @@ class TrainConfig:
 
     @property
     def longest_seq_len(self) -> int:
-        """The longest sequences of the run: what the sampler numbers where there is a ramp."""
-        return max(phase.seq_len for phase in self.ramp_plan().phases)
+        """The longest sequences of the run: what the sampler numbers where their length changes."""
+        return max(*(phase.seq_len for phase in self.ramp_plan().phases), *self.long_context.lengths, 0)
+
+    @property
+    def changes_length(self) -> bool:
+        """Whether sequences are cut from a stream of tokens, as their length or number changes in the run."""
+        return bool(self.ramp or self.long_context.lengths)
 
     @property
     def anneal_start_sequence(self) -> int:
@@ -150,7 +214,12 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """The fields that the bits of the result depend on, as JSON values; a resumed run must have the same."""
         values = dataclasses.asdict(self)
-        del values["checkpoint"], values["eval_every_steps"], values["reuse_memory"], values["recompute"]
+        for name in ("checkpoint", "eval_every_steps", "reuse_memory", "recompute", "max_rollbacks"):
+            del values[name]
+        if self.long_context.lengths:
+            values["long_context"]["lengths"] = list(self.long_context.lengths)
+        else:
+            del values["long_context"]  # as below
         if self.ramp:
             values["ramp"] = list(values["ramp"])  # as JSON gives it back
         else:

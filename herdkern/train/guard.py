@@ -1,12 +1,18 @@
-"""What is looked for when a loss or gradient is not finite: the first bad tensor, by name."""
+"""What is looked for when a loss or gradient is not finite: the first bad tensor, by name, and the rank that has it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from herdkern.parallel.compose import ParallelModel
+from herdkern.parallel.data import local
 from herdkern.train.batch import Batch
+
+NOTHING = "nothing in a second run: the machine may be faulty"
 
 
 class NonFiniteError(RuntimeError):
@@ -23,33 +29,68 @@ def first_bad_tensor(
     for name, param in model.named_parameters():
         if not _is_finite(param):
             return f"parameter {name}"
+    with torch.no_grad(), _watched(model.named_modules()) as found:
+        for batch in batches:
+            loss, _ = objective(model, batch)
+            if not found and not _is_finite(loss):
+                found.append("loss")
+            if found:
+                return found[0] if found[0] == "loss" else f"output of {found[0]}"
+    for name, param in reversed(list(model.named_parameters())):  # backward reaches the last layer first
+        if param.grad is not None and not _is_finite(param.grad):
+            return f"gradient of {name}"
+    return NOTHING
+
+
+@torch.no_grad()
+def first_bad_of_ranks(model: ParallelModel, batches: Sequence[Batch]) -> str:
+    """As `first_bad_tensor`, of all ranks, which call it together: "output of layers.1.mlp.up_proj on rank 2"."""
+    mine: list[tuple[int, int, int, str]] = []  # (kind, place in the order of computing, rank, what)
+    rank, named = dist.get_rank(), list(model.named_parameters().items())
+    mine += [(0, i, rank, f"parameter {name}") for i, (name, param) in enumerate(named) if not _is_finite(param)][:1]
+    modules = [(name, module) for stage in model.stages for name, module in stage.named_modules()]
+    with _watched(modules) as found:
+        loss = model.evaluate(batches)
+    places = {}
+    for stage in model.stages:
+        for name in _in_order_of_computing(stage):
+            places[name] = stage.index * len(modules) * dist.get_world_size() + len(places)
+    mine += [(1, places[name], rank, f"output of {name}") for name in found]
+    mine += [] if _is_finite(loss) else [(2, 0, 0, "loss")]
+    gradients = [(i, name) for i, (name, p) in enumerate(named) if p.grad is not None and not _is_finite(p.grad)]
+    mine += [(3, -i, rank, f"gradient of {name}") for i, name in gradients[-1:]]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine[:1])
+    first = min((one for some in gathered for one in some), default=None)
+    return NOTHING if first is None else f"{first[3]} on rank {first[2]}"
+
+
+@contextmanager
+def _watched(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[list[str]]:
+    """Yields a list that gets the name of the first module whose output is not finite."""
     found: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             outputs = output if isinstance(output, tuple) else (output,)
             if not found and any(isinstance(out, Tensor) and not _is_finite(out) for out in outputs):
-                found.append(f"output of {name or 'the model'}")
+                found.append(name or "the model")
 
         return hook
 
-    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
+    hooks = [module.register_forward_hook(watch(name)) for name, module in modules]
     try:
-        with torch.no_grad():
-            for batch in batches:
-                loss, _ = objective(model, batch)
-                if not found and not _is_finite(loss):
-                    found.append("loss")
-                if found:
-                    return found[0]
+        yield found
     finally:
         for hook in hooks:
             hook.remove()
-    for name, param in reversed(list(model.named_parameters())):  # backward reaches the last layer first
-        if param.grad is not None and not _is_finite(param.grad):
-            return f"gradient of {name}"
-    return "nothing in a second run: the machine may be faulty"
+
+
+def _in_order_of_computing(module: nn.Module, name: str = "") -> list[str]:
+    """The names of all modules, each behind its parts."""
+    parts = [(f"{name}.{key}" if name else key, child) for key, child in module.named_children()]
+    return [one for part in parts for one in _in_order_of_computing(part[1], part[0])] + [name or "the model"]
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return bool(tensor.detach().isfinite().all())
+    return bool(local(tensor.detach()).isfinite().all())

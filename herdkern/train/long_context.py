@@ -15,33 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-LLAMA3_LENGTHS = (8192, 16_384, 32_768, 49_152, 65_536, 98_304, 131_072)  # where it starts, and six stages
+from herdkern.train.config import LongContextConfig
+
 FEWEST_EXAMPLES = 20
 DRAWS = 2000
 
 
 class LongContextStalledError(RuntimeError):
     """A stage saw all the tokens that it may and its criteria do not hold."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LongContextConfig:
-    """lengths: the context before, then that of every stage.  max_stage_tokens: of a stage, after which training stops
-    with an error.  confidence: of the one-sided interval that a short evaluation may lie below its baseline."""
-
-    lengths: tuple[int, ...] = LLAMA3_LENGTHS
-    max_stage_tokens: int = 200_000_000_000
-    confidence: float = 0.95
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if len(self.lengths) < 2 or any(a >= b for a, b in zip(self.lengths, self.lengths[1:])) or self.lengths[0] < 1:
-            raise ValueError(f"LongContextConfig: lengths must be two or more and rise, got {self.lengths}")
-        if self.max_stage_tokens < 1 or not 0.5 <= self.confidence < 1:
-            raise ValueError(
-                "LongContextConfig: max_stage_tokens must be positive and confidence lie in [0.5, 1), "
-                f"got {self.max_stage_tokens}, {self.confidence}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """AdamW over named parameters, and its state as named tensors. Source: Loshchilov & Hutter 2019 (arXiv:1711.05101)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,13 +20,18 @@ def build_adamw(model: nn.Module, config: OptimizerConfig) -> AdamW:
     Its `grad_norm` is always measured; a step whose norm is not finite changes nothing.
     """
     params = [p for p in model.parameters() if p.requires_grad]
+    return adamw_of(params, config, max_grad_norm=config.max_grad_norm or math.inf)
+
+
+def adamw_of(params: Sequence[Tensor], config: OptimizerConfig, *, max_grad_norm: float) -> AdamW:
+    """AdamW over tensors, of which those of one dimension do not decay; the clip is `max_grad_norm`, not config's."""
     groups: list[dict[str, Any]] = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    clip = config.max_grad_norm or math.inf
-    return AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, max_grad_norm=clip)
+    betas = (config.beta1, config.beta2)
+    return AdamW(groups, lr=0.0, betas=betas, eps=config.eps, max_grad_norm=max_grad_norm)
 
 
 def total_norm(model: nn.Module) -> float:

@@ -69,7 +69,7 @@ def fingerprint(run_dir: Path) -> dict[str, str]:
         if path.is_file() and path.name not in UNTIMED
     }
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "tokens_per_s", "mfu", "mfu_convention")
+    timed = ("time", "seconds", "tokens_per_s", "mfu", "mfu_convention")
     found["metrics"] = json.dumps([{k: v for k, v in row.items() if k not in timed} for row in rows])
     return found
 

@@ -1,35 +1,11 @@
-"""Small deterministic pieces shared by the training tests: a dataset in memory and a run on it."""
+"""Small deterministic pieces shared by the training tests: a dataset and a run on it."""
 
-import numpy as np
 import pytest
+from documents_in_memory import VOCAB, ArrayDataset
 
 from herdkern.data.mix import TokenSampler
 from herdkern.model.config import ModelConfig
 from herdkern.train.config import CheckpointConfig, ScheduleConfig, TrainConfig
-
-VOCAB = 61
-BOS, EOS = 59, 60
-
-
-class ArrayDataset:
-    """Documents in memory with the interface of TokenDataset; each counts upwards from a random start."""
-
-    def __init__(self, num_docs: int, seed: int) -> None:
-        rng = np.random.default_rng(seed)
-        docs = [
-            np.concatenate([[BOS], (rng.integers(0, 50) + np.arange(rng.integers(3, 40))) % 50, [EOS]])
-            for _ in range(num_docs)
-        ]
-        self.tokens = np.concatenate(docs).astype(np.int64)
-        self.borders = np.concatenate([[0], np.cumsum([len(d) for d in docs])])
-        self.num_tokens = len(self.tokens)
-        self.num_docs = num_docs
-        self.n_vocab = VOCAB
-        self.bos_id, self.eos_id = BOS, EOS
-
-    def window(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        inside = self.borders[(self.borders > start) & (self.borders < start + length)] - start
-        return self.tokens[start : start + length], np.concatenate([[0], inside, [length]]).astype(np.int32)
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ import torch
 import torch._dynamo  # torch.optim imports it at its first step; here once for all children
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import VOCAB, ArrayDataset
+from documents_in_memory import VOCAB, ArrayDataset
 
 from herdkern.data.mix import TokenSampler
 from herdkern.model.config import ModelConfig

@@ -13,7 +13,7 @@ from herdkern.train.config import CheckpointConfig, OptimizerConfig, ScheduleCon
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 6, "micro_batch_size": 4}, "micro_batch_size must divide batch_size=6, got 4"),
         ({"dtype": "fp8"}, "dtype must be 'fp32' or 'bf16', got 'fp8'"),
-        ({"on_nonfinite": "ignore"}, "on_nonfinite must be 'stop' or 'skip', got 'ignore'"),
+        ({"on_nonfinite": "ignore"}, "on_nonfinite must be 'stop', 'skip' or 'rollback', got 'ignore'"),
         ({"eval_every_steps": -1}, "must not be negative"),
         ({"steps": 10, "schedule": ScheduleConfig(warmup_steps=8, anneal_steps=3)}, "at most steps=10, got 8 \\+ 3"),
     ],

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from herdkern.train.config import LLAMA3_LENGTHS, LongContextConfig
 from herdkern.train.long_context import (
-    LLAMA3_LENGTHS,
-    LongContextConfig,
     LongContextGate,
     LongContextStalledError,
     needle_is_found,

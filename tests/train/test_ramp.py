@@ -114,7 +114,7 @@ def test_a_run_resumed_across_the_switches_has_the_same_bits(tiny_model_config, 
 
             def step_then_stop(trainer=trainer, run=run, stop=stop):
                 record = run()
-                trainer._stopping = trainer.step >= stop
+                trainer._signals.came = trainer.step >= stop
                 return record
 
             trainer._run_step = step_then_stop

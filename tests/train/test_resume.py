@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-TIMING = ("seconds", "tokens_per_s", "mfu", "mfu_convention")
+TIMING = ("time", "seconds", "tokens_per_s", "mfu", "mfu_convention")
 
 
 def zygote(*runs):

@@ -18,7 +18,7 @@ from herdkern.train.guard import NonFiniteError
 from herdkern.train.objective import next_token_loss
 from herdkern.train.trainer import PackedBatches, Trainer
 
-TIMING = ("seconds", "tokens_per_s", "mfu", "mfu_convention")
+TIMING = ("time", "seconds", "tokens_per_s", "mfu", "mfu_convention")
 
 
 def run(model_config, config, sampler, folder, **kwargs):
@@ -61,7 +61,7 @@ def test_micro_batches_add_up_to_the_whole_batch(tiny_model_config, tiny_train_c
         cut = dataclasses.replace(config, micro_batch_size=size)
         trainer = Trainer(Transformer(tiny_model_config, seed=3), cut, PackedBatches(sampler, cut), tmp_path)
         batches = [trainer.source.batch(i, size or 4) for i in range(0, 4, size or 4)]
-        loss, _ = trainer._accumulate(batches)
+        loss, _ = trainer.engine.accumulate(batches)
         grads.append((loss, {n: p.grad.double() for n, p in trainer.model.named_parameters()}))
     eps = torch.finfo(torch.float32 if dtype == "fp32" else torch.bfloat16).eps
     assert grads[0][0] == pytest.approx(grads[1][0], rel=8 * eps)
@@ -72,7 +72,7 @@ def test_micro_batches_add_up_to_the_whole_batch(tiny_model_config, tiny_train_c
 def test_bf16_keeps_fp32_parameters_and_gradients(tiny_model_config, tiny_train_config, sampler, tmp_path):
     config = dataclasses.replace(tiny_train_config, dtype="bf16")
     trainer, _ = run(tiny_model_config, config, sampler, tmp_path)
-    trainer._accumulate([trainer.source.batch(0, 4)])
+    trainer.engine.accumulate([trainer.source.batch(0, 4)])
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
     assert {p.grad.dtype for p in trainer.model.parameters()} == {torch.float32}
     state = load_file(tmp_path / "checkpoints" / "step-12" / "optimizer.safetensors")

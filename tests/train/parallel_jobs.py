@@ -1,0 +1,132 @@
+"""What the ranks of the parallel training tests do; each job returns plain values."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import torch
+from documents_in_memory import PARALLEL_MODEL, PARALLEL_RUN, sampler_of
+
+from herdkern.model.transformer import Transformer
+from herdkern.parallel import ParallelConfig
+from herdkern.train import one_process, parallel_engine
+from herdkern.train.guard import NonFiniteError
+from herdkern.train.trainer import PackedBatches, Trainer
+
+for module in (one_process, parallel_engine):  # a rate is not what these tests look at
+    module.measured_peak_flops = lambda *_, **__: 1e11
+TIMING = ("time", "seconds", "tokens_per_s", "mfu", "mfu_convention")
+MARK = 57  # a token that no document has
+
+
+def facts(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key not in TIMING} for record in records]
+
+
+class Watched(PackedBatches):
+    """Remembers which sequences were asked for; the sequences `bad` consist of MARK alone."""
+
+    def __init__(self, sampler, config, bad=()):
+        super().__init__(sampler, config)
+        self.seen, self.bad = [], bad
+
+    def batch(self, first, count):
+        self.seen.append(first)
+        made = super().batch(first, count)
+        return dataclasses.replace(made, tokens=torch.full_like(made.tokens, MARK)) if first in self.bad else made
+
+    def batch_at(self, token, count, seq_len):
+        self.seen.append((token, count, seq_len))
+        return super().batch_at(token, count, seq_len)
+
+
+def poisoned_by_mark(module, inputs, output):
+    """A hook for an embedding: sequences of MARK give NaN."""
+    return output * float("nan") if bool((inputs[0] == MARK).any()) else output
+
+
+def trainer_of(folder, sizes, *, tied=False, bad=(), **changes):
+    """A trainer of the small run; sizes: of the layout, None in one process."""
+    config = dataclasses.replace(PARALLEL_RUN, **changes)
+    model = Transformer(dataclasses.replace(PARALLEL_MODEL, tied_embeddings=tied), seed=3)
+    if bad:
+        model.embed_tokens.register_forward_hook(poisoned_by_mark)
+    parallel = None if sizes is None else ParallelConfig(**sizes)
+    source = Watched(sampler_of(config.longest_seq_len), config, bad)
+    return Trainer(model, config, source, folder, parallel=parallel)
+
+
+def train(rank, folder, sizes, changes=None):
+    """(what was read, the mean that the average holds of this rank's parts, their names) of a whole run."""
+    trainer = trainer_of(folder, sizes, **(changes or {}))
+    result = trainer.fit()
+    return trainer.source.seen, result.step, result.tokens, result.interrupted
+
+
+def train_badly(rank, folder, sizes, changes):
+    """The message of the error that a run ends with, or "" if it has none, and what the weights were then."""
+    trainer = trainer_of(folder, sizes, **changes)
+    try:
+        trainer.fit()
+    except NonFiniteError as error:
+        return str(error)
+    return ""
+
+
+def train_until_signal(rank, folder, sizes, step, number, changes=None):
+    """A run in which the last rank gets a signal in a step."""
+    trainer = trainer_of(folder, sizes, **(changes or {}))
+    last = trainer.engine.num_ranks - 1
+    phases = []
+
+    def beat(step, phase, at=step):
+        phases.append((step, phase))
+        if phase == "step" and step == at and rank == last:
+            os.kill(os.getpid(), number)
+
+    trainer.on_beat = beat
+    before = signal.getsignal(number)
+    result = trainer.fit()
+    assert signal.getsignal(number) is before
+    return result.step, result.interrupted, result.checkpoint.name, phases
+
+
+def train_with_bad_weight(rank, folder, sizes, bad_rank, name):
+    """Rank `bad_rank` holds an infinite weight; the message of the error."""
+    trainer = trainer_of(folder, sizes)
+    if rank == bad_rank:
+        with torch.no_grad():
+            trainer.engine.parts[name].view(-1)[0] = float("inf")
+    try:
+        trainer.fit()
+    except NonFiniteError as error:
+        return str(error)
+    return ""
+
+
+def second_trainer(rank, folder, sizes):
+    """What the second of two trainers in a folder says while the first works."""
+    said = []
+    first = trainer_of(folder, sizes)
+
+    def beat(step, phase):
+        if (step, phase) == (2, "step"):
+            try:
+                trainer_of(folder, sizes).fit()
+            except RuntimeError as error:
+                said.append(str(error))
+
+    first.on_beat = beat
+    first.fit()
+    return said
+
+
+def wrong_targets(rank, sizes, tied):
+    """How many targets of some batches are not the most likely token, and the mean losses."""
+    from pathlib import Path
+
+    trainer = trainer_of(Path("nowhere"), sizes, tied=tied)
+    batches = [trainer.source.batch(i, 2) for i in range(3)]
+    return [trainer.engine.num_wrong(batch) for batch in batches], [trainer.engine.loss(batch) for batch in batches]
