@@ -29,7 +29,8 @@ from herdkern.train.metrics import measured_peak_flops
 from herdkern.train.one_process import TORCH_DTYPES
 from herdkern.train.optimizer import adamw_of
 from herdkern.train.recompute import recompute_activations
-from herdkern.train.sharded_checkpoint import Saver, latest_sharded, load_sharded
+from herdkern.train.sharded_checkpoint import Saver
+from herdkern.train.sharded_load import latest_sharded, load_sharded
 from herdkern.train.source import BatchSource, StepData
 
 T = TypeVar("T")
