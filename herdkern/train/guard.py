@@ -51,7 +51,7 @@ def first_bad_of_ranks(model: ParallelModel, batches: Sequence[Batch]) -> str:
     modules = [(name, module) for stage in model.stages for name, module in stage.named_modules()]
     with _watched(modules) as found:
         loss = model.evaluate(batches)
-    places = {}
+    places: dict[str, int] = {}
     for stage in model.stages:
         for name in _in_order_of_computing(stage):
             places[name] = stage.index * len(modules) * dist.get_world_size() + len(places)

@@ -38,7 +38,7 @@ def sampler_of(seq_len: int = 32) -> TokenSampler:
 
 
 PARALLEL_MODEL = ModelConfig(
-    vocab_size=VOCAB, dim=16, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=4, ffn_dim=24, max_seq_len=64
+    vocab_size=VOCAB, dim=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, ffn_dim=24, max_seq_len=64
 )
 PARALLEL_RUN = TrainConfig(
     steps=10,

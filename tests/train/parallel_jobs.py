@@ -47,10 +47,10 @@ def poisoned_by_mark(module, inputs, output):
     return output * float("nan") if bool((inputs[0] == MARK).any()) else output
 
 
-def trainer_of(folder, sizes, *, tied=False, bad=(), **changes):
+def trainer_of(folder, sizes, *, tied=False, num_layers=2, bad=(), **changes):
     """A trainer of the small run; sizes: of the layout, None in one process."""
     config = dataclasses.replace(PARALLEL_RUN, **changes)
-    model = Transformer(dataclasses.replace(PARALLEL_MODEL, tied_embeddings=tied), seed=3)
+    model = Transformer(dataclasses.replace(PARALLEL_MODEL, tied_embeddings=tied, num_layers=num_layers), seed=3)
     if bad:
         model.embed_tokens.register_forward_hook(poisoned_by_mark)
     parallel = None if sizes is None else ParallelConfig(**sizes)
