@@ -251,9 +251,10 @@ class StageWalk:
         self._ungather(ledger)
         ledger.add(KEPT, z.q + z.kv)  # rotated
         ledger.free(BRIEF, z.q + z.kv)
-        ledger.add(BRIEF, z.other_context * z.element)
+        keys = z.other_context and z.other_context * z.element + 2 * z.kv
+        ledger.add(BRIEF, keys)
         ledger.add(KEPT, z.q + z.lse)
-        ledger.free(BRIEF, z.other_context * z.element)
+        ledger.free(BRIEF, keys)
         self._copy(ledger, z.q_weight)
         self._gather(ledger)  # a partial sum of all tokens, before it is reduced and scattered
         ledger.add(BRIEF, z.residual)
@@ -308,11 +309,12 @@ class StageWalk:
         self._weight_grad(ledger, z.q_weight, first)
         self._copy(ledger, z.q_weight, -1)
         self._ungather(ledger)
-        others = z.other_context * (z.element + WIDE)  # gathered again; their gradients are summed in fp32
-        own = 2 * z.kv * WIDE // z.element if z.other_context else 0
-        ledger.add(BRIEF, others + own)
-        ledger.add(BRIEF, z.q + 2 * z.kv)
-        ledger.free(BRIEF, others + own)
+        held, call = self._context_backward()
+        ledger.add(BRIEF, z.q)
+        ledger.add(BRIEF, held + call)
+        ledger.free(BRIEF, call)
+        ledger.add(BRIEF, 2 * z.kv)
+        ledger.free(BRIEF, held)
         ledger.free(BRIEF, z.q)
         ledger.free(KEPT, 2 * z.q + 2 * z.kv + z.lse)
         ledger.add(BRIEF, z.q + z.kv)  # turned back
@@ -323,6 +325,19 @@ class StageWalk:
         if has_branch:
             ledger.free(KEPT, z.residual)  # x + branch
         self._sum_grads(ledger, z.block_weight, first)
+
+    def _context_backward(self) -> tuple[int, int]:
+        """What the backward pass of attention holds on the context rank whose last queries see all keys, and what its
+        call for those, half of its queries, adds: the kernel runs in fp32."""
+        z = self.sizes
+        if not z.other_context:
+            return 0, 0
+        own = 2 * z.kv // z.element
+        keys = z.other_context + own
+        held = keys * (z.element + WIDE) + own * WIDE  # gathered again; their gradients, and those of own keys
+        queries = z.q // 2 * WIDE // z.element
+        call = queries + keys * WIDE  # dq, dk and dv
+        return held, call if z.element == WIDE else call + 3 * queries + keys * WIDE  # dout, q, out; k and v
 
     def _projections_backward(self, ledger: Ledger, first: bool, parts: list[tuple[int, int]]) -> None:
         """Through projections of one normed input: (bytes of the gradient, elements of the weight) of each."""
