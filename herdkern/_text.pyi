@@ -323,4 +323,33 @@ class DocumentDealer(DocumentLines):
         self, is_plain: np.ndarray, wants_dropped: bool, file_name: str, reader: Callable[[bytes, int], bytes]
     ) -> None: ...
     def drop(self, rows: np.ndarray, decisions: np.ndarray, reasons: Sequence[str], names: str) -> None: ...
-    def deal(self, piece: bytes, last: bool) -> tuple[bytes, bytes]: ...
+    def deal(self, piece: bytes, last: bool) -> tuple[list[bytes | memoryview], bytes]: ...
+
+# csrc/text/bind_line_documents.cpp
+class LineKeys(DocumentLines):
+    languages: list[str]
+    def __init__(
+        self,
+        exempt_sources: Sequence[str],
+        within_language: bool,
+        file_name: str,
+        reader: Callable[[bytes, int], bytes],
+    ) -> None: ...
+    def scan(self, piece: bytes, last: bool) -> None: ...
+    def take(self) -> tuple[np.ndarray, np.ndarray]: ...  # rows uint8 (n, 16), keys uint64
+
+class LineDealer(DocumentLines):
+    num_held_bytes: int
+    counters: dict[str, int]
+    def __init__(
+        self,
+        exempt_sources: Sequence[str],
+        code_aware: bool,
+        min_kept_share: float,
+        file_name: str,
+        reader: Callable[[bytes, int], bytes],
+    ) -> None: ...
+    def hold(self, piece: bytes, last: bool) -> int: ...
+    def deal(
+        self, begins: np.ndarray, counts: np.ndarray, keys: np.ndarray, removed: RemovedLines
+    ) -> tuple[bytes, bytes]: ...

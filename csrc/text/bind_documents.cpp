@@ -10,10 +10,8 @@
 #include <stdexcept>
 
 #include "text/cluster_members.h"
-#include "text/document_lines.h"
+#include "text/document_reader.h"
 #include "text/record_file.h"
-
-namespace py = pybind11;
 
 namespace herdkern::text {
 
@@ -21,44 +19,6 @@ namespace {
 
 template <typename T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
-
-const MinHashKernels& best_kernels() { return minhash_levels().front(); }
-
-// The lines of one file as documents. What the parser leaves to Python, `reader` makes plain: it is called with (line,
-// number of the line) and returns the plain line, or raises.
-class Documents {
- public:
-  Documents(const std::string& file_name, py::object reader)
-      : document(best_kernels(), file_name), reader_(std::move(reader)) {}
-
-  // Calls use(document, line) for every document of a piece. The GIL must not be held.
-  template <typename Use>
-  void feed(std::string_view piece, bool is_last, Use&& use) {
-    lines_.feed(piece, is_last, [&](std::string_view line) { use(line, lines_.number()); });
-  }
-
-  // Reads the line into `document`.
-  void read(std::string_view line, uint64_t number) {
-    if (document.read(line, number)) return;
-    {
-      const py::gil_scoped_acquire gil;
-      plain_ = reader_(py::bytes(line.data(), line.size()), number).cast<std::string>();
-    }
-    if (!document.read(plain_, number, true))
-      throw std::invalid_argument("line " + std::to_string(number) + ": what Python made of it is no document");
-    document.set_not_plain();
-  }
-
-  uint64_t num_lines() const { return lines_.number(); }
-  uint64_t num_pending_bytes() const { return lines_.num_pending_bytes(); }
-
-  DocumentLine document;
-
- private:
-  LineFeed lines_;
-  py::object reader_;
-  std::string plain_;
-};
 
 class DocumentColumns : public Documents {
  public:
@@ -215,10 +175,11 @@ class DocumentDealer : public Documents {
     }
   }
 
-  // (lines of those that stay, lines of those that go) of a piece.
+  // (parts of the lines of those that stay, lines of those that go) of a piece. What can be copied is a view of it.
   py::tuple deal(const py::bytes& piece, bool last) {
     const std::string_view data = piece;
     kept_.clear();
+    made_.clear();
     aside_.clear();
     {
       const py::gil_scoped_release release;
@@ -226,16 +187,21 @@ class DocumentDealer : public Documents {
         const uint64_t row = row_++;
         if (row >= dropped_.size()) return;  // the caller sees it by num_documents
         if (dropped_[row] != kStays) return put_aside(line, number, goes_[dropped_[row]]);
+        const size_t begin = reinterpret_cast<uintptr_t>(line.data()) - reinterpret_cast<uintptr_t>(data.data());
+        if (is_plain_[row] && begin < data.size() && line.size() < data.size() - begin)  // it lies in the piece
+          return keep({false, begin, line.size() + 1});
+        const size_t made = made_.size();
         if (is_plain_[row]) {
-          kept_ += line;
+          made_ += line;
         } else {
           read(line, number);
-          document.write(kept_);
+          document.write(made_);
         }
-        kept_ += '\n';
+        made_ += '\n';
+        keep({true, made, made_.size() - made});
       });
     }
-    return py::make_tuple(py::bytes(kept_), py::bytes(aside_));
+    return py::make_tuple(take_kept(piece), py::bytes(aside_));
   }
   uint64_t num_documents() const { return row_; }
 
@@ -248,6 +214,31 @@ class DocumentDealer : public Documents {
     std::string reason;
   };
 
+  struct Part {  // of what stays: made here, or as it is in the piece
+    bool is_made;
+    size_t begin, size;
+  };
+
+  void keep(const Part& part) {
+    if (!kept_.empty() && kept_.back().is_made == part.is_made && kept_.back().begin + kept_.back().size == part.begin)
+      kept_.back().size += part.size;
+    else
+      kept_.push_back(part);
+  }
+
+  py::list take_kept(const py::bytes& piece) {
+    const py::memoryview view(piece);
+    py::list parts;
+    for (const Part& part : kept_) {
+      const auto begin = static_cast<py::ssize_t>(part.begin), size = static_cast<py::ssize_t>(part.size);
+      if (part.is_made)
+        parts.append(py::bytes(made_.data() + begin, part.size));
+      else
+        parts.append(view[py::slice(begin, begin + size, 1)]);
+    }
+    return parts;
+  }
+
   void put_aside(std::string_view line, uint64_t number, const Going& going) {
     if (!wants_dropped_) return;
     read(line, number);
@@ -258,25 +249,16 @@ class DocumentDealer : public Documents {
       append_escaped(text, json);
       document.set_meta(key, json + '"');
     }
-    document.set_meta("similarity", rounded(going.similarity));
+    document.set_meta("similarity", json_rounded(going.similarity));
     document.write(aside_, going.reason);
     aside_ += '\n';
-  }
-
-  // As json.dumps(round(value, 6)).
-  static std::string rounded(double value) {
-    char text[400];
-    const auto end = std::to_chars(text, text + sizeof(text), value, std::chars_format::fixed, 6).ptr;
-    std::from_chars(text, end, value);
-    std::string out;
-    append_float(value, out);
-    return out;
   }
 
   std::vector<uint8_t> is_plain_;
   std::vector<uint32_t> dropped_;  // of every row: kStays, or its place in goes_
   std::vector<Going> goes_;
-  std::string names_, kept_, aside_;
+  std::string names_, made_, aside_;
+  std::vector<Part> kept_;
   bool wants_dropped_;
   uint64_t row_ = 0;
 };

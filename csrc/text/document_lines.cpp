@@ -158,6 +158,17 @@ void DocumentLine::set_meta(std::string_view key, std::string json) {
   is_resolved_ = false;
 }
 
+void DocumentLine::set_text(std::string_view text) {
+  value(kId);
+  Memory& memory = values_[kText];
+  memory.bytes = text;
+  memory.size = text.size();
+  memory.is_made = true;
+  fields_[kText].json.has_escapes = true;  // so that `memory` counts, not the line
+  fields_[kText].json.is_plain = false;
+  is_plain_ = false;
+}
+
 // One entry for each key, in order: the last from outside of meta if that is a scalar, else the last within.
 void DocumentLine::resolve_meta() {
   if (is_resolved_) return;
@@ -284,8 +295,7 @@ DocumentRow DocumentLine::row(std::string_view score_key, bool use_groups, std::
   row.text_high = hashed.high;
   row.text_low = hashed.low;
   row.timestamp = timestamp_;
-  row.length =
-      kernels_.count_code_points(reinterpret_cast<const uint8_t*>(text.data()), static_cast<int64_t>(text.size()));
+  row.length = static_cast<int64_t>(num_characters(text));
   row.score = score(score_key);
   row.group = use_groups ? hash_text(value(kLang)).high | 1 : 0;  // never 0
   row.text_bytes = text.size();
@@ -323,6 +333,15 @@ void DocumentLine::write(std::string& out, std::string_view reason) {
     out += '"';
   }
   out += '}';
+}
+
+std::string json_rounded(double value) {
+  char text[400];
+  const auto end = std::to_chars(text, text + sizeof(text), value, std::chars_format::fixed, 6).ptr;
+  std::from_chars(text, end, value);
+  std::string out;
+  append_float(value, out);
+  return out;
 }
 
 }  // namespace herdkern::text

@@ -55,6 +55,11 @@ class DocumentLine {
   bool is_plain() const { return is_plain_; }  // write() would write the line as it is
   void set_not_plain() { is_plain_ = false; }
   void set_meta(std::string_view key, std::string json);
+  void set_text(std::string_view text);  // of a document whose text is not empty; an id made of the old one stays
+  uint64_t num_characters(std::string_view text) const {
+    return static_cast<uint64_t>(
+        kernels_.count_code_points(reinterpret_cast<const uint8_t*>(text.data()), static_cast<int64_t>(text.size())));
+  }
   // Appends the plain line without a line end. reason: if not empty, a last field of that name.
   void write(std::string& out, std::string_view reason = {});
 
@@ -99,6 +104,9 @@ class DocumentLine {
   size_t num_entries_ = 0;
   std::string key_, written_;
 };
+
+// As json.dumps(round(value, 6)).
+std::string json_rounded(double value);
 
 // Cuts a file that comes in pieces into lines.
 class LineFeed {

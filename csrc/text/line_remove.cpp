@@ -11,11 +11,6 @@ namespace {
 
 const uint8_t* bytes_of(std::string_view text) { return reinterpret_cast<const uint8_t*>(text.data()); }
 
-bool is_blank(std::string_view line) {
-  const uint8_t* p = bytes_of(line);
-  return skip_white_space(p, p + line.size()) == p + line.size();
-}
-
 std::string_view stripped(std::string_view line) {
   const uint8_t *p = bytes_of(line), *end = p + line.size();
   const uint8_t* first = skip_white_space(p, end);
@@ -23,6 +18,11 @@ std::string_view stripped(std::string_view line) {
 }
 
 }  // namespace
+
+bool is_blank(std::string_view line) {
+  const uint8_t* p = bytes_of(line);
+  return skip_white_space(p, p + line.size()) == p + line.size();
+}
 
 void RemovedLines::note(uint64_t key, uint64_t count, std::string_view line) {
   if (is_full_ && (count < last_.first || (count == last_.first && line > last_.second))) return;

@@ -30,6 +30,8 @@ class RemovedLines {
   bool is_full_ = false;
 };
 
+bool is_blank(std::string_view text);  // as Python's str.isspace has it; also if it is empty
+
 // What went of one text.
 struct LineRemoval {
   int64_t num_removed = 0;

@@ -7,6 +7,7 @@ void bind_bpe_train(pybind11::module_& m);       // bind_bpe_train.cpp
 void bind_lines(pybind11::module_& m);           // bind_lines.cpp
 void bind_clusters(pybind11::module_& m);        // bind_clusters.cpp
 void bind_documents(pybind11::module_& m);       // bind_documents.cpp
+void bind_line_documents(pybind11::module_& m);  // bind_line_documents.cpp
 void bind_merge_recovery(pybind11::module_& m);  // bind_merge_recovery.cpp
 void bind_minhash(pybind11::module_& m);         // bind_minhash.cpp
 void bind_sentencepiece(pybind11::module_& m);   // bind_sentencepiece.cpp
@@ -31,5 +32,6 @@ PYBIND11_MODULE(_text, m) {
   herdkern::text::bind_signatures(m);
   herdkern::text::bind_clusters(m);
   herdkern::text::bind_documents(m);  // after the signatures, whose plan it takes
+  herdkern::text::bind_line_documents(m);
   herdkern::text::bind_splitter(m);
 }

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import zstandard
 
@@ -310,6 +310,9 @@ def _plain(value: Any) -> Any:
     return clean_text(value) if isinstance(value, str) else value if isinstance(value, int) else None
 
 
+Writer = TypeVar("Writer", bound="DocumentWriter")
+
+
 class DocumentWriter:
     """Writes documents to `path`, zstd at `level` with a checksum (plain if it ends in .jsonl), as a context manager.
 
@@ -324,10 +327,10 @@ class DocumentWriter:
         self.num_documents = 0
         self.text_bytes = 0  # UTF-8 bytes of `text` alone
         self._output = atomic_file(self.path)
-        self._pending: list[bytes] = []
+        self._pending: list[bytes | memoryview] = []
         self._pending_bytes = 0
 
-    def __enter__(self) -> "DocumentWriter":
+    def __enter__(self: Writer) -> Writer:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._output.__enter__()
         compress = zstandard.ZstdCompressor(level=self.level or 1, write_checksum=True, write_content_size=False)
@@ -351,8 +354,11 @@ class DocumentWriter:
             self._flush()
 
     def _flush(self) -> None:
-        data = self._pending[0] if len(self._pending) == 1 else b"".join(self._pending)
-        self._pending, self._pending_bytes = [], 0
+        pending, self._pending, self._pending_bytes = self._pending, [], 0
+        if isinstance(self._compressor, StoredFrame):
+            self._file.writelines(self._compressor.blocks(pending))
+            return
+        data = pending[0] if len(pending) == 1 else b"".join(pending)
         self._file.write(data if self._compressor is None else self._compressor.compress(data))
 
     def __exit__(

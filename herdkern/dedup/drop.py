@@ -80,12 +80,12 @@ def drop_documents(inputs: list[Path], out: Path, config: Any) -> dict[str, Any]
 class LineWriter(DocumentWriter):
     """A DocumentWriter that also takes lines as they are."""
 
-    def write_lines(self, lines: bytes) -> None:
-        """Append whole lines that `write` would have written."""
-        if not lines:
-            return
-        self._pending.append(lines)
-        self._pending_bytes += len(lines)
+    def write_lines(self, parts: Iterable[bytes | memoryview]) -> None:
+        """Append whole lines that `write` would have written, in parts that may begin and end anywhere."""
+        for part in parts:
+            if part:
+                self._pending.append(part)
+                self._pending_bytes += len(part)
         if self._pending_bytes >= CHUNK_BYTES:
             self._flush()
 
@@ -117,8 +117,7 @@ def drop_members(inputs: list[Path], out: Path, settings: dict[str, Any]) -> dic
                 dropped[REASONS[reason]] = dropped.get(REASONS[reason], 0) + count
     np.save(out / "clusters.npy", clusters, allow_pickle=False)
     with contextlib.ExitStack() as stack:
-        kept_writer = LineWriter(out / "documents.jsonl.zst", level=level)
-        stack.enter_context(kept_writer)
+        kept_writer = stack.enter_context(LineWriter(out / "documents.jsonl.zst", level=level))
         aside = LineWriter(out / "dropped.jsonl.zst", level=level) if config.write_dropped else None
         if aside is not None:
             stack.enter_context(aside)
@@ -126,7 +125,7 @@ def drop_members(inputs: list[Path], out: Path, settings: dict[str, Any]) -> dic
             kept, gone = dealer.deal(piece, last)
             kept_writer.write_lines(kept)
             if aside is not None:
-                aside.write_lines(gone)
+                aside.write_lines([gone])
         if dealer.num_documents != len(rows):
             raise ValueError(f"drop_members: {path} must hold {len(rows)} documents as when signed, got another number")
     text_bytes = rows["text_bytes"].astype(np.int64)

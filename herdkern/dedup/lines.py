@@ -15,7 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -24,23 +24,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from herdkern import _text
-from herdkern.data.document import Document, DocumentWriter, read_documents, with_meta
 from herdkern.dedup.arrays import read_array
+from herdkern.dedup.drop import LineWriter
 from herdkern.dedup.line_files import (
     CHUNK_DOCUMENTS,
     DOCUMENT_ROW,
     ShardLines,
-    batches,
     join_marks,
     read_chunks,
     write_marks,
 )
 from herdkern.dedup.minhash import on_texts, usable_threads
+from herdkern.dedup.pieces import line_reader, read_pieces
 from herdkern.engine import Run, StageResult
 
 MAX_REPORTED_LINES = 200
 TABLE_BYTES_PER_LINE = 16  # at most: a slot has 8 bytes, a segment is more than half full
 _CANDIDATE = np.dtype([("key", "<u8"), ("id_hash", "<u8"), ("line", "<u8"), ("place", "<u8")])
+BATCH_BYTES = 4 << 20  # of documents whose lines are looked up at a time
+LEVEL = 3  # of zstd
 _CANDIDATES = 1 << 18  # held at least before those that cannot be first are dropped
 
 
@@ -133,35 +135,32 @@ def remove_frequent_lines(
     return [text if new is None else new for text, new in zip(texts, new_texts, strict=True)]
 
 
-def _counted_texts(documents: list[Document], config: LineDedupConfig) -> list[str]:
-    """The texts; an exempt one is empty: a single line that is not counted."""
-    return ["" if document.source in config.exempt_sources else document.text for document in documents]
-
-
 def _hash_text(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def _make_keys(inputs: list[Path], out: Path, config: LineDedupConfig) -> dict[str, Any]:
     """keys.bin (a key per line, 0 for lines that do not count), documents.bin and languages.json."""
-    languages: dict[str, int] = {}
-    by_language: Counter[str] = Counter()
-    num_lines = 0
+    lines = _text.LineKeys(list(config.exempt_sources), config.within_language, *line_reader(inputs[0]))
+    by_language = np.zeros(0, np.int64)
+    num_lines = num_bytes = 0
     with open(out / "keys.bin", "wb") as key_file, open(out / "documents.bin", "wb") as document_file:
-        for documents in batches(read_documents(inputs[0])):
-            texts = _counted_texts(documents, config)
-            keys, begins = on_texts("line_keys", _text.line_keys, texts, 1, "auto")
-            rows = np.zeros(len(documents), DOCUMENT_ROW)
-            rows["id_hash"] = [_hash_text(document.id) for document in documents]
-            rows["lines"] = np.diff(begins)
-            names = [document.lang if config.within_language else "" for document in documents]
-            rows["language"] = [languages.setdefault(name, len(languages)) for name in names]
-            by_language.update(names)
-            key_file.write(keys.data)
-            document_file.write(rows.tobytes())
-            num_lines += int(np.count_nonzero(keys))
-    (out / "languages.json").write_text(json.dumps(list(languages)))
-    return {"documents_by_language": dict(sorted(by_language.items())), "lines": num_lines}
+        for piece, last in read_pieces(inputs[0], lines):
+            lines.scan(piece, last)
+            num_bytes += len(piece)
+            if num_bytes >= BATCH_BYTES or last:
+                rows, keys = lines.take()
+                languages = np.bincount(rows.view(DOCUMENT_ROW)["language"].reshape(-1), minlength=len(lines.languages))
+                languages[: len(by_language)] += by_language
+                by_language = languages
+                key_file.write(keys.data)
+                document_file.write(rows.data)
+                num_lines += int(np.count_nonzero(keys))
+                num_bytes = 0
+    names = lines.languages
+    (out / "languages.json").write_text(json.dumps(names))
+    documents_by_language = dict(sorted(zip(names, by_language.tolist(), strict=True)))
+    return {"documents_by_language": documents_by_language, "lines": num_lines}
 
 
 def _salts(folder: Path, rows: NDArray[Any], config: _CountConfig) -> NDArray[np.uint64]:
@@ -272,40 +271,31 @@ def _drop_lines(inputs: list[Path], out: Path, config: _CountConfig) -> dict[str
     marks, firsts = inputs[2 : 2 + config.num_partitions], inputs[2 + config.num_partitions :]
     stays = np.concatenate([np.zeros(0, np.uint64), *(read_array(path, np.uint64) for path in firsts)])
     removed = _text.RemovedLines(MAX_REPORTED_LINES)
-    counters = dict.fromkeys(("docs_in", "docs_out", "bytes_in", "bytes_out", "docs_changed", "lines_removed"), 0)
+    documents = _text.LineDealer(
+        list(config.exempt_sources), config.code_aware, config.min_kept_share, *line_reader(inputs[0])
+    )
     first_line = 0
     with (
         ShardLines(inputs[1], marks) as lines,
-        DocumentWriter(out / "documents.jsonl.zst") as kept_writer,
-        DocumentWriter(out / "dropped.jsonl.zst") as dropped_writer,
+        LineWriter(out / "documents.jsonl.zst", level=LEVEL) as kept_writer,
+        LineWriter(out / "dropped.jsonl.zst", level=LEVEL) as dropped_writer,
     ):
-        for documents in batches(read_documents(inputs[0])):
-            rows = lines.next_rows(len(documents))
+        for piece, last in read_pieces(inputs[0], documents):
+            num_documents = documents.hold(piece, last)
+            if documents.num_held_bytes < BATCH_BYTES and not last:
+                continue
+            rows = lines.next_rows(num_documents)
             keys, begins, counts = lines.marks_of(rows, _salts(inputs[1], rows, config))
             if len(stays):
                 ours = stays[(stays >= first_line) & (stays < first_line + len(keys))]
                 counts[ours.astype(np.int64) - first_line] = 0
             first_line += len(keys)
-            texts = _counted_texts(documents, config)
-            new_texts, num_removed = _text.remove_lines(texts, begins, counts, keys, config.code_aware, removed)
-            counters["docs_in"] += len(documents)
-            counters["lines_removed"] += int(num_removed.sum())
-            counters["docs_changed"] += int(np.count_nonzero(num_removed))
-            for document, text, number in zip(documents, new_texts, num_removed.tolist(), strict=True):
-                if text is None:
-                    kept_writer.write(document)
-                elif text.strip() and len(text) >= config.min_kept_share * len(document.text):
-                    counters["bytes_in"] += len(document.text.encode()) - len(text.encode())
-                    kept_writer.write(with_meta(replace(document, text=text), lines_removed=number))
-                else:
-                    share = round(1 - len(text) / len(document.text), 6)
-                    document = with_meta(document, lines_removed=number, share_removed=share)
-                    dropped_writer.write(document, reason="duplicate_lines")
+            kept, gone = documents.deal(begins, counts, keys, removed)
+            kept_writer.write_lines([kept])
+            dropped_writer.write_lines([gone])
     _write_removed(out / "removed_lines.jsonl", removed.entries())
-    counters["docs_out"] = kept_writer.num_documents
-    counters["bytes_out"] = kept_writer.text_bytes
-    counters["bytes_in"] += kept_writer.text_bytes + dropped_writer.text_bytes
-    num_dropped = dropped_writer.num_documents
+    counters: dict[str, int] = documents.counters
+    num_dropped = counters["docs_in"] - counters["docs_out"]
     return {**counters, "dropped": {"duplicate_lines": num_dropped} if num_dropped else {}}
 
 

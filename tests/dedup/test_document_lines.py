@@ -75,7 +75,7 @@ def deal(data, rows, drops=(), cuts=(), names=None):
         dealer.drop(places, decisions.view(np.uint8).reshape(-1, DECISION.itemsize), reasons, str(names))
     parts = [dealer.deal(piece, last) for piece, last in pieces_of(data, cuts)]
     assert dealer.num_documents == len(rows)
-    return b"".join(kept for kept, _ in parts), b"".join(gone for _, gone in parts)
+    return b"".join(part for kept, _ in parts for part in kept), b"".join(gone for _, gone in parts)
 
 
 def check(data, cuts=()):
