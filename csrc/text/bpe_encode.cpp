@@ -239,14 +239,12 @@ void Encoder::encode_ordinary(std::string_view text, Worker& worker, Sink& sink)
   encode_words(cursor, {begin, end, end}, worker, sink);
 }
 
-// A word that is not in its bucket of the cache with at most three ids; `entry`: where it is nevertheless, or null.
-// Says whether it was new.
+// A word that is not in the cache with at most three ids; `entry`: where it is nevertheless, or null. Says whether it
+// was new.
 template <typename Sink>
 __attribute__((noinline)) bool Encoder::encode_word(const Word& word, const uint8_t* readable_end,
                                                     WordCache::Entry* entry, Worker& worker, Sink& sink) const {
   WordCache& cache = worker.cache;
-  const bool is_cached = word.len <= WordCache::kMaxWord;
-  if (entry == nullptr && is_cached) entry = cache.find(word.key, word.hash);
   if (entry != nullptr) {
     entry->mark_seen();
     const auto found = cache.ids_of(*entry, word.begin, word.len);
@@ -260,7 +258,9 @@ __attribute__((noinline)) bool Encoder::encode_word(const Word& word, const uint
   words_.encode(word.begin, word.len, word.key, word.hash, readable_end, worker.scratch, ids);
   const size_t num_ids = ids.size() - before;
   sink.note(num_ids);
-  if (is_cached) cache.insert(word.key, word.hash, word.begin, word.len, ids.data() + before, num_ids);
+  if (word.len <= WordCache::kMaxWord) {
+    cache.insert(word.key, word.hash, word.begin, word.len, ids.data() + before, num_ids);
+  }
   return true;
 }
 

@@ -55,27 +55,20 @@ class WordCache {
     Entry* entries;
     size_t mask;
     void prefetch(uint64_t hash) const { __builtin_prefetch(entries + 2 * (hash & mask)); }
-    // The entry with this key in its own bucket, or null. It need not be marked as seen.
+    // The entry with this key, or null. It need not be marked as seen.
     Entry* find(ShortKey key, uint64_t hash) const {
-      Entry* bucket = entries + 2 * (hash & mask);
-      const bool is_second = bucket[1].key == key;
-      return is_second || bucket[0].key == key ? bucket + is_second : nullptr;
+      size_t place = hash & mask;
+      for (int step = 0; step < kMaxSteps; ++step) {
+        Entry* bucket = entries + 2 * place;
+        const bool is_second = bucket[1].key == key;
+        if (is_second || bucket[0].key == key) return bucket + is_second;
+        if (!(bucket[0].num_and_flags & kSpills)) return nullptr;
+        place = (place + 1) & mask;
+      }
+      return nullptr;
     }
   };
   View view() { return {table_[0].entries, table_.size() - 1}; }
-
-  // The entry with this key in any bucket, or null.
-  Entry* find(ShortKey key, uint64_t hash) {
-    size_t place = hash & (table_.size() - 1);
-    for (int step = 0; step < kMaxSteps; ++step) {
-      for (Entry& entry : table_[place].entries) {
-        if (entry.key == key) return &entry;
-      }
-      if (!(table_[place].entries[0].num_and_flags & kSpills)) return nullptr;
-      place = (place + 1) & (table_.size() - 1);
-    }
-    return nullptr;
-  }
 
   // What the entry of the word holds; nothing where the ring has moved on or another word has the same hash.
   Ids ids_of(const Entry& entry, const uint8_t* word, size_t len) const {
@@ -98,7 +91,7 @@ class WordCache {
     } else {
       std::copy(ids, ids + num_ids, entry.ids);
     }
-    if (num_words_ > table_.size() + table_.size() / 4) grow();
+    if (num_words_ > table_.size() + table_.size() / 8 * 3) grow();
     put(entry, hash);
   }
 
@@ -110,7 +103,7 @@ class WordCache {
   static constexpr uint64_t kLongWord = 1ull << 63;
   static constexpr size_t kFirstBuckets = 1 << 15, kLeastRing = 1 << 16;
   // Buckets that a word may lie in. With 4, one word in 25 found no place in a table that was not yet to grow.
-  static constexpr int kMaxSteps = 8;
+  static constexpr int kMaxSteps = 12;
 
   // The largest power of two, or none: a record of the longest word must be a small part of the ring.
   static size_t ring_size(size_t max_bytes) {
