@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from herdkern.data.document import Document, DocumentWriter, read_documents
+from herdkern.dedup.arrays import load_array
 from herdkern.dedup.minhash import shingle_hashes
 from herdkern.engine import Run, StageResult
 
@@ -84,14 +85,14 @@ def _find_seen(inputs: list[Path], out: Path, config: _Heldout) -> dict[str, Any
             found[places[wanted[places] == hashes]] = True
         counters["train_docs"] += 1
         counters["train_bytes"] += len(document.text.encode())
-    np.save(out / _SEEN, wanted[found])
+    np.save(out / _SEEN, wanted[found], allow_pickle=False)
     return counters
 
 
 def _keep_unseen(inputs: list[Path], out: Path, config: _Heldout) -> dict[str, Any]:
     """Stage: sort held-out documents into out/heldout/<file name> and out/dropped.jsonl.zst."""
     files, seen_files = inputs[: config.num_files], inputs[config.num_files :]
-    seen = np.unique(np.concatenate([np.zeros(0, np.uint64), *[np.load(path) for path in seen_files]]))
+    seen = np.unique(np.concatenate([np.zeros(0, np.uint64), *[load_array(path, np.uint64) for path in seen_files]]))
     shares = []
     for path in files:
         for document in read_documents(path):

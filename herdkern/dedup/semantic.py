@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from herdkern.data.document import document_kind
-from herdkern.dedup.arrays import read_array
+from herdkern.dedup.arrays import array_header, load_array, read_array, rows_at
 from herdkern.dedup.cluster_stages import DECISION, KEPT, SEMANTIC_DUPLICATE, load_rows
 from herdkern.dedup.clusters import KEEP_POLICIES
 from herdkern.dedup.drop import drop_members
@@ -162,13 +162,17 @@ def _read_vectors(path: Path, config: SemanticDedupConfig) -> Iterator[NDArray[n
     where = f"dedup_semantic: {path}"
     if path.suffix == ".npy":
         try:
-            found = np.load(path, mmap_mode="r", allow_pickle=False)
+            head = array_header(path)
         except ValueError as error:
             raise ValueError(f"{where} must be a .npy file of numbers, got {error}") from error
-        if found.ndim != 2:
-            raise ValueError(f"{where} must have shape (num_docs, dim), got {found.shape}")
-        for begin in range(0, len(found), CHUNK_ROWS):
-            yield unit_vectors(found[begin : begin + CHUNK_ROWS], where)
+        if len(head.shape) != 2:
+            raise ValueError(f"{where} must have shape (num_docs, dim), got {head.shape}")
+        if head.is_fortran:  # its rows lie apart
+            yield unit_vectors(load_array(path), where)
+            return
+        for begin in range(0, head.shape[0], CHUNK_ROWS):
+            rows = np.arange(begin, min(begin + CHUNK_ROWS, head.shape[0]))
+            yield unit_vectors(rows_at(path, rows, head.dtype, head.shape[1], head.begin), where)
         return
     import pyarrow.parquet
 
@@ -229,20 +233,29 @@ def _training_vectors(folders: list[Path], count: int) -> NDArray[np.float32]:
     pieces = []
     for shard in np.unique(shards[chosen]).tolist():
         ours = np.flatnonzero(shards[chosen] == shard)
-        vectors = np.load(folders[shard] / VECTORS, mmap_mode="r")
-        pieces.append((ours, np.asarray(vectors[chosen[ours] - begins[shard]])))
+        rows = chosen[ours] - begins[shard]
+        by_row = np.argsort(rows)
+        pieces.append((ours[by_row], _vectors_at(folders[shard], rows[by_row])))
     points = np.zeros((len(chosen), pieces[0][1].shape[1] if pieces else 1), np.float32)
     for ours, vectors in pieces:
         points[ours] = vectors
     return points
 
 
+def _vectors_at(folder: Path, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Rows of the VECTORS of a shard; they ascend."""
+    path = folder / VECTORS
+    head = array_header(path)
+    if head.dtype != np.float32 or len(head.shape) != 2 or head.is_fortran:
+        raise ValueError(f"dedup_semantic: {path} must hold rows of float32, got {head.dtype} {head.shape}")
+    return rows_at(path, rows, np.float32, head.shape[1], head.begin)
+
+
 def partition_vectors(inputs: list[Path], out: Path, settings: dict[str, Any], num_partitions: int) -> dict[str, Any]:
     """Stage, first half: [embedded shard, centroids]: documents and vectors dealt by their nearest centroid."""
     config: SemanticDedupConfig = settings["config"]
     rows = load_rows(inputs[0])
-    vectors = np.load(inputs[0] / VECTORS, mmap_mode="r")
-    centroids = np.load(inputs[1] / CENTROIDS, allow_pickle=False)
+    centroids = load_array(inputs[1] / CENTROIDS)
     begins = name_begins(rows)
     folders = [out / f"part-{p:05d}" for p in range(num_partitions)]
     for folder in folders:
@@ -253,7 +266,7 @@ def partition_vectors(inputs: list[Path], out: Path, settings: dict[str, Any], n
     with open(inputs[0] / NAMES, "rb") as names_file:
         for first in range(0, len(rows), CHUNK_ROWS):
             some = rows[first : first + CHUNK_ROWS]
-            block = np.asarray(vectors[first : first + len(some)])
+            block = _vectors_at(inputs[0], np.arange(first, first + len(some)))
             names = names_file.read(int(begins[first + len(some)] - begins[first]))
             near = block @ centroids.T
             members = np.zeros(len(some), MEMBER)
@@ -291,20 +304,19 @@ class _Piece:
 
     members: NDArray[np.void]
     begins: NDArray[np.int64]  # of names
-    vectors: NDArray[np.float32]
+    vectors: Path
+    dimensions: int
     names: Path
     tie: int
 
 
 def _load_piece(folder: Path, dimensions: int) -> _Piece:
     members = read_array(folder / MEMBERS, MEMBER)
-    shape = (len(members), dimensions)
     return _Piece(
         members=members,
         begins=name_begins(members),
-        vectors=np.memmap(folder / "vectors", np.float32, "r", shape=shape)
-        if len(members)
-        else np.zeros(shape, np.float32),
+        vectors=folder / "vectors",
+        dimensions=dimensions,
         names=folder / NAMES,
         tie=int.from_bytes((folder / TIE).read_bytes(), "little"),
     )
@@ -354,7 +366,9 @@ def _in_order(pieces: list[_Piece], cluster: int) -> tuple[NDArray[np.int64], ND
     order = np.concatenate([piece.members["order"][at] for piece, at in zip(pieces, where, strict=True)])
     ties = np.array([piece.tie for piece in pieces], np.uint64)[shards]
     by_order = np.lexsort((numbers, shards, ties, *order.T[::-1]))
-    vectors = np.concatenate([piece.vectors[at] for piece, at in zip(pieces, where, strict=True)])
+    vectors = np.concatenate(
+        [rows_at(piece.vectors, at, np.float32, piece.dimensions) for piece, at in zip(pieces, where, strict=True)]
+    )
     return shards[by_order], numbers[by_order], vectors[by_order]
 
 

@@ -6,7 +6,7 @@ import fault_injector
 import numpy as np
 import pytest
 
-from herdkern.dedup.arrays import read_array
+from herdkern.dedup.arrays import array_header, load_array, read_array, rows_at
 
 PAIR = np.dtype([("place", "<u4"), ("count", "<u8")])
 
@@ -34,12 +34,33 @@ def test_a_cut_entry_is_named(tmp_path):
         read_array(tmp_path / "cut.bin", PAIR)
 
 
+@pytest.mark.parametrize("rows", [[], [0], [9], [0, 1, 2, 5, 6, 9], range(10)])
+def test_rows_are_those_that_were_saved(tmp_path, rows):
+    values = np.random.default_rng(1).random((10, 3), np.float32)
+    np.save(tmp_path / "v.npy", values)
+    head = array_header(tmp_path / "v.npy")
+    assert (head.shape, head.dtype, head.is_fortran) == ((10, 3), np.float32, False)
+    found = rows_at(tmp_path / "v.npy", np.array(rows, np.int64), np.float32, 3, head.begin)
+    np.testing.assert_array_equal(found, values[list(rows)])
+
+
+def test_rows_behind_the_end_and_what_is_no_array_are_named(tmp_path):
+    (tmp_path / "v").write_bytes(bytes(4 * 3 * 5))
+    with pytest.raises(ValueError, match=r"rows_at: .*v must hold row 5, but it ends before"):
+        rows_at(tmp_path / "v", np.array([0, 4, 5]), np.float32, 3)
+    with pytest.raises(ValueError, match=r"load_array: .*v must be an array as np.save writes it"):
+        array_header(tmp_path / "v")
+    np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"it holds Python objects"):
+        load_array(tmp_path / "objects.npy")
+
+
 CODE = """
 import errno, os, sys
 import fault_injector as fi
 import numpy as np
 from pathlib import Path
-from herdkern.dedup.arrays import read_array
+from herdkern.dedup.arrays import array_header, load_array, read_array, rows_at
 faults, path = fi.Faults(os.environ[fi.CONTROL]), Path(sys.argv[1])
 np.arange(100_000).tofile(path)
 for count in (-1, 1000):
