@@ -13,6 +13,7 @@ from herdkern.command import UsageError, near, parse
 USAGE = """usage: herdkern COMMAND [ARGUMENTS]
 
   run RECIPE        run a recipe: raw records to a trained model and its report (demo, llama3-8b, ...)
+  pretrain RECIPE   train from the packed tokens of a run, on many ranks if torchrun starts it
   report RUN        write RUN/report.html again
   generate          continue a prompt with the model of a run or a Hugging Face folder
   export            write a run's model as a Hugging Face folder
@@ -110,6 +111,46 @@ def _run_recipe(name: str, args: list[str]) -> int:
     from herdkern.recipes.pretrain import run_recipe
 
     run_recipe(options.recipe, options.out)
+    return 0
+
+
+def _pretrain(args: list[str]) -> int:
+    from dataclasses import make_dataclass
+    from typing import Annotated
+
+    import tyro
+
+    from herdkern.parallel.config import ParallelConfig
+    from herdkern.recipes import RECIPES, load_recipe
+    from herdkern.recipes.config import Recipe
+
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: [torchrun --nproc-per-node N -m] herdkern pretrain RECIPE --tokens RUN [--out DIR]")
+        print(
+            "       [--parallel.tp N] [--parallel.cp N] [--parallel.pp N] [--parallel.dp N] [--SECTION.SETTING V ...]"
+        )
+        return 0 if args else 2
+    name, rest = args[0], args[1:]
+    if name not in RECIPES:
+        raise UsageError(f"RECIPE must be one of {', '.join(RECIPES)}, got {name!r}{near(name, list(RECIPES))}")
+    tokens = tyro.conf.arg(help="The folder whose tokens/ and tokenizer/ are read: a run of `herdkern run`.")
+    fields = [
+        ("out", Annotated[Path, tyro.conf.arg(help="The run folder; a run that was stopped goes on from there.")]),
+        ("tokens", Annotated[Path | None, tokens]),
+        ("parallel", ParallelConfig),
+        ("recipe", Annotated[Recipe, tyro.conf.arg(name="")]),
+    ]
+    options_type = make_dataclass("Options", fields, frozen=True, kw_only=True)
+    options_type.__doc__ = "Train from packed tokens; the layout is that of torchrun's ranks."
+    default = options_type(out=Path("runs") / name, tokens=None, parallel=ParallelConfig(), recipe=load_recipe(name))
+    config = (tyro.conf.FlagCreatePairsOff,)
+    options = tyro.cli(options_type, default=default, args=rest, prog=f"herdkern pretrain {name}", config=config)
+    from herdkern.recipes.packed import pretrain_packed
+
+    result = pretrain_packed(options.recipe, options.out, options.tokens or options.out, options.parallel)
+    if os.environ.get("RANK", "0") == "0":
+        end = "stopped" if result.interrupted else "done"
+        print(f"{end} at step {result.step:,}, {result.tokens:,} tokens: {result.checkpoint}")
     return 0
 
 
@@ -263,6 +304,7 @@ def _checkpoint(args: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
+    "pretrain": _pretrain,
     "report": _report,
     "generate": _generate,
     "export": _export,

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from herdkern.model.hf_weights import load_hf, save_hf
 from herdkern.model.transformer import Transformer
 from herdkern.recipes.config import Recipe, SampleConfig
 from herdkern.recipes.console import changes
+from herdkern.recipes.probe import HeldOutProbe
 from herdkern.tokenizer import Tokenizer
 from herdkern.train.average import WeightAverage
 from herdkern.train.checkpoint import latest_checkpoint, load_checkpoint
@@ -121,18 +122,11 @@ def train_model(
     model_config = resolve_model(recipe, tokenizer)
     _set_aside_other_run(run_dir, recipe.train, model_config, batches, note)
     heldout = [open_shards(folder) for folder in tokens.heldout.values()]
-    sizes = token_bytes(tokenizer)
-
-    def heldout_loss(model: Transformer) -> dict[str, float]:
-        share = max(EVAL_TOKENS_WHILE_TRAINING // len(heldout), recipe.train.seq_len)
-        found = [evaluate(model, d, recipe.train.seq_len, token_bytes=sizes, max_tokens=share) for d in heldout]
-        nats = sum(f.nats_per_token * f.num_tokens for f in found)
-        num_tokens, num_bytes = sum(f.num_tokens for f in found), sum(f.num_bytes for f in found)
-        return {"heldout_loss": nats / num_tokens, "heldout_bits_per_byte": nats / math.log(2.0) / num_bytes}
-
     torch.manual_seed(recipe.train.seed)  # the state of the generator is part of a checkpoint
     model = Transformer(model_config, seed=recipe.train.seed)
-    trainer = Trainer(model, recipe.train, batches, run_dir, evaluate=heldout_loss)
+    loss = heldout_loss(heldout, recipe.train.seq_len, token_bytes(tokenizer))
+    trainer = Trainer(model, recipe.train, batches, run_dir, evaluate=loss)
+    trainer.probe = make_probe(recipe.train, heldout, tokenizer)
     last = run_dir / "checkpoints" / f"step-{recipe.train.steps}"
     if latest_checkpoint(run_dir / "checkpoints") == last:
         tokens_seen = recipe.train.total_tokens
@@ -141,6 +135,30 @@ def train_model(
     if result.interrupted:
         raise KeyboardInterrupt  # SIGTERM: a checkpoint was written, the same command goes on from it
     return True, result
+
+
+def heldout_loss(
+    datasets: Sequence[TokenDataset], seq_len: int, sizes: NDArray[np.int64]
+) -> Callable[[Transformer], dict[str, float]]:
+    """What the loop calls from time to time: the loss on the beginnings of all `datasets`.
+
+    sizes: (n_vocab,), the bytes of text each token stands for.
+    """
+
+    def loss(model: Transformer) -> dict[str, float]:
+        share = max(EVAL_TOKENS_WHILE_TRAINING // len(datasets), seq_len)
+        found = [evaluate(model, d, seq_len, token_bytes=sizes, max_tokens=share) for d in datasets]
+        nats = sum(f.nats_per_token * f.num_tokens for f in found)
+        num_tokens, num_bytes = sum(f.num_tokens for f in found), sum(f.num_bytes for f in found)
+        return {"heldout_loss": nats / num_tokens, "heldout_bits_per_byte": nats / math.log(2.0) / num_bytes}
+
+    return loss
+
+
+def make_probe(train: TrainConfig, heldout: Sequence[TokenDataset], tokenizer: Tokenizer) -> HeldOutProbe | None:
+    """What stages of long context are judged by; None where there are none."""
+    lengths = train.long_context.lengths
+    return HeldOutProbe(heldout, tokenizer, lengths[0], train.seed) if lengths else None
 
 
 class ShardBatches(PackedBatches):

@@ -1,0 +1,128 @@
+"""Training from packed tokens on all axes: what `herdkern pretrain` does on every rank that torchrun starts.
+
+The run folder of `herdkern run` (or any folder with tokens/ and tokenizer/) gives the data; each data-parallel rank
+reads its own sequences. The same command goes on where a run was stopped, on other numbers of ranks too.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from herdkern.data.pack import TokenDataset
+from herdkern.engine import write_json_atomic
+from herdkern.model.transformer import Transformer
+from herdkern.parallel.compose import ParallelModel
+from herdkern.parallel.config import ParallelConfig
+from herdkern.parallel.heartbeat import Heartbeat
+from herdkern.recipes.config import Recipe
+from herdkern.recipes.model_stages import (
+    EVAL_TOKENS_WHILE_TRAINING,
+    ShardBatches,
+    heldout_loss,
+    make_probe,
+    open_shards,
+    resolve_model,
+    token_bytes,
+    token_folders,
+)
+from herdkern.tokenizer import Tokenizer
+from herdkern.train.batch import IGNORE, Batch, build_batch
+from herdkern.train.trainer import Trainer, TrainResult
+
+TIMEOUT = timedelta(minutes=10)  # of a collective; a hung rank is found earlier by its heartbeat
+
+
+def pretrain_packed(recipe: Recipe, run_dir: Path, tokens: Path, parallel: ParallelConfig) -> TrainResult:
+    """Train `recipe` in `run_dir` on the tokens and the tokenizer of the folder `tokens`; to be called on all ranks.
+
+    Under torchrun (WORLD_SIZE is set) the ranks train together, as `parallel` says; else this process trains alone.
+    Returns: where training ended; interrupted by SIGTERM or SIGUSR1, it has left a checkpoint.
+    Raises: ValueError for settings that cannot work, or that are not those of the run in run_dir; FileNotFoundError
+    without tokens.
+    """
+    if not (tokens / "tokens" / "train").is_dir() or not (tokens / "tokenizer").is_dir():
+        raise FileNotFoundError(
+            f"pretrain: {tokens} must hold tokens/train and tokenizer, got none; make them by `herdkern run`"
+        )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with _ranks(parallel) as rank:
+        trainer = _trainer(recipe, run_dir, tokens, None if rank is None else parallel)
+        trainer.on_beat = Heartbeat(run_dir, rank or 0).beat
+        if not rank:
+            settings = {**dataclasses.asdict(recipe), "parallel": dataclasses.asdict(parallel)}
+            write_json_atomic(run_dir / "config.json", settings)
+        return trainer.fit()
+
+
+def _trainer(recipe: Recipe, run_dir: Path, tokens: Path, parallel: ParallelConfig | None) -> Trainer:
+    tokenizer, folders = Tokenizer.load(tokens / "tokenizer"), token_folders(tokens)
+    batches = ShardBatches(recipe, folders)
+    heldout = [open_shards(folder) for folder in folders.heldout.values()]
+    torch.manual_seed(recipe.train.seed)  # the state of the generator is part of a checkpoint
+    model = Transformer(resolve_model(recipe, tokenizer), seed=recipe.train.seed)
+    sizes, seq_len = token_bytes(tokenizer), recipe.train.seq_len
+    evaluate = heldout_loss(heldout, seq_len, sizes) if parallel is None else _LossOfRanks(heldout, seq_len, sizes)
+    every = recipe.train.eval_every_steps
+    trainer = Trainer(
+        model, recipe.train, batches, run_dir, evaluate=evaluate if heldout and every else None, parallel=parallel
+    )
+    trainer.probe = make_probe(recipe.train, heldout, tokenizer)
+    return trainer
+
+
+class _LossOfRanks:
+    """Held-out loss as `heldout_loss` gives it, each data-parallel rank computing its windows."""
+
+    def __init__(self, datasets: Sequence[TokenDataset], seq_len: int, sizes: NDArray[np.int64]) -> None:
+        self.batches: list[Batch] = []
+        for dataset in datasets:
+            share = max(EVAL_TOKENS_WHILE_TRAINING // len(datasets), seq_len)
+            end = min(dataset.num_tokens - 1, share)
+            starts = range(0, end, seq_len)
+            self.batches += [build_batch([dataset.window(s, min(seq_len, end - s) + 1)]) for s in starts]
+        targets = torch.cat([batch.targets for batch in self.batches])
+        self.num_bytes = int(sizes[targets[targets != IGNORE].numpy()].sum())
+        self.num_targets = sum(batch.num_targets for batch in self.batches)
+
+    def __call__(self, model: ParallelModel) -> dict[str, float]:
+        size, rank = model.config.dp, model.mesh["dp"].get_local_rank()
+        rounds = -(-len(self.batches) // size)
+        # all ranks run as many: those without a window of their own repeat one whose targets do not count
+        mine = self.batches[rank::size] + [_uncounted(self.batches[0])] * (rounds - len(self.batches[rank::size]))
+        nats = float(model.evaluate(mine)) * self.num_targets
+        return {
+            "heldout_loss": nats / self.num_targets,
+            "heldout_bits_per_byte": nats / math.log(2.0) / self.num_bytes,
+        }
+
+
+def _uncounted(batch: Batch) -> Batch:
+    return dataclasses.replace(batch, targets=torch.full_like(batch.targets, IGNORE), num_targets=0)
+
+
+@contextmanager
+def _ranks(parallel: ParallelConfig) -> Iterator[int | None]:
+    """The process group of torchrun's ranks, and this one's number; None without torchrun."""
+    if "WORLD_SIZE" not in os.environ:
+        if parallel.world_size > 1:
+            raise ValueError(
+                f"pretrain: parallel must be one rank in one process, got {parallel.world_size}; start it by "
+                f"torchrun --nproc-per-node {parallel.world_size} -m herdkern pretrain ..."
+            )
+        yield None
+        return
+    parallel.check_world_size(int(os.environ["WORLD_SIZE"]))
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
