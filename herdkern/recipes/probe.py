@@ -26,8 +26,8 @@ class HeldOutProbe:
         for number, dataset in enumerate(datasets):
             length = min(short_length, dataset.num_tokens // FEWEST_EXAMPLES - 1)
             count = min(EXAMPLES, dataset.num_tokens // (length + 1)) if length > 1 else 0
-            starts = np.linspace(0, dataset.num_tokens - length - 1, count).astype(int) if count else []
-            windows = [build_batch([dataset.window(int(start), length + 1)]) for start in starts]
+            starts = np.linspace(0, dataset.num_tokens - length - 1, count).astype(int).tolist() if count else []
+            windows = [build_batch([dataset.window(start, length + 1)]) for start in starts]
             kept = [batch for batch in windows if batch.num_targets]
             if len(kept) >= FEWEST_EXAMPLES:
                 self._short[f"heldout {number}"] = kept
