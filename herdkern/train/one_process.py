@@ -215,7 +215,8 @@ class OneProcess:
         self.optimizer.state.clear()
         load_optimizer_tensors(self.optimizer, self.module, checkpoint.tensors.get("optimizer", {}))
         self.average.load(checkpoint.tensors.get("average", {}), state["average_count"])
-        torch.set_rng_state(torch.tensor(list(bytes.fromhex(state["rng"]["torch"])), dtype=torch.uint8))
+        if "rng" in state:  # many ranks have one each
+            torch.set_rng_state(torch.tensor(list(bytes.fromhex(state["rng"]["torch"])), dtype=torch.uint8))
         return state
 
     def _named_weights(self) -> dict[str, Tensor]:

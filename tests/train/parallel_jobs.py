@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+from pathlib import Path
 
 import torch
 from documents_in_memory import PARALLEL_MODEL, PARALLEL_RUN, sampler_of
@@ -123,10 +124,8 @@ def second_trainer(rank, folder, sizes):
     return said
 
 
-def wrong_targets(rank, sizes, tied):
+def wrong_targets(rank, _, sizes, tied):
     """How many targets of some batches are not the most likely token, and the mean losses."""
-    from pathlib import Path
-
     trainer = trainer_of(Path("nowhere"), sizes, tied=tied)
     batches = [trainer.source.batch(i, 2) for i in range(3)]
     return [trainer.engine.num_wrong(batch) for batch in batches], [trainer.engine.loss(batch) for batch in batches]

@@ -18,8 +18,9 @@ from herdkern.train.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
 BOUND = 1e-5
-FEW = [{"tp": 2}, {"cp": 2, "dp": 2}, {"tp": 2, "pp": 2}]
+FEW = [{"cp": 2, "dp": 2}, {"tp": 2, "pp": 2}]
 MORE = [
+    {"tp": 2},
     {"dp": 2},
     {"pp": 2},
     {"cp": 2},
@@ -155,8 +156,10 @@ def assert_same_bits(one, two):
             assert torch.equal(tensor, two[stem][name]), (stem, name)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda number: number.name)
-def test_a_signal_to_one_rank_stops_all_and_any_layout_goes_on(worlds, one, tmp_path, number):
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.full)], ids=lambda number: number.name
+)
+def test_a_signal_to_one_rank_stops_all_and_they_go_on(worlds, tmp_path, number):
     sizes = {"dp": 2}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     worlds(parallel_jobs.train, whole, sizes)
@@ -167,11 +170,15 @@ def test_a_signal_to_one_rank_stops_all_and_any_layout_goes_on(worlds, one, tmp_
     worlds(parallel_jobs.train, cut, sizes)
     assert facts(cut) == facts(whole)
     assert_same_bits(tensors_of(cut, 10).tensors, tensors_of(whole, 10).tensors)
-    if number is signal.SIGTERM:
-        other = {"tp": 2, "pp": 2}
-        worlds(parallel_jobs.train_until_signal, tmp_path / "other", sizes, 4, number)
-        worlds(parallel_jobs.train, tmp_path / "other", other)
-        assert_close(facts(tmp_path / "other"), one()[1])
+
+
+def test_a_run_goes_on_in_other_layouts(worlds, one, tmp_path):
+    """One process, then two layouts, then one process again."""
+    parallel_jobs.train_until_signal(0, tmp_path, None, 2, signal.SIGTERM)
+    worlds(parallel_jobs.train_until_signal, tmp_path, {"dp": 2}, 4, signal.SIGTERM)
+    worlds(parallel_jobs.train_until_signal, tmp_path, {"tp": 2, "pp": 2}, 7, signal.SIGTERM)
+    assert parallel_jobs.train(0, tmp_path, None)[1:] == (10, one()[1][-1]["tokens"], False)
+    assert_close(facts(tmp_path), one()[1])
 
 
 def test_rollback_goes_past_the_bad_sequences(worlds, one, tmp_path):
@@ -219,7 +226,7 @@ def test_a_second_run_in_the_folder_is_refused_on_all_ranks(worlds, tmp_path):
         assert said[0].startswith("rank 0: RuntimeError: ") == (rank > 0)
 
 
-@pytest.mark.parametrize("what", ["swiglu", "block"])
+@pytest.mark.parametrize("what", ["block", pytest.param("swiglu", marks=pytest.mark.full)])
 def test_recompute_and_bf16_on_ranks(worlds, one, tmp_path, what):
     """bf16 activations, fp32 weights and sums: as one process, whose sums have another order; the same bits with
     activations made again."""
@@ -234,17 +241,13 @@ def test_recompute_and_bf16_on_ranks(worlds, one, tmp_path, what):
         assert {tensor.dtype for tensor in kept.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.full)], ids=["apart", "tied"])
 def test_wrong_targets_are_counted_over_the_vocabulary_of_all_ranks(worlds, tied):
-    wanted, losses = parallel_jobs.wrong_targets(0, None, tied)
+    wanted, losses = parallel_jobs.wrong_targets(0, None, None, tied)
     for sizes in ({"tp": 2, "pp": 2}, {"cp": 2, "dp": 2}):
-        for wrong, found in worlds(lambda_free_wrong_targets, None, sizes, tied):
+        for wrong, found in worlds(parallel_jobs.wrong_targets, None, sizes, tied):
             assert wrong == wanted
             assert found == pytest.approx(losses, rel=BOUND)
-
-
-def lambda_free_wrong_targets(rank, _, sizes, tied):
-    return parallel_jobs.wrong_targets(rank, sizes, tied)
 
 
 def test_what_does_not_fit_the_layout_is_named(tmp_path):
