@@ -8,6 +8,7 @@ Phase 2: the first rank writes state, files and the manifest into step-N.tmp and
 Source: The Llama 3 Herd of Models, section 3.3.1 (arXiv:2407.21783); no pickle on disk.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -131,24 +132,26 @@ class Saver:
         flat = flat_tensors(tensors)
         layout = [(k, t.shape, t.dtype, *(getattr(t, a, None) for a in LAYOUT)) for k, t in flat.items()]
 
-        def check() -> tuple[bool, dict[str, bytes]]:
+        texts: dict[str, bytes] = {}
+
+        def check() -> bool:
             for stem in tensors:
                 if "." in stem or not stem:
                     raise ValueError(f"Saver.save: a stem must be a word without dots, got {stem!r}")
             named = {rank_file(rank, size): rank_state}
             if rank == 0:
                 named |= {**files, "state.json": dict(state)}
-            return layout != self._planned, {name: _json(name, value) for name, value in named.items()}
+            texts.update({name: _json(name, value) for name, value in named.items()})
+            return layout != self._planned
 
-        checked = self._ranks.agree(check, ValueError, "Saver.save", keep=lambda value: value[0])
-        if any(checked.of_all):
+        if self._ranks.agree(check, ValueError, "Saver.save", any)[1]:
             self._planned = None
             plan = _plan(flat, self._ranks)
             parts = [_new_part(item) for item in plan.items]
             pinned = any(t.device.type == "cuda" for t in flat.values())
-            self._image = self._ranks.agree(lambda: ShardImage(parts, pinned=pinned), ValueError, "Saver.save").mine
+            self._image, _ = self._ranks.agree(lambda: ShardImage(parts, pinned=pinned), ValueError, "Saver.save")
             self._planned = layout
-        return dict(checked.mine[1])
+        return texts
 
     def _write(self, step: int, texts: Mapping[str, bytes], pause_s: float) -> None:
         begin = time.perf_counter()
@@ -168,33 +171,31 @@ class Saver:
             entries = {shard: _write_file(tmp / shard, self._image.data)}
             return entries | {name: _write_file(tmp / name, memoryview(text)) for name, text in texts.items()}, pause_s
 
-        def commit(entries: dict[str, Any]) -> float:
-            if rank == 0:
-                _check_visible(tmp, entries)
-                manifest = {**SHARDED_FORMAT, "step": step, "ranks": size, "block_bytes": BLOCK_BYTES, "files": entries}
-                manifest["sha256"] = manifest_sha256(manifest)
-                _write_file(tmp / MANIFEST, memoryview(_json(MANIFEST, manifest)))
-                sync_folder(tmp)
-                replace_folder(tmp, final)
-                prune_checkpoints(self.root, self.keep_last)
-            return time.perf_counter() - begin
+        def commit(written: list[tuple[dict[str, Any], float]]) -> SaveCost:
+            entries = {name: entry for some, _ in written for name, entry in some.items()}
+            _check_visible(tmp, entries)
+            manifest = {**SHARDED_FORMAT, "step": step, "ranks": size, "block_bytes": BLOCK_BYTES, "files": entries}
+            manifest["sha256"] = manifest_sha256(manifest)
+            _write_file(tmp / MANIFEST, memoryview(_json(MANIFEST, manifest)))
+            sync_folder(tmp)
+            replace_folder(tmp, final)
+            prune_checkpoints(self.root, self.keep_last)
+            return SaveCost(
+                step=step,
+                pause_s=max(pause for _, pause in written),
+                write_s=time.perf_counter() - begin,
+                num_bytes=sum(entry["bytes"] for entry in entries.values()),
+            )
 
         try:
             try:
                 self._ranks.agree(start, OSError, what)
-                written = self._ranks.agree(write_shard, OSError, what).of_all
-                entries = {name: entry for some, _ in written for name, entry in some.items()}
-                seconds = self._ranks.agree(lambda: commit(entries), OSError, what).of_all
+                _, self.cost = self._ranks.agree(write_shard, OSError, what, commit)
             except OSError:  # known to all ranks: none of them writes any more
                 if rank == 0:
-                    remove_folder(tmp)
+                    with contextlib.suppress(OSError):  # the next save removes it
+                        remove_folder(tmp)
                 raise
-            self.cost = SaveCost(
-                step=step,
-                pause_s=max(pause for _, pause in written),
-                write_s=seconds[0],
-                num_bytes=sum(entry["bytes"] for entry in entries.values()),
-            )
         except OSError as e:
             self._failure = e
         except Exception as e:
@@ -212,13 +213,9 @@ def _plan(flat: Mapping[str, Tensor], ranks: Ranks) -> SavePlan:
         items = [item for item in plan.items if _holds_something(item)]
         return dataclasses.replace(plan, items=items)
 
-    plans = ranks.agree(plan_mine, ValueError, "Saver.save").of_all
-
-    def plan_all() -> list[SavePlan] | None:
-        return planner.create_global_plan(plans)[0] if ranks.rank == 0 else None
-
-    everybody = ranks.agree(plan_all, ValueError, "Saver.save").of_all[0]
-    return planner.finish_plan(everybody[ranks.rank])
+    plans: list[SavePlan] = []  # of the first rank
+    ranks.agree(plan_mine, ValueError, "Saver.save", lambda every: plans.extend(planner.create_global_plan(every)[0]))
+    return planner.finish_plan(ranks.scatter(plans))
 
 
 def _holds_something(item: Any) -> bool:

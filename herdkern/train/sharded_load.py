@@ -32,8 +32,7 @@ def latest_sharded(root: Path | str, group: dist.ProcessGroup | None = None) -> 
     Each rank checks a part of the files. Warns on the first rank of each newer one that is damaged.
     """
     ranks = Ranks(group)
-    listed = ranks.agree(lambda: checkpoint_folders(Path(root)), OSError, "latest_sharded")
-    folders = listed.of_all[0]  # what the first rank sees
+    _, folders = ranks.agree(lambda: checkpoint_folders(Path(root)), OSError, "latest_sharded", lambda seen: seen[0])
     for folder in reversed(folders):
         damage = _damage(folder, ranks)
         if not damage:
@@ -58,7 +57,7 @@ def load_sharded(
     if damage:
         raise CorruptCheckpointError(damage[0])
     flat = flat_tensors(tensors)
-    wanted = {key for keys in ranks.gather(list(flat)) for key in keys}
+    wanted = ranks.join(list(flat), lambda keys: {key for some in keys for key in some})
 
     def load() -> tuple[dict[str, Any], dict[str, Any] | None]:
         manifest = read_manifest(folder)
@@ -72,7 +71,8 @@ def load_sharded(
         own = json.loads((folder / mine).read_bytes()) if mine in manifest["files"] else None
         return json.loads((folder / "state.json").read_bytes()), own
 
-    return ranks.agree(load, ValueError, "load_sharded").mine
+    loaded: tuple[dict[str, Any], dict[str, Any] | None] = ranks.agree(load, ValueError, "load_sharded")[0]
+    return loaded
 
 
 @torch.no_grad()
@@ -112,4 +112,5 @@ def _damage(folder: Path, ranks: Ranks) -> list[str]:
         found = ""
     except CorruptCheckpointError as e:
         found = str(e)
-    return sorted(one for one in ranks.gather(found) if one)
+    damage: list[str] = ranks.join(found, lambda every: sorted(one for one in every if one))
+    return damage

@@ -1,18 +1,9 @@
-"""The ranks that save or load together: what all of them said, and one error for all."""
+"""The ranks that save or load together: what the first makes of all that they say, and one error for all."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
-
-
-@dataclass(frozen=True)
-class Agreed:
-    """What a function returned: here, and (what is kept of it) on every rank."""
-
-    mine: Any
-    of_all: list[Any]
 
 
 class Ranks:
@@ -21,35 +12,72 @@ class Ranks:
     def __init__(self, group: dist.ProcessGroup | None = None, *, own: bool = False) -> None:
         self.group = group
         self.rank, self.size = 0, 1
+        self._first = 0
         if dist.is_available() and dist.is_initialized():
             members = dist.get_process_group_ranks(group)
-            self.rank, self.size = dist.get_rank(group), len(members)
+            self.rank, self.size, self._first = dist.get_rank(group), len(members), members[0]
             if own:  # not disturbed by the collectives of training, and on the host
                 self.group = dist.new_group(members, backend="gloo", use_local_synchronization=True)
-
-    def gather(self, value: Any) -> list[Any]:
-        """What every rank gave. Raises: RuntimeError if a rank is gone."""
-        if self.size == 1:
-            return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
 
     def agree(
         self,
         function: Callable[[], Any],
         error: type[Exception],
         what: str,
-        keep: Callable[[Any], Any] = lambda value: value,
-    ) -> Agreed:
-        """Call a function on every rank. Raises: `error` on all of them if it raised an exception on one."""
-        mine, said = None, ""
-        try:
-            mine = function()
-        except Exception as e:
-            said = f"{type(e).__name__}: {e}" if not isinstance(e, OSError | ValueError) else str(e)
-        answers = self.gather((said, None if said else keep(mine)))
-        failed = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(answers) if text]
+        join: Callable[[list[Any]], Any] = lambda values: None,
+    ) -> tuple[Any, Any]:
+        """Call a function on every rank; returns what it gave here, and what `join` made of all that on the first rank.
+
+        Raises: `error`, the same on all ranks, if one of the two raised an exception on any; RuntimeError if a rank is
+        gone.
+        """
+        mine, said = _try(function)
+        answers = self._to_first((said, None if said else mine))
+        failed, joined = "", None
+        if answers is not None:
+            bad = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(answers) if text]
+            if bad:
+                failed = f"{what} failed on {len(bad)} of {self.size} ranks; {bad[0]}"
+            else:
+                joined, said = _try(lambda: join([value for _, value in answers]))
+                failed = f"{what} failed; {said}" if said else ""
+        failed, joined = self._from_first((failed, joined))
         if failed:
-            raise error(f"{what} failed on {len(failed)} of {self.size} ranks; {failed[0]}")
-        return Agreed(mine, [value for _, value in answers])
+            raise error(failed)
+        return mine, joined
+
+    def join(self, value: Any, join: Callable[[list[Any]], Any]) -> Any:
+        """What `join` makes on the first rank of what all gave, on every rank."""
+        values = self._to_first(value)
+        return self._from_first(None if values is None else join(values))
+
+    def scatter(self, values: Sequence[Any]) -> Any:
+        """This rank's of `values`, which the first rank gives."""
+        if self.size == 1:
+            return values[0]
+        out: list[Any] = [None]
+        dist.scatter_object_list(out, list(values) if self.rank == 0 else None, src=self._first, group=self.group)
+        return out[0]
+
+    def _to_first(self, value: Any) -> list[Any] | None:
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values, dst=self._first, group=self.group)
+        return values
+
+    def _from_first(self, value: Any) -> Any:
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=self._first, group=self.group)
+        return values[0]
+
+
+def _try(function: Callable[[], Any]) -> tuple[Any, str]:
+    try:
+        return function(), ""
+    except (OSError, ValueError) as e:
+        return None, str(e) or type(e).__name__
+    except Exception as e:
+        return None, f"{type(e).__name__}: {e}"
