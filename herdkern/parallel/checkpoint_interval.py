@@ -41,17 +41,3 @@ def effective_time(interval_s: float, save_s: float, mtbf_s: float, restart_s: f
             f"got {interval_s}, {mtbf_s}, {save_s}, {restart_s}"
         )
     return interval_s / ((mtbf_s + restart_s) * math.expm1((interval_s + save_s) / mtbf_s))
-
-
-def steps_between_saves(pause_s: float, write_s: float, step_s: float, mtbf_s: float) -> int:
-    """Steps between two background saves: Young's interval for what a save holds up training, in steps of `step_s`.
-
-    pause_s, write_s: what the last save took from training, and in the background (`herdkern.train.SaveCost`); the
-    interval is never shorter than the write, for which the next save would wait.
-    Raises: ValueError for a time that is not positive.
-    """
-    if step_s <= 0 or write_s < 0:
-        raise ValueError(
-            f"steps_between_saves: step_s must be positive and write_s not negative, got {step_s}, {write_s}"
-        )
-    return max(1, math.ceil(max(young_daly_interval(pause_s, mtbf_s), write_s) / step_s))

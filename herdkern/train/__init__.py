@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from herdkern.train.long_context import LongContextGate, LongContextStalledError
     from herdkern.train.objective import next_token_loss
     from herdkern.train.recompute import recompute_activations
-    from herdkern.train.sharded_checkpoint import SaveCost, Saver
+    from herdkern.train.sharded_checkpoint import Saver
     from herdkern.train.sharded_load import latest_sharded, load_sharded
     from herdkern.train.trainer import PackedBatches, Trainer, TrainResult
 
@@ -36,7 +36,6 @@ __all__ = [
     "PackedBatches",
     "Ramp",
     "RampPhase",
-    "SaveCost",
     "Saver",
     "ScheduleConfig",
     "TrainConfig",
@@ -63,7 +62,6 @@ _HOMES = {
     "LongContextStalledError": "long_context",
     "NonFiniteError": "guard",
     "PackedBatches": "trainer",
-    "SaveCost": "sharded_checkpoint",
     "Saver": "sharded_checkpoint",
     "TrainResult": "trainer",
     "Trainer": "trainer",

@@ -13,9 +13,7 @@ import dataclasses
 import json
 import math
 import threading
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +30,6 @@ from herdkern.train.sharded_ranks import Ranks
 
 BLOCK_BYTES = 16 << 20  # one checksum for each: 256 in the manifest for a shard of 4 GB
 LAYOUT = ("placements", "device_mesh")  # of a DTensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class SaveCost:
-    """What the last finished save cost, the same on every rank.
-
-    pause_s: for how long `save` held up the slowest rank, not counting a wait for the save before it.
-    write_s: from the snapshot to the rename.  num_bytes: of all ranks.
-    """
-
-    step: int
-    pause_s: float
-    write_s: float
-    num_bytes: int
 
 
 class Saver:
@@ -70,7 +54,6 @@ class Saver:
         self.root = Path(root)
         self.keep_last = keep_last
         self.background = background
-        self.cost: SaveCost | None = None
         self._ranks = Ranks(group, own=True)
         self._image = ShardImage(())
         self._planned: Any = None
@@ -94,7 +77,6 @@ class Saver:
         do not make up whole ones or a state is not JSON.
         """
         self.wait()
-        begin = time.perf_counter()
         with torch.no_grad():
             texts = self._prepare(tensors, state, rank_state, files or {})
             flat = flat_tensors(tensors)
@@ -102,12 +84,11 @@ class Saver:
                 view.copy_(_local(flat[key]), non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        pause_s = time.perf_counter() - begin
         if self.background:
-            self._thread = threading.Thread(target=self._write, args=(step, texts, pause_s), daemon=True)
+            self._thread = threading.Thread(target=self._write, args=(step, texts), daemon=True)
             self._thread.start()
         else:
-            self._write(step, texts, pause_s)
+            self._write(step, texts)
             self.wait()
         return self.root / f"step-{step}"
 
@@ -153,8 +134,7 @@ class Saver:
             self._planned = layout
         return texts
 
-    def _write(self, step: int, texts: Mapping[str, bytes], pause_s: float) -> None:
-        begin = time.perf_counter()
+    def _write(self, step: int, texts: Mapping[str, bytes]) -> None:
         final = self.root / f"step-{step}"
         tmp = self.root / (final.name + TMP_SUFFIX)
         rank, size = self._ranks.rank, self._ranks.size
@@ -166,13 +146,13 @@ class Saver:
                 remove_folder(tmp)
                 tmp.mkdir()
 
-        def write_shard() -> tuple[dict[str, Any], float]:
+        def write_shard() -> dict[str, Any]:
             shard = f"shard-{rank:05d}-of-{size:05d}.safetensors"
             entries = {shard: _write_file(tmp / shard, self._image.data)}
-            return entries | {name: _write_file(tmp / name, memoryview(text)) for name, text in texts.items()}, pause_s
+            return entries | {name: _write_file(tmp / name, memoryview(text)) for name, text in texts.items()}
 
-        def commit(written: list[tuple[dict[str, Any], float]]) -> SaveCost:
-            entries = {name: entry for some, _ in written for name, entry in some.items()}
+        def commit(written: list[dict[str, Any]]) -> None:
+            entries = {name: entry for some in written for name, entry in some.items()}
             _check_visible(tmp, entries)
             manifest = {**SHARDED_FORMAT, "step": step, "ranks": size, "block_bytes": BLOCK_BYTES, "files": entries}
             manifest["sha256"] = manifest_sha256(manifest)
@@ -180,17 +160,11 @@ class Saver:
             sync_folder(tmp)
             replace_folder(tmp, final)
             prune_checkpoints(self.root, self.keep_last)
-            return SaveCost(
-                step=step,
-                pause_s=max(pause for _, pause in written),
-                write_s=time.perf_counter() - begin,
-                num_bytes=sum(entry["bytes"] for entry in entries.values()),
-            )
 
         try:
             try:
                 self._ranks.agree(start, OSError, what)
-                _, self.cost = self._ranks.agree(write_shard, OSError, what, commit)
+                self._ranks.agree(write_shard, OSError, what, commit)
             except OSError:  # known to all ranks: none of them writes any more
                 if rank == 0:
                     with contextlib.suppress(OSError):  # the next save removes it

@@ -13,7 +13,6 @@ from herdkern.model.config import llama3_8b, llama3_405b, micro
 from herdkern.parallel.checkpoint_interval import (
     effective_time,
     mean_time_between_failures,
-    steps_between_saves,
     young_daly_interval,
 )
 from herdkern.parallel.clusters import Link, collective_seconds, h100, h200
@@ -299,11 +298,3 @@ def test_a_tiny_model_fits_anywhere():
     found = search(Task(model=micro(), cluster=h100(), devices=4, seq_len=1024, batch_tokens=16 * 1024))
     assert found.fits
     assert simulated(found.task, found.fits[0]) is found.fits[0]
-
-
-def test_steps_between_saves_are_young_s_interval_and_never_shorter_than_the_write():
-    assert steps_between_saves(0.5, 20.0, 2.0, 3600.0) == math.ceil(math.sqrt(2 * 0.5 * 3600) / 2)
-    assert steps_between_saves(0.5, 200.0, 2.0, 3600.0) == 100
-    assert steps_between_saves(0.5, 1.0, 1000.0, 3600.0) == 1
-    with pytest.raises(ValueError, match=r"step_s must be positive and write_s not negative, got 0.0, 1.0"):
-        steps_between_saves(0.5, 1.0, 0.0, 3600.0)

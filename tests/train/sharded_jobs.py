@@ -99,7 +99,6 @@ def save_steps(rank, root, steps, **options):
     for step in steps:
         saver.save(step, rows(step), {"step": step}, {"rng": rank})
     saver.wait()
-    return saver.cost
 
 
 def latest(rank, root):

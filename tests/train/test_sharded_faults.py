@@ -30,16 +30,8 @@ def two():
 def saved(two, tmp_path_factory):
     """Two good checkpoints of two ranks."""
     root = tmp_path_factory.mktemp("saved")
-    cost = two.run(sharded_jobs.save_steps, root, [1, 2])
-    assert cost[0] == cost[1]  # what the interval is chosen by
-    assert (cost[0].step, cost[0].num_bytes) == (2, sum(p.stat().st_size for p in files(root / "step-2")))
-    assert 0 < cost[0].pause_s < 30
-    assert 0 < cost[0].write_s < 30
+    two.run(sharded_jobs.save_steps, root, [1, 2])
     return root
-
-
-def files(folder):
-    return [p for p in folder.iterdir() if p.name != "manifest.json"]
 
 
 def flip(path, offset, mask=1):
