@@ -43,6 +43,12 @@ class LongStages:
         self.gate: LongContextGate | None = None
         self.steps = 0  # since the stages began
 
+    def measures_next(self, tokens: int) -> bool:
+        """Whether a step that begins at `tokens` measures the baselines before it, or has a check behind it."""
+        if self.gate is None:
+            return tokens >= self.config.from_tokens
+        return not self.gate.is_done and (self.steps + 1) % self.config.check_every_steps == 0
+
     def phase(self, tokens: int) -> RampPhase | None:
         """Batch and length of a step that begins at `tokens`; None before the stages. The first call in them measures
         the baselines."""
@@ -60,9 +66,10 @@ class LongStages:
         """
         if self.gate is None:
             return {}
+        checks = self.measures_next(tokens)
         self.steps += 1
         told: dict[str, Any] = {"context": self.gate.length}
-        if not self.gate.is_done and self.steps % self.config.check_every_steps == 0:
+        if checks:
             needles = {at: self.judge.num_wrong(b) == 0 for at, b in self.probe.needles(self.gate.length).items()}
             told["long_context"] = dataclasses.asdict(self.gate.check(tokens, self._scores(), needles))
         return told

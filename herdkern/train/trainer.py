@@ -230,6 +230,8 @@ class Trainer:
         """What evaluations after a step add to its metrics."""
         found: dict[str, Any] = {}
         if self._stages is not None:
+            if self._stages.gate is not None and self._stages.measures_next(self.tokens):
+                self._beat("evaluate")
             found.update(self._stages.after_step(self.tokens))
         if self.evaluate and self.config.eval_every_steps and self.step % self.config.eval_every_steps == 0:
             self._beat("evaluate")
@@ -245,7 +247,11 @@ class Trainer:
 
     def _next_data(self) -> StepData:
         """The sequences of the next step."""
-        phase = self._stages.phase(self.tokens) if self._stages is not None else None
+        phase = None
+        if self._stages is not None:
+            if self._stages.gate is None and self._stages.measures_next(self.tokens):
+                self._beat("evaluate")
+            phase = self._stages.phase(self.tokens)
         return StepData(
             position=self.position.next(),
             phase=phase or self._ramp.at(self.tokens),

@@ -60,7 +60,10 @@ def records(folder):
 def test_stages_begin_when_both_criteria_hold(tmp_path):
     """128 tokens a step: 8 x 16, from the first step behind token 100 on 4 x 32, then 2 x 64, and the last stays."""
     trainer = trainer_of(tmp_path, found=lambda check: check >= 2)
+    beats = []
+    trainer.on_beat = lambda step, phase: beats.append((step, phase))
     trainer.fit()
+    assert [step for step, phase in beats if phase == "evaluate"] == [2, 4, 6, 8]  # baselines, then behind 3, 5 and 7
     lines = records(tmp_path)
     assert [line.get("context") for line in lines] == [None] + [32] * 4 + [64] * 7
     verdicts = [(line["step"], line["long_context"]) for line in lines if "long_context" in line]
