@@ -12,10 +12,14 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """What moves between devices: seconds = latency_s + bytes / bytes_per_s, one direction, for one device."""
+    """What moves between devices: seconds = latency_s + bytes / bytes_per_s, one direction, for one device.
+
+    scatters_by_reducing: a reduce-scatter sends as much as an all-reduce, as gloo's does.
+    """
 
     bytes_per_s: float
     latency_s: float
+    scatters_by_reducing: bool = False
 
     def seconds(self, size: float) -> float:
         """The time of one message of `size` bytes; none takes no time."""
@@ -31,6 +35,9 @@ class Cluster:
     to tiles that do not fill all processors at once.  attention_*_flops: of causal attention.
     memory_bytes_per_s: of a copy.  node_link, network: inside a node, between nodes.
     failures_per_device_day: interruptions of a job.  checkpoint_bytes_per_s: of all devices together.
+    cores: processors on which all devices of a run are threads, their transfers too, so that nothing is hidden behind
+    computing; 0: each device computes alone.  host_block_s: of a block's forward pass, what it takes with hardly a
+    token; twice as much backward.
     """
 
     name: str
@@ -48,6 +55,8 @@ class Cluster:
     network: Link
     failures_per_device_day: float
     checkpoint_bytes_per_s: float
+    cores: int = 0
+    host_block_s: float = 0.0
     sources: tuple[str, ...] = field(default=(), repr=False)
 
     @property
@@ -123,5 +132,5 @@ def collective_seconds(
     """A ring over `ranks` of a tensor of `size` bytes, counted where it is whole."""
     if ranks == 1:
         return 0.0
-    rounds = 2 if kind == "all_reduce" else 1
+    rounds = 2 if kind == "all_reduce" or (kind == "reduce_scatter" and link.scatters_by_reducing) else 1
     return rounds * (link.seconds(size * (ranks - 1) / ranks) + (ranks - 2) * link.latency_s / 8)

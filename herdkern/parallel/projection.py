@@ -1,8 +1,8 @@
 """How long a training step of a layout takes on a described cluster, and on what. Needs no torch.
 
 Products of matrices and attention by their FLOPs at reached rates, the rest by the bytes it moves, collectives by
-bandwidth and latency, the pipeline by the simulator. Nothing is fitted to a result. Not in it: slow devices, contention
-of the network, power limits, the host.
+bandwidth and latency, the pipeline by the simulator; where ranks share the cores of one host, at least what these need
+for the work of all. Nothing is fitted to a result. Not in it: slow devices, contention of the network, power limits.
 """
 
 from collections.abc import Mapping
@@ -24,6 +24,8 @@ PARTS = (
     "pipeline waits",
     "data communication",
     "optimizer",
+    "host",
+    "shared cores",
 )
 Seconds = dict[str, float]  # by part
 
@@ -97,6 +99,7 @@ def project(
     }
     parts[last] = (parts[last][0], _scaled(backward, len(stages[last]), head_b))
     span, waits, longest = _pipeline(layout, cluster, model, parts, roughly=roughly)
+    shared = _core_seconds(layout, cluster, parts) - span if cluster.cores else 0.0
     seconds = dict.fromkeys(PARTS, 0.0)
     for stage in range(longest, len(stages), layout.pp):
         for given in parts[stage]:
@@ -105,9 +108,13 @@ def project(
     seconds["pipeline waits"] = waits
     params = _params_of(model, layout, stages, longest)
     rank_backward = sum(sum(parts[stage][1].values()) for stage in range(longest, len(stages), layout.pp))
-    seconds["data communication"] = _data_seconds(layout, cluster, params, rank_backward)
+    seconds["data communication"] = _data_seconds(layout, cluster, params, model.num_layers // layout.pp, rank_backward)
     seconds["optimizer"] = 30 * params / layout.shard_size / cluster.memory_bytes_per_s
-    assert abs(sum(seconds.values()) - span - seconds["data communication"] - seconds["optimizer"]) <= 1e-6 * span
+    step_end = seconds["data communication"] + seconds["optimizer"]
+    assert abs(sum(seconds.values()) - span - step_end) <= 1e-6 * span
+    if cluster.cores:
+        crowd = max(1.0, layout.world_size / cluster.cores)
+        seconds["shared cores"] = max(0.0, shared) + (crowd - 1) * step_end
     tokens = layout.dp * layout.num_microbatches * layout.micro_batch_tokens
     return Projection(
         layout=layout,
@@ -136,30 +143,43 @@ def block_seconds(model: ModelConfig, layout: Layout, cluster: Cluster, document
     moved = 8 * z.residual + 2 * (z.q + z.kv) + 3 * z.ffn  # two norms with their sums, the rotation, swiglu
     moved_back = 8 * z.residual + 2 * (z.q + z.kv) + 5 * z.ffn + z.block_weight * (z.element + 2 * WIDE)
     tensor = cluster.link(layout.tp)
-    gather = collective_seconds(tensor, layout.tp, z.gathered, "all_gather")
+    gather, scatter = (collective_seconds(tensor, layout.tp, z.gathered, k) for k in ("all_gather", "reduce_scatter"))
     context = cluster.link(layout.tp * layout.cp)
-    kv_bytes = 2 * z.kv * layout.cp
+    kv_bytes = 2 * z.kv * layout.cp * _needed_share(layout, document)
     gather_kv = collective_seconds(context, layout.cp, kv_bytes, "all_gather")
-    scatter_kv = collective_seconds(context, layout.cp, kv_bytes * WIDE / z.element, "reduce_scatter")
+    scatter_kv = collective_seconds(
+        context, layout.cp, kv_bytes * WIDE / z.element, "all_gather"
+    )  # only what is needed
     ahead = {
         "matrix products": forward,
         "attention": attention / cluster.attention_forward_flops,
         "memory-bound": moved / cluster.memory_bytes_per_s,
-        "tensor communication": 4 * gather,
+        "tensor communication": 2 * (gather + scatter),
         "context communication": gather_kv,
+        "host": cluster.host_block_s,
     }
     back = {
         "matrix products": to_inputs + to_weights,
         "attention": 2.5 * attention / cluster.attention_backward_flops,  # five products where forward has two
         "memory-bound": moved_back / cluster.memory_bytes_per_s,
-        "tensor communication": 6 * gather,  # the norms' outputs are gathered again
+        "tensor communication": 4 * gather + 2 * scatter,  # the norms' outputs are gathered again
         "context communication": gather_kv + scatter_kv,
+        "host": 2 * cluster.host_block_s,
     }
     if layout.recompute == "block":
         back = _scaled(back, 1, ahead)
     elif layout.recompute == "swiglu":
         back["memory-bound"] += 3 * z.ffn / cluster.memory_bytes_per_s
     return ahead, back
+
+
+def _needed_share(layout: Layout, document: int) -> float:
+    """Of the keys that an all-gather moves, those that some query needs: none behind it in one document, and of several
+    only those of the few that the 2 cp - 1 cuts divide, on average half of them."""
+    if layout.cp == 1:
+        return 0.0
+    moved = layout.micro_batch_tokens * (layout.cp - 1)  # rows, by all ranks
+    return min(0.75, (2 * layout.cp - 1) * document / 2 / moved)
 
 
 def head_seconds(model: ModelConfig, layout: Layout, cluster: Cluster) -> tuple[Seconds, Seconds]:
@@ -212,6 +232,12 @@ def _pipeline(
     return own + waits, waits, longest
 
 
+def _core_seconds(layout: Layout, cluster: Cluster, parts: Mapping[int, tuple[Seconds, Seconds]]) -> float:
+    """What the cores of a cluster whose ranks share them need for all that the ranks do before the step ends."""
+    one_pipeline = sum(sum(given.values()) for stage in parts.values() for given in stage) * layout.num_microbatches
+    return one_pipeline * layout.tp * layout.cp * layout.dp / min(cluster.cores, layout.world_size)
+
+
 def _params_of(model: ModelConfig, layout: Layout, stages: list[range], rank: int) -> int:
     z = Sizes.of(model, layout)
     held = range(rank, len(stages), layout.pp)
@@ -219,11 +245,11 @@ def _params_of(model: ModelConfig, layout: Layout, stages: list[range], rank: in
     return sum(len(stages[stage]) for stage in held) * z.block_weight + ends * z.vocab_weight
 
 
-def _data_seconds(layout: Layout, cluster: Cluster, params: int, backward: float) -> float:
+def _data_seconds(layout: Layout, cluster: Cluster, params: int, layers: int, backward: float) -> float:
     """What is not hidden of gathering parameters before, and reducing gradients behind, a step.
 
     Chunks are gathered as the first micro-batch reaches them and reduced as the last one leaves them, so that about one
-    micro-batch's passes hide them; the first and the last chunk have nothing to hide behind.
+    micro-batch's passes hide them; the first and the last chunk have nothing to hide behind. On shared cores all shows.
     """
     ranks = layout.dp * layout.cp
     shard = layout.shard_size
@@ -232,6 +258,9 @@ def _data_seconds(layout: Layout, cluster: Cluster, params: int, backward: float
     gather = collective_seconds(link, shard, params * element, "all_gather")
     scatter = collective_seconds(link, shard, params * WIDE, "reduce_scatter")
     replicas = collective_seconds(link, ranks // shard, params / shard * WIDE, "all_reduce")
+    if cluster.cores:
+        blocks = max(1, (layers + 1) * (shard > 1))
+        return gather + scatter + replicas + 2 * (blocks - 1) * link.latency_s
     pieces = layout.num_chunks if layout.pp > 1 else 16  # of one chunk blocks are pieces: the first of them shows
     group = min(layout.pp, layout.num_microbatches) if layout.num_chunks > 1 else 1
     hidden = group * backward * (1 - 1 / pieces)

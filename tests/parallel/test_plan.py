@@ -175,6 +175,53 @@ def test_the_pipeline_waits_as_its_formula_says_with_equal_stages():
     assert found.seconds["matrix products"] == roughly.seconds["matrix products"]
 
 
+@pytest.mark.parametrize("axes", [{"dp": 4}, {"tp": 4}, {"cp": 2, "dp": 2}])
+def test_ranks_that_share_cores_share_their_rates(axes):
+    layout = Layout(ParallelConfig(**axes), micro_batch_tokens=4096, num_microbatches=4)
+    alone, two, four, many = (
+        project(llama3_8b(), layout, dataclasses.replace(IDEAL, cores=cores), seq_len=4096).step_s
+        for cores in (0, 2, 4, 8)
+    )
+    assert four == many == pytest.approx(alone)
+    assert two == pytest.approx(2 * alone)
+
+
+def test_a_pipeline_on_shared_cores_takes_at_least_what_all_its_ranks_compute():
+    model = dataclasses.replace(llama3_8b(vocab_size=256), num_layers=30)
+    layout = Layout(ParallelConfig(pp=4, num_chunks=2), micro_batch_tokens=4096, num_microbatches=16)
+    one = Layout(micro_batch_tokens=4096, num_microbatches=16)
+    whole = project(model, one, IDEAL, seq_len=4096).step_s
+    free, two, one_core = (
+        project(model, layout, dataclasses.replace(IDEAL, cores=cores), seq_len=4096).step_s for cores in (0, 2, 1)
+    )
+    assert free < whole / 2  # waits fill the cores that others leave
+    assert two == pytest.approx(whole / 2, rel=1e-6)
+    assert one_core == pytest.approx(whole, rel=1e-6)
+
+
+def test_on_shared_cores_no_transfer_is_hidden():
+    layout = Layout(ParallelConfig(dp=2), micro_batch_tokens=8192, num_microbatches=16)
+    slow = Link(bytes_per_s=200e9, latency_s=0.0)
+    hidden, shown, reduced = (
+        project(llama3_8b(), layout, dataclasses.replace(h100(), node_link=link, cores=cores), seq_len=8192)
+        for cores, link in ((0, slow), (2, slow), (2, dataclasses.replace(slow, scatters_by_reducing=True)))
+    )
+    params = llama3_8b().num_params
+    gathered, scattered = params * 2 / 2 / 200e9, params * 4 / 2 / 200e9
+    assert hidden.seconds["data communication"] < 0.1 * (gathered + scattered)
+    assert shown.seconds["data communication"] == pytest.approx(gathered + scattered, rel=0.01)
+    assert reduced.seconds["data communication"] == pytest.approx(gathered + 2 * scattered, rel=0.01)
+
+
+def test_context_ranks_move_what_documents_need():
+    layout = Layout(ParallelConfig(cp=4), micro_batch_tokens=32_768, num_microbatches=1)
+    times = [
+        project(llama3_8b(), layout, h100(), seq_len=32_768, document_tokens=n).seconds["context communication"]
+        for n in (0, 8192, 1024)
+    ]
+    assert times[0] > 2 * times[1] > 8 * times[2] > 0
+
+
 def test_recomputing_blocks_costs_a_forward_pass():
     layout = Layout(micro_batch_tokens=8192, num_microbatches=2)
     kept = project(llama3_8b(vocab_size=256), layout, IDEAL, seq_len=8192)

@@ -23,7 +23,7 @@ def test_paper_schedule_equals_the_closed_form(step):
         want = 8e-5 * step / 8000
     else:
         want = 8e-7 + 0.5 * (8e-5 - 8e-7) * (1 + math.cos(math.pi * (step - 8000) / (1_200_000 - 8000)))
-    assert learning_rate(step, PAPER, steps=1_200_000) == pytest.approx(want, rel=1e-12)
+    assert learning_rate(step, PAPER, steps=1_200_000) == pytest.approx(want, rel=1e-12, abs=0)
 
 
 def test_annealing_is_a_straight_line_to_exactly_zero():
@@ -31,14 +31,14 @@ def test_annealing_is_a_straight_line_to_exactly_zero():
     rates = [learning_rate(s, config, steps=20_000) for s in range(19_000, 20_002)]
     assert rates[0] == 8e-6  # the end of the cosine, and the first annealing update
     for done, rate in enumerate(rates[1:-1]):
-        assert rate == pytest.approx(8e-6 * (1 - done / 1000), rel=1e-12)
+        assert rate == pytest.approx(8e-6 * (1 - done / 1000), rel=1e-12, abs=0)
     assert rates[-1] == 0.0
     assert learning_rate(30_000, config, steps=20_000) == 0.0
 
 
 def test_annealing_starts_from_where_the_cosine_is():
     config = ScheduleConfig(peak_lr=1.0, min_lr=0.0, warmup_steps=0, anneal_steps=50, cosine_steps=200)
-    assert learning_rate(101, config, steps=150) == pytest.approx(0.5, rel=1e-12)
+    assert learning_rate(101, config, steps=150) == pytest.approx(0.5, rel=1e-12, abs=0)
 
 
 @pytest.mark.parametrize("anneal_steps", [0, 1, 10])
