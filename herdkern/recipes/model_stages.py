@@ -129,7 +129,7 @@ def train_model(
     trainer.probe = make_probe(recipe.train, heldout, tokenizer)
     last = run_dir / "checkpoints" / f"step-{recipe.train.steps}"
     if latest_checkpoint(run_dir / "checkpoints") == last:
-        tokens_seen = recipe.train.total_tokens
+        tokens_seen = read_json(last / "state.json")["tokens"]
         return False, TrainResult(step=recipe.train.steps, tokens=tokens_seen, interrupted=False, checkpoint=last)
     result = trainer.fit()
     if result.interrupted:
