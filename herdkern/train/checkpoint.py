@@ -52,7 +52,7 @@ def save_checkpoint(
     files: Mapping[str, Any] | None = None,
     keep_last: int = 2,
 ) -> Path:
-    """Write root/step-N, then delete all but the newest `keep_last` and whatever an interrupted save left there.
+    """Write root/step-N, then delete all but the newest `keep_last` up to it and what an interrupted save left there.
 
     tensors: file stem -> named tensors.  state: JSON values for state.json.  files: further JSON files by name.
     Raises: OSError if the disk is full or the folder cannot be written; earlier checkpoints stay as they are.
@@ -77,13 +77,16 @@ def save_checkpoint(
     except BaseException:
         remove_folder(tmp)
         raise
-    prune_checkpoints(root, keep_last)
+    prune_checkpoints(root, keep_last, step)
     return final
 
 
-def prune_checkpoints(root: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints below `root`, and what interrupted saves left there."""
-    for old in checkpoint_folders(root)[:-keep_last]:
+def prune_checkpoints(root: Path, keep_last: int, step: int) -> None:
+    """Delete all but the newest `keep_last` checkpoints up to that of `step`, and what interrupted saves left there.
+
+    Later ones stay: a run that passed over a damaged one writes its steps again, and must not lose what it writes.
+    """
+    for old in [folder for folder in checkpoint_folders(root) if _step_of(folder) <= step][:-keep_last]:
         aside = old.with_name(old.name + TMP_SUFFIX)  # a half-deleted folder must not look like a checkpoint
         remove_folder(aside)
         old.rename(aside)
@@ -94,7 +97,11 @@ def prune_checkpoints(root: Path, keep_last: int) -> None:
 def checkpoint_folders(root: Path) -> list[Path]:
     """The folders step-N below `root`, oldest first; unfinished ones are left out."""
     found = [p for p in root.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    return sorted(found, key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def latest_checkpoint(root: Path) -> Path | None:

@@ -159,7 +159,7 @@ class Saver:
             _write_file(tmp / MANIFEST, memoryview(_json(MANIFEST, manifest)))
             sync_folder(tmp)
             replace_folder(tmp, final)
-            prune_checkpoints(self.root, self.keep_last)
+            prune_checkpoints(self.root, self.keep_last, step)
 
         try:
             try:

@@ -48,6 +48,19 @@ def test_steps_are_ordered_by_number_and_pruned(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-10", "step-11", "step-9"]
 
 
+def test_what_is_written_behind_a_damaged_one_stays(tmp_path):
+    """A run that went back writes the steps before the damaged one again."""
+    (save(tmp_path, 30, keep_last=1) / "state.json").write_text("{}")
+    for step in (10, 20):
+        save(tmp_path, step, keep_last=1)
+        with pytest.warns(UserWarning, match="passing over"):
+            assert latest_checkpoint(tmp_path) == tmp_path / f"step-{step}"
+    assert [p.name for p in checkpoint_folders(tmp_path)] == ["step-20", "step-30"]
+    save(tmp_path, 30, keep_last=1)
+    assert [p.name for p in checkpoint_folders(tmp_path)] == ["step-30"]
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-30"
+
+
 def test_there_may_be_none(tmp_path):
     assert latest_checkpoint(tmp_path) is None
     assert latest_checkpoint(tmp_path / "absent") is None
