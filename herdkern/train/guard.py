@@ -45,24 +45,25 @@ def first_bad_tensor(
 @torch.no_grad()
 def first_bad_of_ranks(model: ParallelModel, batches: Sequence[Batch]) -> str:
     """As `first_bad_tensor`, of all ranks, which call it together: "output of layers.1.mlp.up_proj on rank 2"."""
-    mine: list[tuple[int, int, int, str]] = []  # (kind, place in the order of computing, rank, what)
-    rank, named = dist.get_rank(), list(model.named_parameters().items())
-    mine += [(0, i, rank, f"parameter {name}") for i, (name, param) in enumerate(named) if not _is_finite(param)][:1]
-    modules = [(name, module) for stage in model.stages for name, module in stage.named_modules()]
-    with _watched(modules) as found:
-        loss = model.evaluate(batches)
-    places: dict[str, int] = {}
+    here = f"on rank {dist.get_rank()}"
+    mine: list[tuple[int, int, int, str]] = []  # kind, stage, place in the stage, what: the least is the first
+    places: dict[str, tuple[int, int]] = {}
     for stage in model.stages:
-        for name in _in_order_of_computing(stage):
-            places[name] = stage.index * len(modules) * dist.get_world_size() + len(places)
-    mine += [(1, places[name], rank, f"output of {name}") for name in found]
+        for i, (name, param) in enumerate(stage.named_parameters()):
+            if not _is_finite(param):
+                mine.append((0, stage.index, i, f"parameter {name} {here}"))
+            if param.grad is not None and not _is_finite(param.grad):  # backward reaches the last one first
+                mine.append((3, -stage.index, -i, f"gradient of {name} {here}"))
+        for i, name in enumerate(_in_order_of_computing(stage)):
+            places.setdefault(name, (stage.index, i))
+    with _watched((name, module) for stage in model.stages for name, module in stage.named_modules()) as found:
+        loss = model.evaluate(batches)
+    mine += [(1, *places[name], f"output of {name} {here}") for name in found]
     mine += [] if _is_finite(loss) else [(2, 0, 0, "loss")]
-    gradients = [(i, name) for i, (name, p) in enumerate(named) if p.grad is not None and not _is_finite(p.grad)]
-    mine += [(3, -i, rank, f"gradient of {name}") for i, name in gradients[-1:]]
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine[:1])
+    dist.all_gather_object(gathered, sorted(mine)[:1])
     first = min((one for some in gathered for one in some), default=None)
-    return NOTHING if first is None else f"{first[3]} on rank {first[2]}"
+    return NOTHING if first is None else first[3]
 
 
 @contextmanager

@@ -107,6 +107,20 @@ def train_with_bad_weight(rank, folder, sizes, bad_rank, name):
     return ""
 
 
+def train_with_bad_gradient(rank, folder, sizes, name):
+    """The gradient behind module `name` is not finite; the message of the error."""
+    trainer = trainer_of(folder, sizes)
+    for stage in trainer.model.stages:
+        for found, module in stage.named_modules():
+            if found == name:
+                module.register_full_backward_hook(lambda _, got, __: tuple(g * float("nan") for g in got))
+    try:
+        trainer.fit()
+    except NonFiniteError as error:
+        return str(error)
+    return ""
+
+
 def second_trainer(rank, folder, sizes):
     """What the second of two trainers in a folder says while the first works."""
     said = []

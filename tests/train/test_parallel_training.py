@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 import signal
 
 import parallel_jobs
@@ -210,6 +211,8 @@ def test_what_is_not_finite_is_named_with_its_rank(worlds, tmp_path):
     name = "layers.1.mlp.up_proj.weight"
     for answer in worlds(parallel_jobs.train_with_bad_weight, tmp_path / "weight", sizes, 1, name):
         assert f"first bad tensor: parameter {name} on rank 1;" in answer
+    for answer in worlds(parallel_jobs.train_with_bad_gradient, tmp_path / "gradient", sizes, "layers.1.mlp.up_proj"):
+        assert re.search(r"first bad tensor: gradient of layers\.1\.\S+ on rank 1;", answer)
     skip = {"on_nonfinite": "skip", "bad": (6,), "max_skipped_steps": 1}
     assert set(worlds(parallel_jobs.train_badly, tmp_path / "skip", sizes, skip)) == {""}
     record = facts(tmp_path / "skip")[1]
