@@ -1,6 +1,7 @@
 """The ranks that save or load together: what the first makes of all that they say, and one error for all."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -24,22 +25,24 @@ class Ranks:
         function: Callable[[], Any],
         error: type[Exception],
         what: str,
-        join: Callable[[list[Any]], Any] = lambda values: None,
+        join: Callable[[list[Any]], Any] | None = None,
     ) -> tuple[Any, Any]:
         """Call a function on every rank; returns what it gave here, and what `join` made of all that on the first rank.
+
+        Without `join` only errors are sent.
 
         Raises: `error`, the same on all ranks, if one of the two raised an exception on any; RuntimeError if a rank is
         gone.
         """
         mine, said = _try(function)
-        answers = self._to_first((said, None if said else mine))
+        answers = self._to_first((said, mine if join is not None and not said else None))
         failed, joined = "", None
         if answers is not None:
             bad = [f"rank {rank}: {text}" for rank, (text, _) in enumerate(answers) if text]
             if bad:
                 failed = f"{what} failed on {len(bad)} of {self.size} ranks; {bad[0]}"
-            else:
-                joined, said = _try(lambda: join([value for _, value in answers]))
+            elif join is not None:
+                joined, said = _try(partial(join, [value for _, value in answers]))
                 failed = f"{what} failed; {said}" if said else ""
         failed, joined = self._from_first((failed, joined))
         if failed:

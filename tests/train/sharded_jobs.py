@@ -1,6 +1,7 @@
 """What the ranks of the sharded checkpoint tests do."""
 
 import os
+import pickle
 import resource
 import signal
 import time
@@ -183,3 +184,24 @@ def go_on(rank, root, until):
         (root / f"saved-{rank}").write_text(str(step - 1))  # save has waited for the one before
     saver.wait()
     return step
+
+
+def bytes_sent(rank, root):
+    """The largest object that a rank sends while large tensors are saved twice and loaded."""
+    sent = []
+
+    def spy(value, *args, of=dist.gather_object, **options):
+        sent.append(len(pickle.dumps(value)))
+        return of(value, *args, **options)
+
+    dist.gather_object = spy
+    try:
+        tensors = rows(1, 100_000)
+        saver = Saver(root)
+        for step in (1, 2):
+            saver.save(step, tensors, {"step": step}, {})
+        saver.wait()
+        load_sharded(latest_sharded(root), tensors)
+    finally:
+        dist.gather_object = spy.__kwdefaults__["of"]
+    return max(sent)

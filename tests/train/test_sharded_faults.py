@@ -163,6 +163,11 @@ def test_what_one_rank_gives_wrongly_is_told_to_all(two, tmp_path):
     verify_checkpoint(tmp_path / "step-1")
 
 
+def test_tensors_are_not_sent(two, tmp_path):
+    assert all(0 < size < 10_000 for size in two.run(sharded_jobs.bytes_sent, tmp_path))
+    assert (tmp_path / "step-2" / SHARD).stat().st_size > 2_000_000
+
+
 def test_the_newest_stay(two, tmp_path):
     (tmp_path / "step-9.tmp").mkdir()  # what a kill left
     for keep_last, steps in ((3, [1, 2, 3, 4]), (1, [5])):
