@@ -26,6 +26,10 @@ USAGE = """usage: herdkern COMMAND [ARGUMENTS]
   dedup             drop copies from documents: by URL, text, near-duplicate text, line, embedding; or all in a row
   pipeline show     an interleaved pipeline schedule: order, bubble, memory, picture
   plan              layouts of a model on many devices: which fit, how fast, why the others do not
+  launch            start a command on several ranks, watched: who dies or hangs is named, the run goes on
+  flight            which rank left the order of collectives: one line from a run's flight recorders
+  top               a run, live: loss, speed, ranks, restarts, effective training time
+  tensorboard       a run's metrics as TensorBoard's event files
   env               versions, processor, backends and a self-test
 
 `herdkern COMMAND --help` tells more; `herdkern run RECIPE --help` lists every setting. Version: herdkern --version"""
@@ -302,6 +306,15 @@ def _checkpoint(args: list[str]) -> int:
     return checkpoint_main(args)
 
 
+def _of_run(command: str) -> Callable[[list[str]], int]:
+    def run(args: list[str]) -> int:
+        from herdkern.train.cli import main as train_main
+
+        return train_main(command, args)
+
+    return run
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     "pretrain": _pretrain,
@@ -314,6 +327,10 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "env": _env,
     "pipeline": _pipeline,
     "plan": _plan,
+    "launch": _of_run("launch"),
+    "flight": _of_run("flight"),
+    "top": _of_run("top"),
+    "tensorboard": _of_run("tensorboard"),
 }
 
 

@@ -10,17 +10,22 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Phase = Literal["data", "step", "save", "evaluate"]
 PHASES: tuple[Phase, ...] = ("data", "step", "save", "evaluate")
 INTERVAL = 1.0  # seconds between two files of a rank
-_LONG_PHASES = ("save", "evaluate")  # their start and end are always told: the supervisor is more patient with them
+LONG_PHASES = ("save", "evaluate")  # their start and end are always told: the supervisor is more patient with them
+_FORGET = 0.99  # of the longest pause, a beat
 
 
 @dataclass(frozen=True, kw_only=True)
 class Beat:
-    """The last sign of life of a rank. time: seconds since 1970; longest: seconds between two beats, at most so far."""
+    """The last sign of life of a rank.
+
+    time: seconds since 1970. longest: the longest of the recent pauses between beats, in seconds, without saves and
+    evaluations.
+    """
 
     rank: int
     step: int
@@ -33,6 +38,8 @@ class Beat:
 
 class Heartbeat:
     """The signs of life of this rank in `run_dir`. A beat costs a microsecond, and once a second one small file.
+
+    Among several ranks it also starts this rank's flight recorder, which `herdkern flight` and the supervisor read.
 
     clock: seconds since 1970; for tests.
     """
@@ -48,6 +55,7 @@ class Heartbeat:
         self._written = self._last = 0.0
         self._longest = 0.0
         self._phase = ""
+        self._recorder = _recorder(run_dir, rank)
 
     def beat(self, *, step: int, phase: Phase) -> None:
         """This rank works on `step` and is at `phase` of it. Written at most once a second, or as a long phase turns.
@@ -58,9 +66,12 @@ class Heartbeat:
             raise ValueError(f"Heartbeat: phase must be one of {', '.join(PHASES)}, got {phase!r}")
         now = self._clock()
         if self._last:
-            self._longest = max(self._longest, now - self._last)
+            pause = 0.0 if self._phase in LONG_PHASES else now - self._last
+            self._longest = max(pause, self._longest * _FORGET)
+        if self._recorder is not None:
+            self._recorder.ring.set_step(step)
         self._last = now
-        turned = phase != self._phase and (phase in _LONG_PHASES or self._phase in _LONG_PHASES)
+        turned = phase != self._phase and (phase in LONG_PHASES or self._phase in LONG_PHASES)
         self._phase = phase
         if turned or not 0 <= now - self._written < INTERVAL:
             self._written = now
@@ -73,6 +84,19 @@ class Heartbeat:
             os.replace(tmp, self.path)
         except OSError:
             pass
+
+
+def _recorder(run_dir: Path | str, rank: int) -> Any:
+    """The armed flight recorder, or None where there is one rank only (or no torch: then there are no collectives)."""
+    try:
+        import torch.distributed as dist
+    except ImportError:
+        return None
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    from herdkern.parallel.flight_recorder import arm
+
+    return arm(run_dir, rank, dist.get_world_size())
 
 
 def read_beats(run_dir: Path | str) -> dict[int, Beat]:

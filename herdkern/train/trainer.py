@@ -20,6 +20,7 @@ from tqdm import tqdm
 from herdkern.engine import write_json_atomic
 from herdkern.model.transformer import Transformer
 from herdkern.parallel.config import ParallelConfig
+from herdkern.parallel.heartbeat import Heartbeat
 from herdkern.train.batch import Batch
 from herdkern.train.config import TrainConfig
 from herdkern.train.guard import NonFiniteError
@@ -58,7 +59,7 @@ class Trainer:
     progress: a bar on standard error; by default only on a terminal.
     probe: an attribute to set before `fit`: the examples that judge stages of long context (config.long_context).
     on_beat: an attribute to set before `fit`: called as on_beat(step=, phase=) with phase "data", "step", "evaluate" or
-        "save" when that begins, on every rank.
+        "save" when that begins, on every rank. By default a Heartbeat in run_dir takes it.
     """
 
     def __init__(
@@ -139,6 +140,9 @@ class Trainer:
         cannot be written; LongContextStalledError. With parallel, on all ranks.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        if self.on_beat is None:
+            rank = 0 if self.engine.is_first else torch.distributed.get_rank()
+            self.on_beat = Heartbeat(self.run_dir, rank).beat
         if self.config.long_context.lengths:
             if self.probe is None:
                 raise ValueError("Trainer: probe must be set where train.long_context has lengths, got none")
