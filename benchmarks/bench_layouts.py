@@ -288,7 +288,12 @@ def measure(options: argparse.Namespace, rows: dict[str, dict[str, Any]], rates:
 
 def main() -> int:
     options = parse_options([RATES, *NAMES], limit=120, quick_limit=60)
-    report: dict[str, Any] = {"bench": "layouts", "unit": "ms", "machine": describe_machine(1) | {"clock": "wall"}}
+    report: dict[str, Any] = {
+        "bench": "layouts",
+        "unit": "ms",
+        "quick": options.quick,
+        "machine": describe_machine(1) | {"clock": "wall"},
+    }
     rows: dict[str, dict[str, Any]] = {}
     rates: dict[str, float] = {}
     if options.json and Path(options.json).exists():
