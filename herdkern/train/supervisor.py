@@ -184,12 +184,25 @@ class SupervisedAgent(LocalElasticAgent):
             self._break_off(pids, hung)
             return super()._monitor_workers(worker_group)  # collects the dead and counts a restart
         self.watch.look_for_stragglers()
-        return super()._monitor_workers(worker_group)
+        result = super()._monitor_workers(worker_group)
+        if result.is_failed():  # a rank died since we looked, and torchrun has ended the others
+            self.watch.exit_codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
+            self._conclude(pids, {})
+        return result
 
     def _break_off(self, pids: Mapping[int, int], hung: Mapping[int, str]) -> None:
         if hung or set(_died_of(pids).values()) - {0, -signal.SIGKILL}:  # a kill from outside tells nothing more
             time.sleep(_SETTLE)
         self.watch.exit_codes = _died_of(pids)
+        self._conclude(pids, hung)
+        for pid in pids.values():
+            _send(pid, signal.SIGKILL, to_group=True)  # what they wait for will never come
+        until = time.monotonic() + 10
+        while len(_died_of(pids)) < len(pids) and time.monotonic() < until:
+            time.sleep(0.02)
+
+    def _conclude(self, pids: Mapping[int, int], hung: Mapping[int, str]) -> None:
+        """The verdict, and whether the run has come further than before: then it may fail as often again."""
         self.watch.diagnose(pids, hung)
         reached = max([beat.step for beat in read_beats(self.watch.run_dir).values()], default=-1)
         if reached > self.watch.best_step:
@@ -199,11 +212,6 @@ class SupervisedAgent(LocalElasticAgent):
             self._remaining_restarts = self._allowed
         if self._remaining_restarts == 0:
             _say(f"no progress past step {self.watch.best_step} in {self._allowed} restarts")
-        for pid in pids.values():
-            _send(pid, signal.SIGKILL, to_group=True)  # what they wait for will never come
-        until = time.monotonic() + 10
-        while len(_died_of(pids)) < len(pids) and time.monotonic() < until:
-            time.sleep(0.02)
 
     def _shutdown(self, *args: Any, **kwargs: Any) -> None:
         finished = getattr(self._pcontext, "_worker_finished_event", None)
