@@ -192,7 +192,7 @@ class TrainConfig:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens of all steps."""
+        """Tokens of all steps; stages of long context may see fewer."""
         return self.ramp_plan().tokens_before(self.steps)
 
     @property

@@ -108,9 +108,9 @@ class DataPosition:
             self.token += lengths[0]
         return self.token
 
-    def leave_out(self, first: int, length: int) -> None:
-        """Pass over so many tokens from `first` on when the run comes there again."""
-        self.left_out.append((first, length))
+    def skip_to(self, token: int) -> None:
+        """Go on at `token`, if that lies ahead."""
+        self.token = max(self.token, token)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON values."""

@@ -256,6 +256,9 @@ class Trainer:
             if self._stages.gate is None and self._stages.measures_next(self.tokens):
                 self._beat("evaluate")
             phase = self._stages.phase(self.tokens)
+            if self.step >= self.config.steps - self.config.schedule.anneal_steps:
+                # the stages may have seen fewer tokens than the sampler's plan of the annealing mix
+                self.position.skip_to(self.config.anneal_start_sequence * self.config.longest_seq_len)
         return StepData(
             position=self.position.next(),
             phase=phase or self._ramp.at(self.tokens),

@@ -105,6 +105,21 @@ def test_a_resumed_run_goes_on_in_its_stage(tmp_path):
     assert verdicts[0] == verdicts[1]
 
 
+def test_annealing_begins_at_its_place_in_the_data(tmp_path):
+    """Steps of a stage of 48 see 96 tokens of 128: without a jump the sampler's annealing mix would never come."""
+    config = dataclasses.replace(CONFIG, long_context=dataclasses.replace(STAGES, lengths=(16, 48)))
+    trainer = trainer_of(tmp_path, config)
+    asked, cut = [], trainer.source.batch_at
+    trainer.source.batch_at = lambda token, *size: asked.append(token) or cut(token, *size)
+    trainer.fit()
+    assert asked[:8] == [16 * i for i in range(8)]  # the step before the stages; then two sequences a step
+    assert asked[8:] == [128 + 48 * i for i in range(12)] + [
+        config.anneal_start_sequence * 48 + 48 * i for i in range(10)
+    ]
+    assert config.anneal_start_sequence == 19  # the first behind 7 steps of 128 tokens
+    assert trainer.tokens == 128 + 11 * 96
+
+
 def test_what_cannot_work_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"probe must be set where train\.long_context has lengths"):
         Trainer(Transformer(PARALLEL_MODEL), CONFIG, PackedBatches(sampler_of(64), CONFIG), tmp_path).fit()
