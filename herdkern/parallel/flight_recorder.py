@@ -250,10 +250,25 @@ def arm(run_dir: Path | str, rank: int, world_size: int) -> FlightRecorder:
     if _armed is not None:
         if _armed.ring.path == path:
             return _armed
-        _armed.stop()
+        disarm()
     _armed = FlightRecorder(path, rank, world_size)
     _armed.start()
     stacks = open(path.with_suffix(".stacks"), "w")  # noqa: SIM115 - faulthandler writes to it until the process ends
     faulthandler.register(STACKS_SIGNAL, stacks, all_threads=True)
     faulthandler.enable(stacks, all_threads=True)
     return _armed
+
+
+def disarm() -> None:
+    """Stop what `arm` started and remove its files: shared memory is not to fill up with runs that have ended."""
+    global _armed
+    if _armed is None:
+        return
+    _armed.stop()
+    faulthandler.unregister(STACKS_SIGNAL)
+    faulthandler.disable()
+    path, _armed = _armed.ring.path, None
+    for file in (path, path.with_suffix(".stacks")):
+        file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # other ranks still have theirs there
+        path.parent.rmdir()

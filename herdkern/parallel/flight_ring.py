@@ -58,15 +58,22 @@ def ring_folder(run_dir: Path | str) -> Path:
 
 
 class RingWriter:
-    """Appends records to a fresh ring at `path`, which appears whole. One thread at a time (the interpreter's lock)."""
+    """Appends records to a fresh ring at `path`, which appears whole. One thread at a time (the interpreter's lock).
+
+    Raises: OSError if there is no room for it: later, a page that cannot be had would end the process (SIGBUS).
+    """
 
     def __init__(self, path: Path, rank: int, world_size: int, slots: int = SLOTS) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         size = HEADER_BYTES + NAMES_BYTES + slots * RECORD.size
         tmp = path.with_name(path.name + ".tmp")
-        with open(tmp, "w+b") as f:
-            f.truncate(size)
-            self._map = mmap.mmap(f.fileno(), size)
+        try:
+            with open(tmp, "w+b") as f:
+                os.posix_fallocate(f.fileno(), 0, size)
+                self._map = mmap.mmap(f.fileno(), size)
+        except OSError:
+            tmp.unlink(missing_ok=True)
+            raise
         _HEADER.pack_into(self._map, 0, MAGIC, slots, 0, 0, -1, rank, world_size)
         os.replace(tmp, path)
         self.path, self.slots, self.step = path, slots, -1

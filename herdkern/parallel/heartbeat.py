@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,6 +78,14 @@ class Heartbeat:
             self._written = now
             self._write(Beat(step=step, phase=phase, time=now, longest=self._longest, **self._about))  # type: ignore[arg-type]
 
+    def close(self) -> None:
+        """The run has ended well: nobody will ask for this rank's flight recorder. The last beat stays."""
+        if self._recorder is not None:
+            from herdkern.parallel.flight_recorder import disarm
+
+            disarm()
+            self._recorder = None
+
     def _write(self, beat: Beat) -> None:
         tmp = self.path.with_name(self.path.name + ".tmp")
         try:
@@ -87,7 +96,10 @@ class Heartbeat:
 
 
 def _recorder(run_dir: Path | str, rank: int) -> Any:
-    """The armed flight recorder, or None where there is one rank only (or no torch: then there are no collectives)."""
+    """The armed flight recorder, or None where there is one rank only (or no torch: then there are no collectives).
+
+    Warns where there is no room for it: no reason to stop, either.
+    """
     try:
         import torch.distributed as dist
     except ImportError:
@@ -96,7 +108,11 @@ def _recorder(run_dir: Path | str, rank: int) -> Any:
         return None
     from herdkern.parallel.flight_recorder import arm
 
-    return arm(run_dir, rank, dist.get_world_size())
+    try:
+        return arm(run_dir, rank, dist.get_world_size())
+    except OSError as e:
+        warnings.warn(f"Heartbeat: no flight recorder for rank {rank}: {e}", stacklevel=3)
+        return None
 
 
 def read_beats(run_dir: Path | str) -> dict[int, Beat]:

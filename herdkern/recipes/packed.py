@@ -22,7 +22,6 @@ from herdkern.engine import write_json_atomic
 from herdkern.model.transformer import Transformer
 from herdkern.parallel.compose import ParallelModel
 from herdkern.parallel.config import ParallelConfig
-from herdkern.parallel.heartbeat import Heartbeat
 from herdkern.recipes.config import Recipe
 from herdkern.recipes.model_stages import (
     EVAL_TOKENS_WHILE_TRAINING,
@@ -56,7 +55,6 @@ def pretrain_packed(recipe: Recipe, run_dir: Path, tokens: Path, parallel: Paral
     run_dir.mkdir(parents=True, exist_ok=True)
     with _ranks(parallel) as rank:
         trainer = _trainer(recipe, run_dir, tokens, None if rank is None else parallel)
-        trainer.on_beat = Heartbeat(run_dir, rank or 0).beat
         if not rank:
             settings = {**dataclasses.asdict(recipe), "parallel": dataclasses.asdict(parallel)}
             write_json_atomic(run_dir / "config.json", settings)

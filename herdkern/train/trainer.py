@@ -140,9 +140,11 @@ class Trainer:
         cannot be written; LongContextStalledError. With parallel, on all ranks.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        heartbeat = None
         if self.on_beat is None:
             rank = 0 if self.engine.is_first else torch.distributed.get_rank()
-            self.on_beat = Heartbeat(self.run_dir, rank).beat
+            heartbeat = Heartbeat(self.run_dir, rank)
+            self.on_beat = heartbeat.beat
         if self.config.long_context.lengths:
             if self.probe is None:
                 raise ValueError("Trainer: probe must be set where train.long_context has lengths, got none")
@@ -156,6 +158,9 @@ class Trainer:
             how = stack.enter_context(memory_reuse(self.config.reuse_memory))
             saved = self._loop(self.resume(), how)
             self.engine.wait()
+        if heartbeat is not None:
+            heartbeat.close()
+            self.on_beat = None
         return TrainResult(
             step=self.step, tokens=self.tokens, interrupted=self.step < self.config.steps, checkpoint=saved
         )
@@ -293,6 +298,7 @@ class Trainer:
         """Go back to the last verified checkpoint; the sequences of `data` are left out from now on."""
         step, rollbacks = self.step + 1, self._rollbacks + 1
         left_out = [*self.position.left_out, (data.position, data.phase.tokens_per_step)]
+        self._beat("save")  # reading one takes as long as writing it
         self.engine.wait()
         folder = self.resume()
         if folder is None:

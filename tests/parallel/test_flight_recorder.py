@@ -1,5 +1,6 @@
 """The flight recorder on real gloo ranks: what is noted, what is left when a rank dies, and who is named."""
 
+import errno
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +12,9 @@ from ranks import RankFailure, Ranks
 from torch.distributed import _functional_collectives as functional
 
 from herdkern.parallel.flight_recorder import FlightRecorder
-from herdkern.parallel.flight_ring import ENDED, WAITING, read_ring, read_rings
+from herdkern.parallel.flight_ring import ENDED, WAITING, read_ring, read_rings, ring_folder
 from herdkern.parallel.flight_verdict import judge
+from herdkern.parallel.heartbeat import Heartbeat, read_beats
 
 pytestmark = pytest.mark.distributed
 RECORDERS = []
@@ -68,6 +70,40 @@ def test_every_kind_of_call_is_noted_with_its_place_and_end(tmp_path):
         assert len(places) == 10
         assert ring.name(ring.records["dtype"][7]) == "float64"
     assert judge(rings).kind == "none"
+
+
+def heartbeat_without_room(rank, folder):
+    room, os.posix_fallocate = os.posix_fallocate, full
+    try:
+        with pytest.warns(UserWarning, match=f"no flight recorder for rank {rank}: .*No space left"):
+            Heartbeat(folder, rank).beat(step=1, phase="step")
+        return [path.name for path in ring_folder(folder).iterdir()], step_of(folder, rank)
+    finally:
+        os.posix_fallocate = room
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def step_of(folder, rank):
+    return read_beats(folder)[rank].step
+
+
+def heartbeat_to_the_end(rank, folder):
+    heartbeat = Heartbeat(folder, rank)
+    dist.barrier()
+    noted = read_ring(ring_folder(folder) / f"rank-{rank}.ring").records["op"].size
+    heartbeat.close()
+    dist.barrier()  # not noted
+    return noted, ring_folder(folder).exists()
+
+
+def test_no_room_is_no_reason_to_stop_and_the_end_of_a_run_leaves_none_used(tmp_path):
+    with Ranks(2) as ranks:
+        assert ranks.run(heartbeat_without_room, tmp_path / "full") == [([], 1)] * 2
+        assert ranks.run(heartbeat_to_the_end, tmp_path / "run") == [(1, False)] * 2
+    ring_folder(tmp_path / "full").rmdir()
 
 
 def test_a_ring_keeps_the_newest(tmp_path):
