@@ -25,7 +25,9 @@ def launch(args: list[str]) -> int:
     parser.add_argument("--run", type=Path, required=True, help="the run folder, on a file system that all nodes see")
     parser.add_argument("--nproc", default="", help="ranks on this node (torchrun's --nproc-per-node)")
     parser.add_argument("--hang-after", type=float, default=20.0, help="seconds without a beat (default 20)")
-    parser.add_argument("--start-after", type=float, default=600.0, help="seconds before the first beat (default 600)")
+    parser.add_argument(
+        "--start-after", type=float, default=600.0, help="seconds until the end of the first step (600)"
+    )
     parser.add_argument("--long-after", type=float, default=900.0, help="seconds in a save or an evaluation (900)")
     parser.add_argument("--grace", type=int, default=120, help="seconds to write a checkpoint after SIGTERM (120)")
     parser.add_argument("--fork", action="store_true", help="fork ranks from this process: restarts take a second")

@@ -45,8 +45,8 @@ class WatchConfig:
     """Limits of the supervisor, in seconds.
 
     hang_after: without a beat a rank hangs (at least three times its longest recent pause). start_after: the same
-    before the first beat. long_after: the same in a save or an evaluation. grace: a signal's ranks may write a
-    checkpoint. straggler_every: between two looks at the arrivals.
+    before the end of the first step, of which nobody knows how long it takes. long_after: the same in a save or an
+    evaluation. grace: a signal's ranks may write a checkpoint. straggler_every: between two looks at the arrivals.
     fork: ranks are forks of this process, which has loaded torch already, so that a restart takes a second and not ten;
     the command must be `python FILE ...`.
     """
@@ -75,6 +75,7 @@ class Watch:
     is_first: bool = True  # of the nodes: it writes the log
     best_step: int = -1
     began: float = 0.0
+    first_step: int = 0
     exit_codes: dict[int, int] = field(default_factory=dict)
     _stopped_since: dict[int, float] = field(default_factory=dict)
     _looked: float = 0.0
@@ -86,13 +87,14 @@ class Watch:
     def start(self, ranks: Sequence[int], world_size: int, is_first: bool) -> None:
         """A new set of ranks is about to start."""
         self.is_first, self.began, self.exit_codes = is_first, time.time(), {}
+        self.first_step = self.saved_step() + 1
         self._stopped_since.clear()
         for rank in ranks:
             for path in ring_folder(self.run_dir).glob(f"rank-{rank}.*"):
                 path.unlink(missing_ok=True)
         if is_first:
             clear_beats(self.run_dir)
-            self.log.append("start", ranks=world_size, step=self.saved_step())
+            self.log.append("start", ranks=world_size, step=self.first_step - 1)
 
     def saved_step(self) -> int:
         """The step of the newest checkpoint, 0 if there is none."""
@@ -126,6 +128,8 @@ class Watch:
         """The seconds after which a rank with that last beat hangs."""
         if beat.phase in LONG_PHASES:
             return self.config.long_after
+        if beat.step <= self.first_step:
+            return self.config.start_after
         return max(self.config.hang_after, 3.0 * beat.longest)
 
     def look_for_stragglers(self) -> None:
@@ -303,9 +307,11 @@ def _run_file(*command: str) -> None:
 
 def _exit_codes(agents: Sequence[SupervisedAgent]) -> dict[int, int]:
     context: Any = agents[0]._pcontext if agents else None
+    if context is None:  # the signal came before the ranks
+        return {}
     if hasattr(context, "subprocess_handlers"):
         return {rank: handler.proc.returncode for rank, handler in context.subprocess_handlers.items()}
-    return {rank: process.exitcode for rank, process in enumerate(getattr(context, "_pc", None).processes)}  # type: ignore[union-attr]
+    return {rank: process.exitcode for rank, process in enumerate(context._pc.processes)}
 
 
 def _died_of(pids: Mapping[int, int]) -> dict[int, int]:

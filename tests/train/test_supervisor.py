@@ -159,6 +159,15 @@ def test_a_beat_of_an_earlier_start_counts_for_nothing(tmp_path):
     assert watch(tmp_path).hung({0: os.getpid()}) == {}
 
 
+def test_a_first_step_may_take_as_long_as_a_start(tmp_path):
+    """Nothing is known of it yet; killed for it, the run would never come beyond it."""
+    (tmp_path / "checkpoints" / "step-4").mkdir(parents=True)
+    made = watch(tmp_path, hang_after=20, start_after=100)
+    for step, limit in ((5, 100), (6, 20)):
+        assert made.limit(Beat(rank=0, step=step, phase="step", time=0.0, longest=0.1, pid=1, host="h")) == limit
+    assert made.log.read()[-1]["step"] == 4
+
+
 def test_limits():
     beat = Beat(rank=0, step=1, phase="step", time=0.0, longest=10.0, pid=1, host="h")
     assert Watch(Path("unused"), WatchConfig(hang_after=20)).limit(beat) == 30.0
