@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal
 
 ExecutorKind = Literal["serial", "threads", "processes", "mpi", "ray", "dask"]
@@ -101,6 +102,26 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+class _ProcessPool(concurrent.futures.ProcessPoolExecutor):
+    """The standard library's, for workers that die while the next one is being started: that one is never told to end,
+    and the pool joins it for ever; or the pool says only that a pipe or a handle is closed."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "concurrent.futures.Future[Any]":
+        """A future of `fn(*args, **kwargs)`. Raises: BrokenProcessPool if a worker is lost."""
+        try:
+            return super().submit(fn, *args, **kwargs)
+        except OSError as e:
+            raise BrokenProcessPool(f"a worker ended while another was being started ({e})") from e
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Ends the workers, those of a broken pool at once."""
+        workers = list((getattr(self, "_processes", None) or {}).values())
+        if getattr(self, "_broken", False):
+            for worker in workers:
+                worker.kill()
+        super().shutdown(wait=wait, cancel_futures=cancel_futures)
+
+
 def make_executor(kind: ExecutorKind, num_workers: int | None = None) -> concurrent.futures.Executor:
     """An executor of the named kind; close it after use (`with make_executor(...) as executor:`).
 
@@ -120,7 +141,7 @@ def make_executor(kind: ExecutorKind, num_workers: int | None = None) -> concurr
         return concurrent.futures.ThreadPoolExecutor(num_workers, thread_name_prefix="herdkern")
     if kind == "processes":  # spawn: a forked copy of a process with threads may hang
         context = multiprocessing.get_context("spawn")
-        return concurrent.futures.ProcessPoolExecutor(num_workers, mp_context=context, initializer=_end_with_parent)
+        return _ProcessPool(num_workers, mp_context=context, initializer=_end_with_parent)
     try:
         if kind == "mpi":
             from mpi4py.futures import MPIPoolExecutor

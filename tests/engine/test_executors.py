@@ -1,9 +1,12 @@
 import builtins
+import contextlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -112,3 +115,38 @@ def test_a_missing_extra_is_named(monkeypatch, kind, module):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ImportError, match=rf"make_executor: '{kind}' needs the extra herdkern\[{kind}\]"):
         make_executor(kind, 1)
+
+
+def kill_first_worker(process, delay):
+    """`kill -9` of the first worker of a pool that another process starts, `delay` seconds after it is there."""
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None:
+        for child in listed.read_text().split():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    time.sleep(delay)
+                    os.kill(int(child), signal.SIGKILL)
+                    return
+
+
+@pytest.mark.parametrize("delay", [0, 0.001, 0.002, 0.005])
+def test_a_worker_killed_while_others_start_leaves_nothing_to_wait_for(tmp_path, delay):
+    """The standard library's pool alone hangs here now and then, in its shutdown."""
+    program = """
+import concurrent.futures.process, time
+from herdkern.engine import make_executor
+
+if __name__ == "__main__":
+    try:
+        with make_executor("processes", 3) as pool:
+            futures = [pool.submit(time.sleep, 1) for _ in range(9)]
+            [future.result() for future in futures]
+    except concurrent.futures.process.BrokenProcessPool:
+        print("told")
+"""
+    path = tmp_path / "program.py"
+    path.write_text(program)
+    process = subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    kill_first_worker(process, delay)
+    told, error = process.communicate(timeout=120)
+    assert told == "told\n", error
