@@ -163,7 +163,8 @@ def num_wrong_targets(group: dist.ProcessGroup, hidden: Tensor, weight: Tensor, 
     logits = torch.nn.functional.linear(hidden[counts], rows.to(hidden.dtype)).float()
     start = rank * -(-vocab_size // size)
     if logits.shape[1] == 0:  # the last ranks may have no tokens of the vocabulary
-        best, token = logits.new_full((len(logits),), -torch.inf), torch.zeros(len(logits), dtype=torch.int64)
+        best = logits.new_full((len(logits),), -torch.inf)
+        token = torch.zeros_like(best, dtype=torch.int64)
     else:
         best, token = logits.max(-1)
     mine = torch.stack([best.double(), (token + start).double()])

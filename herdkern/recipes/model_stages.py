@@ -22,7 +22,7 @@ from herdkern.engine import config_sha256, read_json, write_json_atomic
 from herdkern.engine.shards import remove_folder
 from herdkern.model.config import ModelConfig
 from herdkern.model.generate import GenerateConfig, generate
-from herdkern.model.hf_weights import load_hf, save_hf
+from herdkern.model.hf_weights import hf_state, load_hf, save_hf
 from herdkern.model.transformer import Transformer
 from herdkern.recipes.config import Recipe, SampleConfig
 from herdkern.recipes.console import changes
@@ -198,8 +198,11 @@ def _set_aside_other_run(
 
 def _averaged(checkpoint: Path, config: FinalConfig) -> dict[str, Transformer]:
     """The models of a checkpoint, by what they are: its last weights, and their average where there is one."""
-    saved = load_checkpoint(checkpoint)
-    models = {"last step": load_hf(checkpoint, compute_dtype=TORCH_DTYPES[config.train.dtype])}
+    saved = load_checkpoint(checkpoint)  # of any number of ranks
+    models = {"last step": Transformer(config.model, compute_dtype=TORCH_DTYPES[config.train.dtype])}
+    with torch.no_grad():
+        for name, param in hf_state(models["last step"]).items():
+            param.copy_(saved.tensors["model"][name])
     if saved.state["average_count"]:
         average = WeightAverage()
         average.load(saved.tensors["average"], saved.state["average_count"])

@@ -7,10 +7,11 @@ reads its own sequences. The same command goes on where a run was stopped, on ot
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,9 +36,11 @@ from herdkern.recipes.model_stages import (
 )
 from herdkern.tokenizer import Tokenizer
 from herdkern.train.batch import IGNORE, Batch, build_batch
+from herdkern.train.config import TrainConfig
 from herdkern.train.trainer import Trainer, TrainResult
 
-TIMEOUT = timedelta(minutes=10)  # of a collective; a hung rank is found earlier by its heartbeat
+# of a collective of all ranks, those of an axis have torch's 30 minutes; a supervisor finds a hung rank earlier
+TIMEOUT = timedelta(minutes=10)
 
 
 def pretrain_packed(recipe: Recipe, run_dir: Path, tokens: Path, parallel: ParallelConfig) -> TrainResult:
@@ -67,14 +70,19 @@ def _trainer(recipe: Recipe, run_dir: Path, tokens: Path, parallel: ParallelConf
     heldout = [open_shards(folder) for folder in folders.heldout.values()]
     torch.manual_seed(recipe.train.seed)  # the state of the generator is part of a checkpoint
     model = Transformer(resolve_model(recipe, tokenizer), seed=recipe.train.seed)
-    sizes, seq_len = token_bytes(tokenizer), recipe.train.seq_len
-    evaluate = heldout_loss(heldout, seq_len, sizes) if parallel is None else _LossOfRanks(heldout, seq_len, sizes)
-    every = recipe.train.eval_every_steps
-    trainer = Trainer(
-        model, recipe.train, batches, run_dir, evaluate=evaluate if heldout and every else None, parallel=parallel
-    )
+    evaluate = _evaluation(recipe.train, heldout, token_bytes(tokenizer), on_ranks=parallel is not None)
+    trainer = Trainer(model, recipe.train, batches, run_dir, evaluate=evaluate, parallel=parallel)
     trainer.probe = make_probe(recipe.train, heldout, tokenizer)
     return trainer
+
+
+def _evaluation(
+    train: TrainConfig, heldout: Sequence[TokenDataset], sizes: NDArray[np.int64], *, on_ranks: bool
+) -> Callable[[Any], dict[str, float]] | None:
+    """What the loop calls from time to time; None if it never does, or nothing was held out."""
+    if not heldout or not train.eval_every_steps:
+        return None
+    return (_LossOfRanks if on_ranks else heldout_loss)(heldout, train.seq_len, sizes)
 
 
 class _LossOfRanks:

@@ -23,6 +23,7 @@ from herdkern.parallel.config import ParallelConfig
 from herdkern.parallel.data import local
 from herdkern.train.average import WeightAverage
 from herdkern.train.batch import Batch
+from herdkern.train.checkpoint import read_manifest
 from herdkern.train.config import TrainConfig
 from herdkern.train.guard import first_bad_of_ranks
 from herdkern.train.metrics import measured_peak_flops
@@ -30,6 +31,7 @@ from herdkern.train.one_process import TORCH_DTYPES
 from herdkern.train.optimizer import adamw_of
 from herdkern.train.recompute import recompute_activations
 from herdkern.train.sharded_checkpoint import Saver
+from herdkern.train.sharded_files import index_of
 from herdkern.train.sharded_load import latest_sharded, load_sharded
 from herdkern.train.source import BatchSource, StepData
 
@@ -167,7 +169,12 @@ class ParallelEngine:
         check(state)
         zeros = {name: torch.zeros_like(part, dtype=torch.float64) for name, part in self.parts.items()}
         self.average.load(zeros if state["average_count"] else {}, state["average_count"])
-        _, rank_state = load_sharded(folder, self._tensors())
+        tensors = self._tensors()
+        stored = index_of(folder, read_manifest(folder)["files"])
+        if not any(stem == "optimizer" for stem, _ in stored):  # of one process that had made no update
+            del tensors["optimizer"]
+            self.optimizer.state.clear()
+        _, rank_state = load_sharded(folder, tensors)
         if rank_state is not None:
             rng = bytes.fromhex(rank_state["rng"]["torch"])
             torch.set_rng_state(torch.tensor(list(rng), dtype=torch.uint8))

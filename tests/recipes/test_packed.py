@@ -4,10 +4,19 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 
 from herdkern import cli
 from herdkern.engine import read_json
+from herdkern.model.config import ModelConfig
+from herdkern.model.hf_weights import config_to_hf
+from herdkern.model.transformer import Transformer
+from herdkern.recipes import model_stages, packed
+from herdkern.recipes.config import SampleConfig
+from herdkern.recipes.model_stages import FinalConfig
+from herdkern.train import Saver, TrainConfig
 from herdkern.train.checkpoint import load_checkpoint
 from herdkern.train.metrics import MetricsLog
 
@@ -65,3 +74,25 @@ def test_what_cannot_be_started_is_told(runs, finished, tmp_path, capsys):
     assert "start it by torchrun --nproc-per-node 2" in capsys.readouterr().err
     assert cli.main(words_of(runs, tmp_path / "nothing", tmp_path / "out")) == 1
     assert "must hold tokens/train and tokenizer" in capsys.readouterr().err
+
+
+def test_without_held_out_text_nothing_is_evaluated():
+    config = TrainConfig(eval_every_steps=2)
+    for on_ranks in (False, True):
+        assert packed._evaluation(config, [], np.ones(3, np.int64), on_ranks=on_ranks) is None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_stages_after_training_take_a_checkpoint_of_ranks(tmp_path, tied):
+    """As `herdkern run` finds it in its folder when ranks have trained there."""
+    shape = {"dim": 8, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4, "ffn_dim": 12}
+    model = Transformer(ModelConfig(vocab_size=11, max_seq_len=8, tied_embeddings=tied, **shape), seed=1)
+    weights = dict(model.named_parameters())
+    saver = Saver(tmp_path, background=False)
+    tensors = {"model": weights, "average": {name: 2.0 * p.detach().double() for name, p in weights.items()}}
+    folder = saver.save(3, tensors, {"average_count": 1}, {}, {"config.json": config_to_hf(model.config)})
+    config = FinalConfig(model=model.config, train=TrainConfig(), samples=SampleConfig(prompts=()))
+    found = model_stages._averaged(folder, config)
+    for name, factor in (("last step", 1.0), ("averaged", 2.0)):
+        for ours, theirs in zip(found[name].parameters(), model.parameters(), strict=True):
+            assert torch.equal(ours, factor * theirs)

@@ -12,6 +12,7 @@ from documents_in_memory import PARALLEL_MODEL, PARALLEL_RUN, sampler_of
 from herdkern.model.transformer import Transformer
 from herdkern.parallel import ParallelConfig
 from herdkern.train import one_process, parallel_engine
+from herdkern.train.config import LongContextConfig
 from herdkern.train.guard import NonFiniteError
 from herdkern.train.trainer import PackedBatches, Trainer
 
@@ -92,6 +93,34 @@ def train_until_signal(rank, folder, sizes, step, number, changes=None):
     result = trainer.fit()
     assert signal.getsignal(number) is before
     return result.step, result.interrupted, result.checkpoint.name, phases
+
+
+class Probe:
+    """20 short examples, and at each length one needle, whose answer is never that of the model."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def short(self):
+        return {"text": [self.source.batch_at(10_000 + 16 * i, 1, 16) for i in range(20)]}
+
+    def needles(self, length):
+        batch = self.source.batch_at(0, 1, length)
+        targets = torch.full_like(batch.targets, -100)
+        targets[-2:] = MARK
+        return {(length, 0.5): dataclasses.replace(batch, targets=targets, num_targets=2)}
+
+
+def train_in_stages(rank, folder, sizes, stop=0):
+    """A run in stages of 32 and 64 tokens, which end at their first check; stop: the step that a signal comes in."""
+    stages = LongContextConfig(lengths=(16, 32, 64), from_tokens=100, check_every_steps=2, confidence=0.999)
+    trainer = trainer_of(folder, sizes, steps=12, seq_len=16, batch_size=8, long_context=stages)
+    trainer.probe = Probe(trainer.source)
+    num_wrong = trainer.engine.num_wrong
+    trainer.engine.num_wrong = lambda batch: num_wrong(batch) - 2  # both targets are wrong
+    if stop:
+        trainer.on_beat = lambda step, phase: phase == "step" and step == stop and os.kill(os.getpid(), signal.SIGTERM)
+    trainer.fit()
 
 
 def train_with_bad_weight(rank, folder, sizes, bad_rank, name):

@@ -179,6 +179,26 @@ def test_a_run_goes_on_in_other_layouts(worlds, one, tmp_path):
     assert_close(facts(tmp_path), one()[1])
 
 
+def test_a_run_of_one_process_without_an_update_goes_on(worlds, one, tmp_path):
+    """Its checkpoint of step 0, to which it could have gone back, has no state of the optimizer."""
+    changes = {"on_nonfinite": "rollback"}
+    parallel_jobs.trainer_of(tmp_path, None, **changes).save()
+    worlds(parallel_jobs.train, tmp_path, {"dp": 2}, changes)
+    assert_close(facts(tmp_path), one()[1])
+
+
+@pytest.mark.parametrize("sizes", [{"cp": 2}, pytest.param({"tp": 2, "dp": 2}, marks=pytest.mark.full)], ids=name_of)
+def test_stages_of_long_context_are_those_of_one_process(worlds, tmp_path, sizes):
+    """Also if the ranks stop inside a stage and go on."""
+    torch.set_num_threads(1)
+    parallel_jobs.train_in_stages(0, tmp_path / "one", None)
+    worlds(parallel_jobs.train_in_stages, tmp_path / "ranks", sizes, 6)
+    worlds(parallel_jobs.train_in_stages, tmp_path / "ranks", sizes)
+    want = facts(tmp_path / "one")
+    assert_close(facts(tmp_path / "ranks"), want)
+    assert [record.get("context") for record in want] == [None] + [32] * 2 + [64] * 9
+
+
 def test_rollback_goes_past_the_bad_sequences(worlds, one, tmp_path):
     """On one process and on ranks: the sequences of step 6 are left out, the others are seen in their order."""
     changes = {
