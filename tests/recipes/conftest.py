@@ -66,7 +66,7 @@ def fingerprint(run_dir: Path) -> dict[str, str]:
     found = {
         str(path.relative_to(run_dir)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(run_dir.rglob("*"))
-        if path.is_file() and path.name not in UNTIMED
+        if path.is_file() and path.name not in UNTIMED and path.parent.name != "heartbeat"
     }
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     timed = ("time", "seconds", "tokens_per_s", "mfu", "mfu_convention")
