@@ -28,3 +28,20 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def worlds():
+    """Gloo groups of processes by their number, `worlds(4)`, each started once for a file of tests."""
+    from ranks import Ranks
+
+    started = {}
+
+    def of(size):
+        if size not in started:
+            started[size] = Ranks(size)
+        return started[size]
+
+    yield of
+    for ranks in started.values():
+        ranks.close()

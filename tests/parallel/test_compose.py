@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 from pipeline_cases import Batch, make_batches, make_model, one_process, worst_difference
-from ranks import Ranks
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,21 +45,6 @@ def every_composition():
             if tp * cp * pp * dp == world_size and tp <= 4 and pp <= 7:
                 sizes = {name: size for name, size in zip(("tp", "cp", "pp", "dp"), (tp, cp, pp, dp)) if size > 1}
                 yield sizes, (tp + cp + pp + dp) % 2 == 0
-
-
-@pytest.fixture(scope="module")
-def worlds():
-    """Processes by their number."""
-    started = {}
-
-    def of(size):
-        if size not in started:
-            started[size] = Ranks(size)
-        return started[size]
-
-    yield of
-    for ranks in started.values():
-        ranks.close()
 
 
 def batches_of(step, config):

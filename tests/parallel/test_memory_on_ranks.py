@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from live_bytes import peak_bytes
-from ranks import Ranks
 
 from herdkern.model import Transformer
 from herdkern.model.config import nano
@@ -87,21 +86,6 @@ def measured_bytes(rank, config, layout):
     ids = [t for batch in batches for t in (batch.tokens, batch.targets, batch.positions)]
     static = [*parts, *moments, *ids, *tables]
     return sum(t.numel() * t.element_size() for t in static), peak_bytes(step)
-
-
-@pytest.fixture(scope="module")
-def worlds():
-    """Processes by their number."""
-    started = {}
-
-    def of(size):
-        if size not in started:
-            started[size] = Ranks(size)
-        return started[size]
-
-    yield of
-    for ranks in started.values():
-        ranks.close()
 
 
 def differences(config, layout, found):

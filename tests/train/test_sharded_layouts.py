@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import sharded_jobs
 from pipeline_cases import make_model
-from ranks import Ranks
 
 from herdkern.model.hf_weights import config_to_hf, hf_state
 from herdkern.train import load_checkpoint, verify_checkpoint
@@ -29,21 +28,6 @@ SAVED = [
 ]
 LOADED = [{}, {"dp": 2}, {"pp": 2}, {"dp": 3}, {"tp": 4}, {"dp": 4, "dp_shard": 2}, {"dp": 2, "tp": 2, "pp": 2}]
 SECONDS = 250  # many ranks on few cores
-
-
-@pytest.fixture(scope="module")
-def worlds():
-    """Processes by their number."""
-    started = {}
-
-    def of(size):
-        if size not in started:
-            started[size] = Ranks(size)
-        return started[size]
-
-    yield of
-    for ranks in started.values():
-        ranks.close()
 
 
 def world_size(sizes):
