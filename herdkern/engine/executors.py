@@ -110,7 +110,7 @@ class _ProcessPool(concurrent.futures.ProcessPoolExecutor):
         """A future of `fn(*args, **kwargs)`. Raises: BrokenProcessPool if a worker is lost."""
         try:
             return super().submit(fn, *args, **kwargs)
-        except OSError as e:
+        except (OSError, ValueError) as e:  # of a pipe, a handle or a descriptor that the end of the pool has closed
             raise BrokenProcessPool(f"a worker ended while another was being started ({e})") from e
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:

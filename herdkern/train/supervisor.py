@@ -202,7 +202,8 @@ class SupervisedAgent(LocalElasticAgent):
         for pid in pids.values():
             _send(pid, signal.SIGKILL, to_group=True)  # what they wait for will never come
         until = time.monotonic() + 10
-        while len(_died_of(pids)) < len(pids) and time.monotonic() < until:
+        # by their state: of those that torchrun has collected no exit code is left to see
+        while any(_process_state(pid) not in ("", "Z", "X") for pid in pids.values()) and time.monotonic() < until:
             time.sleep(0.02)
 
     def _conclude(self, pids: Mapping[int, int], hung: Mapping[int, str]) -> None:
