@@ -20,13 +20,12 @@ MAX_NORM = 0.5
 
 FEW = [
     ({"dp": 4, "dp_shard": 2}, False),
-    ({"tp": 2, "dp": 2}, True),
     ({"cp": 2, "pp": 2}, True),
     ({"tp": 4}, False),  # two KV heads: each lies on two ranks
-    ({"tp": 2, "pp": 2, "num_chunks": 2}, True),
     ({"pp": 2, "dp": 2, "num_chunks": 2, "microbatches_in_flight": 3}, False),
 ]
 MORE = [
+    ({"tp": 2, "pp": 2, "num_chunks": 2}, True),
     ({"dp": 4, "dp_shard": 1}, True),
     ({"tp": 2, "dp": 2, "dp_shard": 1}, False),
     ({"pp": 2, "dp": 2, "dp_shard": 1}, True),
