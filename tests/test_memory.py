@@ -38,8 +38,9 @@ def test_freed_memory_is_there_again():
 faults(100)
 fresh = faults(100)
 returned = memory.reuse(), memory.reuse()
-rounds = [[faults(mib) for mib in (100, 60, 33, 5)] for _ in range(4)]  # a hole fits exactly after some of them
-print(json.dumps({"fresh": fresh, "reused": rounds[-1], "returned": returned}))
+# a hole fits exactly after some rounds: three or six, by where the loader put the libraries (eight at most, memory.py)
+rounds = [[faults(mib) for mib in (100, 60, 33, 5)] for _ in range(12)]
+print(json.dumps({"fresh": fresh, "reused": sum(rounds[8:], []), "returned": returned}))
 """)
     assert got["returned"] == [True, True]
     assert got["fresh"] > 40  # huge pages or small ones

@@ -86,7 +86,7 @@ def prune_checkpoints(root: Path, keep_last: int, step: int) -> None:
 
     Later ones stay: a run that passed over a damaged one writes its steps again, and must not lose what it writes.
     """
-    for old in [folder for folder in checkpoint_folders(root) if _step_of(folder) <= step][:-keep_last]:
+    for old in [folder for folder in checkpoint_folders(root) if step_of(folder) <= step][:-keep_last]:
         aside = old.with_name(old.name + TMP_SUFFIX)  # a half-deleted folder must not look like a checkpoint
         remove_folder(aside)
         old.rename(aside)
@@ -97,10 +97,11 @@ def prune_checkpoints(root: Path, keep_last: int, step: int) -> None:
 def checkpoint_folders(root: Path) -> list[Path]:
     """The folders step-N below `root`, oldest first; unfinished ones are left out."""
     found = [p for p in root.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
-    return sorted(found, key=_step_of)
+    return sorted(found, key=step_of)
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """N of a folder step-N."""
     return int(folder.name.removeprefix("step-"))
 
 

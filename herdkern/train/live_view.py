@@ -11,6 +11,7 @@ from typing import Any
 
 from herdkern.parallel.heartbeat import Beat, read_beats
 from herdkern.parallel.stragglers import read_stragglers
+from herdkern.train.checkpoint import checkpoint_folders
 from herdkern.train.metrics import MetricsLog
 from herdkern.train.restarts import RestartLog, effective_time
 
@@ -50,11 +51,9 @@ def facts(run_dir: Path | str, *, now: float | None = None) -> dict[str, str]:
     if failures:
         last = failures[-1]
         lines["last failure"] = f"{_ago(now - last['time'])} ago: {last['reason']}"
-    steps = [p.name for p in (run_dir / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
-    if steps:
-        newest = max(steps, key=lambda name: int(name[5:]))
-        age = now - (run_dir / "checkpoints" / newest).stat().st_mtime
-        lines["checkpoint"] = f"{newest}, {_ago(age)} ago"
+    saved = checkpoint_folders(run_dir / "checkpoints")
+    if saved:
+        lines["checkpoint"] = f"{saved[-1].name}, {_ago(now - saved[-1].stat().st_mtime)} ago"
     late = read_stragglers(run_dir)
     if late:
         lines["straggler"] = str(late[-1])

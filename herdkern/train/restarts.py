@@ -4,8 +4,6 @@ Effective training time is the time of the steps that count over the wall clock 
 done again, saving, evaluation and waiting are what it leaves out. Source: Llama 3 section 3.3.4.
 """
 
-import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,22 +21,19 @@ class RestartLog:
 
     def __init__(self, run_dir: Path | str) -> None:
         self.path = Path(run_dir) / "restarts.jsonl"
+        self._lines = MetricsLog(self.path)
 
     def append(self, event: str, **fields: Any) -> dict[str, Any]:
         """Add one line, on disk when this returns; returns it."""
         record = {"time": time.time(), "event": event, **fields}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(descriptor, (json.dumps(record) + "\n").encode())
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        self._lines.append(record)
+        self._lines.sync()
         return record
 
     def read(self) -> list[dict[str, Any]]:
         """All whole lines; none where there is no log."""
-        return MetricsLog(self.path).read()
+        return self._lines.read()
 
 
 @dataclass(frozen=True, kw_only=True)

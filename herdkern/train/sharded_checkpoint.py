@@ -24,6 +24,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan
 
 from herdkern.engine.shards import TMP_SUFFIX, remove_folder, replace_folder, sync, sync_folder
+from herdkern.parallel.data import local
 from herdkern.train.checkpoint import MANIFEST, SHARDED_FORMAT, Checksums, manifest_sha256, prune_checkpoints
 from herdkern.train.sharded_files import NewPart, ShardImage, Tensors, flat_tensors, rank_file
 from herdkern.train.sharded_ranks import Ranks
@@ -81,7 +82,7 @@ class Saver:
             texts = self._prepare(tensors, state, rank_state, files or {})
             flat = flat_tensors(tensors)
             for key, view in self._image.views.items():
-                view.copy_(_local(flat[key]), non_blocking=True)
+                view.copy_(local(flat[key]), non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         if self.background:
@@ -205,11 +206,6 @@ def _new_part(item: Any) -> NewPart:
         offsets=tuple(data.chunk.offsets),
         sizes=tuple(data.chunk.sizes),
     )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    part: Tensor = tensor.detach()
-    return part.to_local() if hasattr(part, "to_local") else part
 
 
 def _json(name: str, value: Any) -> bytes:

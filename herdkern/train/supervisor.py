@@ -32,6 +32,7 @@ from herdkern.parallel.flight_ring import read_rings, ring_folder
 from herdkern.parallel.flight_verdict import Verdict, judge
 from herdkern.parallel.heartbeat import LONG_PHASES, Beat, clear_beats, read_beats
 from herdkern.parallel.stragglers import StragglerWatch
+from herdkern.train.checkpoint import checkpoint_folders, step_of
 from herdkern.train.metrics import MetricsLog
 from herdkern.train.restarts import RestartLog, effective_time
 
@@ -98,8 +99,8 @@ class Watch:
 
     def saved_step(self) -> int:
         """The step of the newest checkpoint, 0 if there is none."""
-        steps = [p.name.removeprefix("step-") for p in (self.run_dir / "checkpoints").glob("step-*")]
-        return max((int(step) for step in steps if step.isdigit()), default=0)
+        folders = checkpoint_folders(self.run_dir / "checkpoints")
+        return step_of(folders[-1]) if folders else 0
 
     def reached_step(self) -> int:
         """The last step in metrics.jsonl."""

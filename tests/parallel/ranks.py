@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -16,6 +17,15 @@ import torch.distributed as dist
 SECONDS = 60  # the longest that a function may run
 # once, not in every process; the second is what use_deterministic_algorithms imports
 PRELOADED = ["torch.distributed", "torch._inductor.config", "herdkern.parallel.compose"]
+
+
+def every_composition():
+    """(sizes, whether to tie) of all layouts of 2, 4 and 8 ranks that fit a model of 4 heads and 5 layers."""
+    for world_size in (2, 4, 8):
+        for tp, cp, pp, dp in itertools.product((1, 2, 4, 8), repeat=4):
+            if tp * cp * pp * dp == world_size and tp <= 4 and pp <= 7:
+                sizes = {name: size for name, size in zip(("tp", "cp", "pp", "dp"), (tp, cp, pp, dp)) if size > 1}
+                yield sizes, (tp + cp + pp + dp) % 2 == 0
 
 
 class RankFailure(AssertionError):

@@ -1,10 +1,9 @@
 """Every composition of the axes trains as one process does: gradients of the first step, losses of ten."""
 
-import itertools
-
 import pytest
 import torch
 from pipeline_cases import Batch, make_batches, make_model, one_process, worst_difference
+from ranks import every_composition
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,15 +34,6 @@ MORE = [
     ({"pp": 2, "dp": 4, "dp_shard": 2}, False),
     ({"dp": 8, "dp_shard": 4}, True),
 ]
-
-
-def every_composition():
-    """Of 2, 4 and 8 ranks that fits the model: 4 heads, 5 layers with embedding and head."""
-    for world_size in (2, 4, 8):
-        for tp, cp, pp, dp in itertools.product((1, 2, 4, 8), repeat=4):
-            if tp * cp * pp * dp == world_size and tp <= 4 and pp <= 7:
-                sizes = {name: size for name, size in zip(("tp", "cp", "pp", "dp"), (tp, cp, pp, dp)) if size > 1}
-                yield sizes, (tp + cp + pp + dp) % 2 == 0
 
 
 def batches_of(step, config):

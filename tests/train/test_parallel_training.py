@@ -1,7 +1,6 @@
 """The loop on many ranks: losses of one process, one data stream, stops, rollbacks, other layouts, the average."""
 
 import dataclasses
-import itertools
 import re
 import signal
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from documents_in_memory import PARALLEL_RUN
 from parallel_jobs import facts
-from ranks import RankFailure, Ranks
+from ranks import RankFailure, Ranks, every_composition
 
 from herdkern.parallel import ParallelConfig
 from herdkern.train.checkpoint import load_checkpoint
@@ -29,15 +28,6 @@ MORE = [
     ({"tp": 2, "dp": 4, "dp_shard": 2}, True),
 ]
 RAMP = (RampPhase(from_tokens=200, batch_size=8, seq_len=32), RampPhase(from_tokens=900, batch_size=4, seq_len=64))
-
-
-def every_composition():
-    """Of 2, 4 and 8 ranks that fits the model: 4 heads, 5 layers with embedding and head."""
-    for world_size in (2, 4, 8):
-        for tp, cp, pp, dp in itertools.product((1, 2, 4, 8), repeat=4):
-            if tp * cp * pp * dp == world_size and tp <= 4 and pp <= 7:
-                sizes = {name: size for name, size in zip(("tp", "cp", "pp", "dp"), (tp, cp, pp, dp)) if size > 1}
-                yield sizes, (tp + cp + pp + dp) % 2 == 0
 
 
 @pytest.fixture(scope="module")
