@@ -2,6 +2,9 @@
 
 _ops   csrc/cpu   kernels behind herdkern.ops; no torch, one build serves every torch version
 _text  csrc/text  tokenizer, MinHash and clustering
+_cuda  csrc/cuda  kernels for NVIDIA GPUs, where HERDKERN_CUDA asks for them: 1 (must be), auto (where nvcc is), 0 (the
+                  default). HERDKERN_CUDA_ARCHS names the targets. What ptxas says of registers and spills is kept
+                  beside the objects. Neither a GPU nor a driver is needed, to build or to import.
 
 Every kernel source of _ops is compiled once for each level of LEVELS with HK_ISA set to the level's name;
 csrc/cpu/isa.cpp picks a level when the module is loaded. MAX_JOBS limits the compiler jobs.
@@ -10,6 +13,7 @@ csrc/cpu/isa.cpp picks a level when the module is loaded. MAX_JOBS limits the co
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +34,10 @@ LEVELS = [
     ("avx512", ["-march=x86-64-v4", "-mprefer-vector-width=512"]),
     ("amx", ["-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]),
 ]
+# A100, H100 and H200, B200, RTX 50 and, by its portable code, what comes later. "a": with the instructions of that
+# generation alone.
+CUDA_ARCHS = "80;90a;100a;120"
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-g0", "-Xptxas=-v"]
 
 
 def is_levelled(source):
@@ -68,7 +76,55 @@ def text_units():
     return units
 
 
-EXTENSIONS = {"_ops": (cpu_units, ["-fopenmp"]), "_text": (text_units, ["-pthread"])}
+def cuda_archs():
+    """Targets of _cuda, as compute capabilities without a dot."""
+    return [arch for arch in os.environ.get("HERDKERN_CUDA_ARCHS", CUDA_ARCHS).replace(",", ";").split(";") if arch]
+
+
+def find_nvcc():
+    """The CUDA compiler: NVCC, that of CUDA_HOME, the one on PATH, the usual place; None if there is none."""
+    home = os.environ.get("CUDA_HOME")
+    named = [os.environ.get("NVCC"), home and f"{home}/bin/nvcc", "nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((found for name in named if name and (found := shutil.which(name))), None)
+
+
+def cuda_root(nvcc):
+    """The folder that holds nvcc's bin, include and lib64: nvcc's own word, since the one on PATH may be a script."""
+    said = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+    return Path(next(line.partition("=")[2] for line in said.splitlines() if line.startswith("#$ TOP=")).strip())
+
+
+def wants_cuda():
+    """Is _cuda built? Ends the build where it must be and there is no compiler."""
+    asked = os.environ.get("HERDKERN_CUDA") or "0"
+    if asked not in ("0", "1", "auto"):
+        sys.exit(f"setup.py: HERDKERN_CUDA must be 0, 1 or auto, got {asked!r}")
+    if asked == "1" and find_nvcc() is None:
+        sys.exit(
+            "setup.py: HERDKERN_CUDA=1 needs nvcc, found none; install CUDA 12.8 or later or set NVCC or CUDA_HOME"
+        )
+    return asked != "0" and find_nvcc() is not None
+
+
+def cuda_units():
+    """(source, flags, object name) of _cuda: sources of kernels for every target, bindings without CUDA's headers."""
+    archs = cuda_archs()
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    last = archs[-1].rstrip("af")  # whatever comes after it compiles this form when it loads
+    targets.append(f"-gencode=arch=compute_{last},code=compute_{last}")
+    units = [(s, targets, f"{s.stem}.cu") for s in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+    named = f'-DHK_CUDA_TARGETS="{";".join(archs)}+PTX"'
+    return units + [(s, [named], s.stem) for s in sorted((ROOT / "csrc/cuda").glob("*.cpp"))]
+
+
+def cuda_link_flags():
+    libraries = next((p for p in (cuda_root(find_nvcc()) / "lib64", cuda_root(find_nvcc()) / "lib") if p.is_dir()), ".")
+    return [f"-L{libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL"]
+
+
+EXTENSIONS = {"_ops": (cpu_units, lambda: ["-fopenmp"]), "_text": (text_units, lambda: ["-pthread"])}
+if wants_cuda():
+    EXTENSIONS["_cuda"] = (cuda_units, cuda_link_flags)
 
 
 def ninja_executable():
@@ -113,18 +169,32 @@ class NinjaBuild(build_ext):
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            f"  command = {shlex.join(compiler)} -shared -s -o $out $in {shlex.join(link_flags)}",
+            f"  command = {shlex.join(compiler)} -shared -s -o $out $in {shlex.join(link_flags())}",
+            *(nvcc_rule() if name == "_cuda" else []),
         ]
         objects = []
         for source, unit_flags, object_name in units():
             objects.append(f"{object_name}.o")
-            lines += [f"build {object_name}.o: cc {ninja_path(source)}", f"  flags = {shlex.join(unit_flags)}"]
+            rule = "nvcc" if source.suffix == ".cu" else "cc"
+            lines += [f"build {object_name}.o: {rule} {ninja_path(source)}", f"  flags = {shlex.join(unit_flags)}"]
         lines += [f"build {ninja_path(target)}: link {' '.join(objects)}", f"default {ninja_path(target)}", ""]
         (folder / "build.ninja").write_text("\n".join(lines))
         jobs = os.environ.get("MAX_JOBS")
         command = [ninja_executable(), "-C", str(folder), *(["-j", jobs] if jobs else [])]
         if subprocess.run(command, stdout=None if self.verbose else subprocess.DEVNULL).returncode != 0:
             sys.exit(f"setup.py: building herdkern.{name} failed; the compiler's message is above")
+
+
+def nvcc_rule():
+    """Ninja's rule for kernels; what ptxas says stays in OBJECT.ptxas."""
+    command = [find_nvcc(), "-MD", "-MF", "$out.d", *CUDA_FLAGS, f"-I{ROOT / 'csrc'}"]
+    line = " ".join(part if part.startswith("$") else shlex.quote(part) for part in command)
+    return [
+        "rule nvcc",
+        f"  command = {line} $flags -c $in -o $out 2> $out.ptxas || {{ cat $out.ptxas >&2; exit 1; }}",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
 
 
 def ninja_path(path):

@@ -15,10 +15,11 @@ FOLDERS = {
     "herdkern": "the package: `import herdkern` loads nothing heavy",
     "csrc/common": "shared by all kernels",
     "csrc/cpu": "extension _ops: kernels behind herdkern.ops, built once for each x86-64 level, without torch",
+    "csrc/cuda": "extension _cuda: kernels for NVIDIA GPUs, where HERDKERN_CUDA=1 asks for them, without torch",
     "csrc/text": "extension _text: tokenizer and dedup kernels, without torch",
 }
 OTHERS = """pyproject.toml                metadata; settings of ruff, pytest and mypy
-setup.py                      builds the two extensions with ninja; needs no torch
+setup.py                      builds the extensions with ninja; needs no torch
 constraints.txt               the set of versions that is tested
 Makefile                      demo, test, check, build, bench
 .ci/run                       what must pass before a change lands
@@ -53,21 +54,23 @@ def first_sentence(path: Path) -> str:
 
 
 def names_of(folder: Path) -> list[tuple[str, Path]]:
-    """(names on one line of the map, the file that describes them): a .cpp stands beside the .h of its name."""
-    paths = sorted(p for p in folder.iterdir() if p.suffix in (".py", ".h", ".cpp", ".css"))
+    """(names on one line of the map, the file that describes them): a .h stands for the .cpp, .cu, _kernel.cuh too."""
+    paths = sorted(p for p in folder.iterdir() if p.suffix in (".py", ".h", ".cpp", ".css", ".cu", ".cuh"))
     headers = {p.stem for p in paths if p.suffix == ".h"}
     bindings = [p for p in paths if p.name.startswith("bind_")]
     rows = [("bind_*.cpp", bindings[0])] if bindings else []
     parts = {stem: [p for p in paths if p.stem.startswith(f"{stem}_")] for stem in headers}
     parts = {stem: found for stem, found in parts.items() if len(found) > 2}
     for path in paths:
-        if path in bindings or (path.suffix == ".cpp" and path.stem in headers):
+        if path in bindings or (path.suffix in (".cpp", ".cu") and path.stem in headers):
+            continue
+        if path.suffix == ".cuh" and path.stem.removesuffix("_kernel") in headers:
             continue
         if any(path in found for found in parts.values()):
             continue
-        source = path.with_suffix(".cpp")
-        both = path.suffix == ".h" and source.is_file()
-        rows.append((f"{path.stem}.{{h,cpp}}" if both else path.name, path))
+        source = next((s for suffix in (".cpp", ".cu") if (s := path.with_suffix(suffix)).is_file()), None)
+        both = path.suffix == ".h" and source is not None
+        rows.append((f"{path.stem}.{{h,{source.suffix[1:]}}}" if both else path.name, path))
         if path.suffix == ".h" and path.stem in parts:
             rows.append((f"{path.stem}_*", parts[path.stem][0]))
     return rows
