@@ -37,7 +37,13 @@ LEVELS = [
 # A100, H100 and H200, B200, RTX 50 and, by its portable code, what comes later. "a": with the instructions of that
 # generation alone.
 CUDA_ARCHS = "80;90a;100a;120"
-CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-g0", "-Xptxas=-v"]
+CUDA_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-g0",
+    "-Xptxas=-v",
+    "--compress-mode=size",
+]
 
 
 def is_levelled(source):

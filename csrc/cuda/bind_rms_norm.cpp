@@ -33,8 +33,22 @@ void forward(uintptr_t x, uintptr_t residual, uintptr_t weight, const std::array
                           reinterpret_cast<cudaStream_t>(stream));
 }
 
+// strides: of dout, dresidual, x
+void backward(uintptr_t dout, uintptr_t dresidual, uintptr_t x, uintptr_t weight, uintptr_t rstd,
+              const std::array<uintptr_t, 3>& dx_dweight_sums, int64_t rows_per_sum, const Shape& shape,
+              const std::array<int64_t, 3>& strides, float weight_offset, uintptr_t stream) {
+  const auto [dx, dweight, sums] = dx_dweight_sums;
+  launch_rms_norm_backward({shape_of(shape, weight_offset), input(dout), input(dresidual), input(x), input(weight),
+                            strides[0], strides[1], strides[2], reinterpret_cast<const float*>(rstd), output(dx),
+                            output(dweight), reinterpret_cast<float*>(sums), rows_per_sum},
+                           reinterpret_cast<cudaStream_t>(stream));
+}
+
 }  // namespace
 
-void bind_rms_norm(py::module_& m) { m.def("rms_norm_forward", &forward, py::call_guard<py::gil_scoped_release>()); }
+void bind_rms_norm(py::module_& m) {
+  m.def("rms_norm_forward", &forward, py::call_guard<py::gil_scoped_release>());
+  m.def("rms_norm_backward", &backward, py::call_guard<py::gil_scoped_release>());
+}
 
 }  // namespace herdkern::cuda

@@ -24,6 +24,9 @@
 #endif
 
 #define HK_DEVICE __device__ __forceinline__
+#ifndef HK_HOST_DEVICE
+#define HK_HOST_DEVICE __host__ __device__
+#endif
 
 namespace herdkern::cuda {
 
@@ -97,6 +100,7 @@ HK_DEVICE float mul(float a, float b) { return a * b; }  // built with -ffp-cont
 HK_DEVICE float add(float a, float b) { return a + b; }
 HK_DEVICE float sub(float a, float b) { return a - b; }
 HK_DEVICE float exp2_approx(float x) { return exp2f(x); }
+HK_DEVICE float divide_approx(float a, float b) { return a / b; }
 #else
 HK_DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
 HK_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
@@ -107,6 +111,8 @@ HK_DEVICE float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
+// a / b to 2 units in the last place; 0 where |b| > 2^126.
+HK_DEVICE float divide_approx(float a, float b) { return __fdividef(a, b); }
 #endif
 
 // N consecutive elements that move by one instruction: N * sizeof(T) is 2, 4, 8 or 16 and the address a multiple of it.

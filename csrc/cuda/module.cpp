@@ -13,12 +13,18 @@
 namespace py = pybind11;
 
 namespace herdkern::cuda {
+void bind_adamw(py::module_& m);     // bind_adamw.cpp
 void bind_rms_norm(py::module_& m);  // bind_rms_norm.cpp
+void bind_rope(py::module_& m);      // bind_rope.cpp
+void bind_swiglu(py::module_& m);    // bind_swiglu.cpp
 }  // namespace herdkern::cuda
 
 PYBIND11_MODULE(HK_MODULE, m) {
   using namespace herdkern::cuda;
   m.doc() = "CUDA kernels of herdkern. Use herdkern.ops.";
   m.def("targets", [] { return HK_CUDA_TARGETS; });  // as in HERDKERN_CUDA_ARCHS, with "+PTX" after the last
+  bind_adamw(m);
   bind_rms_norm(m);
+  bind_rope(m);
+  bind_swiglu(m);
 }

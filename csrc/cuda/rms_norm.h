@@ -31,6 +31,18 @@ struct RmsNormForward {
   float* rstd;
 };
 
+// dweight is summed per run of rows_per_sum rows into `sums`, then over the runs in order.
+struct RmsNormBackward {
+  RmsNormShape shape;
+  const void *dout, *dresidual, *x, *weight;  // x: what was normed; dresidual: gradient that also reaches it, or null
+  int64_t dout_stride, dresidual_stride, x_stride;
+  const float* rstd;
+  void *dx, *dweight;  // type of x, type of weight.  Null: not wanted
+  float* sums;         // (ceil(num_rows / rows_per_sum), dim), where dweight is wanted
+  int64_t rows_per_sum;
+};
+
 void launch_rms_norm_forward(const RmsNormForward& args, cudaStream_t stream);
+void launch_rms_norm_backward(const RmsNormBackward& args, cudaStream_t stream);
 
 }  // namespace herdkern::cuda
