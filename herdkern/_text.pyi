@@ -288,7 +288,7 @@ class UrlTable:
     ) -> None: ...
     def add(self, records: np.ndarray, first: int, /) -> None: ...  # uint8, whole records of 48 bytes
     def find(self, records: np.ndarray, first: int, /) -> np.ndarray: ...  # (num_records,) uint32
-    def describe(self, number: int, /) -> tuple[int, bytes, bytes]: ...  # time stamp, id, URL
+    def decide(self, lost: np.ndarray, /) -> bytes: ...  # lost: uint32 (num_docs, 2), row and the record that stays
     def num_urls(self) -> int: ...
     def table_bytes(self) -> int: ...
 
@@ -353,3 +353,23 @@ class LineDealer(DocumentLines):
     def deal(
         self, begins: np.ndarray, counts: np.ndarray, keys: np.ndarray, removed: RemovedLines
     ) -> tuple[bytes, bytes]: ...
+
+# csrc/text/bind_url_documents.cpp
+class UrlScanner(DocumentLines):
+    num_documents: int
+    num_urls: int
+    def __init__(
+        self,
+        rules: UrlRules | None,
+        canonical: Callable[[bytes], bytes],
+        num_parts: int,
+        file_name: str,
+        reader: Callable[[bytes, int], bytes],
+    ) -> None: ...
+    def scan(self, piece: bytes, last: bool) -> None: ...
+    def take(self) -> list[tuple[bytes, bytes]]: ...  # (records of 48 bytes, names) of every partition
+
+class UrlDealer(DocumentLines):
+    counters: dict[str, int]
+    def __init__(self, decisions: Sequence[str], file_name: str, reader: Callable[[bytes, int], bytes]) -> None: ...
+    def deal(self, piece: bytes, last: bool) -> tuple[bytes, bytes]: ...

@@ -16,6 +16,8 @@ namespace herdkern::text {
 
 namespace {
 
+constexpr int64_t kAhead = 8;  // URLs that are fetched while earlier ones are worked on
+
 enum Found : uint8_t { kAskPython = 0, kHasKey = 1, kIsEmpty = 2 };
 
 // The UTF-8 of a sequence of str, held while the GIL is released; not valid where UTF-8 cannot hold one.
@@ -24,6 +26,8 @@ class Strings {
   explicit Strings(const py::sequence& objects, const char* where) : held_(objects), views_(held_.size()) {
     for (size_t i = 0; i < views_.size(); ++i) {
       PyObject* object = PyTuple_GET_ITEM(held_.ptr(), static_cast<Py_ssize_t>(i));
+      if (i + kAhead < views_.size())
+        __builtin_prefetch(PyTuple_GET_ITEM(held_.ptr(), static_cast<Py_ssize_t>(i + kAhead)));
       if (!PyUnicode_Check(object))
         throw py::type_error(std::string(where) + ": every URL must be str, got " + Py_TYPE(object)->tp_name +
                              " at index " + std::to_string(i));
@@ -60,6 +64,8 @@ py::tuple key_urls(const py::sequence& objects, const UrlRules& rules, int num_t
     parallel_for((size + kUrlsPerTask - 1) / kUrlsPerTask, num_threads, [&](int64_t task) {
       UrlScratch scratch;
       for (int64_t i = task * kUrlsPerTask; i < std::min(size, (task + 1) * kUrlsPerTask); ++i) {
+        if (i + kAhead < size)
+          for (int line = 0; line < 2; ++line) __builtin_prefetch(urls.views()[i + kAhead].data() + 64 * line);
         const std::string_view url = urls.views()[i];
         UrlKey hash{0, 0};
         const std::string_view form = canonicalise_url(url, rules, scratch);
@@ -101,6 +107,8 @@ py::array_t<uint64_t> hash_urls(const py::sequence& objects) {
   return keys;
 }
 
+template <typename T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 using Bytes = py::array_t<uint8_t, py::array::c_style>;
 using Piece = std::tuple<std::string, std::string, uint32_t, uint32_t>;
 
@@ -143,10 +151,17 @@ void bind_urls(py::module_& m) {
              }
              return winners;
            })
-      .def("describe",
-           [](UrlTable& table, uint32_t number) {
-             const UrlTable::Description found = table.describe(number);
-             return py::make_tuple(found.timestamp, py::bytes(found.id), py::bytes(found.url));
+      .def("decide",
+           [](UrlTable& table, const Array<uint32_t>& lost) {
+             if (lost.ndim() != 2 || lost.shape(1) != 2)
+               throw py::value_error("UrlTable: lost must have shape (number of documents, 2)");
+             std::string out;
+             {
+               py::gil_scoped_release release;
+               const uint32_t* pairs = lost.data();
+               for (py::ssize_t i = 0; i < lost.shape(0); ++i) table.decide(pairs[2 * i], pairs[2 * i + 1], out);
+             }
+             return py::bytes(out);
            })
       .def("num_urls", &UrlTable::num_urls)
       .def("table_bytes", &UrlTable::table_bytes);

@@ -13,6 +13,7 @@ void bind_minhash(pybind11::module_& m);         // bind_minhash.cpp
 void bind_sentencepiece(pybind11::module_& m);   // bind_sentencepiece.cpp
 void bind_signatures(pybind11::module_& m);      // bind_signatures.cpp
 void bind_splitter(pybind11::module_& m);        // bind_splitter.cpp
+void bind_url_documents(pybind11::module_& m);   // bind_url_documents.cpp
 void bind_urls(pybind11::module_& m);            // bind_urls.cpp
 void bind_word_counts(pybind11::module_& m);     // bind_word_counts.cpp
 }  // namespace herdkern::text
@@ -33,5 +34,6 @@ PYBIND11_MODULE(_text, m) {
   herdkern::text::bind_clusters(m);
   herdkern::text::bind_documents(m);  // after the signatures, whose plan it takes
   herdkern::text::bind_line_documents(m);
+  herdkern::text::bind_url_documents(m);
   herdkern::text::bind_splitter(m);
 }

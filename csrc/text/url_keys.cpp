@@ -5,6 +5,9 @@
 #include <cstring>
 
 #include "text/word_key.h"
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
 
 namespace herdkern::text {
 
@@ -94,6 +97,54 @@ void add_text(char*& out, std::string_view text) {
   out += text.size();
 }
 
+constexpr size_t kStep = 16;  // bytes that are looked at at once; so many may be read behind a URL and written ahead
+
+enum class Part { kHost, kPath, kQuery };
+
+// Copies the bytes from `in` on that stand for themselves in this part, up to the first that may not; those of a host
+// become small letters. Returns how many there are. Stops at a zero.
+template <Part kPart>
+inline size_t copy_run(const char* in, char* out) {
+  size_t done = 0;
+#ifdef __SSE2__
+  const auto all = [](char c) { return _mm_set1_epi8(c); };
+  const auto is = [&](__m128i bytes, char c) { return _mm_cmpeq_epi8(bytes, all(c)); };
+  const auto within = [&](__m128i bytes, char first, char last) {
+    const __m128i above = _mm_sub_epi8(bytes, all(first));
+    return _mm_cmpeq_epi8(_mm_min_epu8(above, all(static_cast<char>(last - first))), above);
+  };
+  for (;; done += kStep) {
+    __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + done));
+    const __m128i small = _mm_or_si128(bytes, all(0x20));
+    const __m128i letters = within(small, 'a', 'z'), slashes = is(bytes, '/');
+    __m128i plain = _mm_or_si128(within(bytes, '-', '9'), is(bytes, '_'));  // - . / and digits
+    if (kPart == Part::kPath) {  // a segment that begins with a dot is looked at on its own
+      const __m128i next = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + done + 1));
+      plain = _mm_andnot_si128(_mm_and_si128(slashes, is(next, '.')), plain);
+    } else {
+      plain = _mm_andnot_si128(slashes, plain);
+    }
+    plain = _mm_or_si128(plain, letters);
+    if (kPart == Part::kHost) {
+      bytes = _mm_or_si128(bytes, _mm_and_si128(letters, all(0x20)));
+    } else {
+      plain = _mm_or_si128(plain, is(bytes, '~'));
+    }
+    if (out) _mm_storeu_si128(reinterpret_cast<__m128i*>(out + done), bytes);
+    const auto other = static_cast<uint32_t>(~_mm_movemask_epi8(plain)) & 0xFFFFu;
+    if (other) return done + static_cast<size_t>(__builtin_ctz(other));
+  }
+#else
+  for (;; ++done) {
+    const auto c = static_cast<uint8_t>(in[done]);
+    const bool is_slash = kPart == Part::kPath && c == '/' && in[done + 1] != '.';
+    if (!is_slash && (!is_unreserved(c) || (kPart == Part::kHost && c == '~'))) return done;
+    const bool is_capital = kPart == Part::kHost && c >= 'A' && c <= 'Z';
+    if (out) out[done] = static_cast<char>(is_capital ? c | 0x20 : c);
+  }
+#endif
+}
+
 // Scheme and host with its port, up to the path; place of the path, or 0.
 size_t add_host(std::string_view url, const UrlRules& rules, char*& out) {
   const auto lower = [&](size_t i) { return static_cast<uint8_t>(byte_at(url, i) | 0x20); };
@@ -104,17 +155,9 @@ size_t add_host(std::string_view url, const UrlRules& rules, char*& out) {
   at += 3;
   add_text(out, secure && !rules.merge_schemes ? "https://" : "http://");
   char* const host = out;
-  for (; at < url.size(); ++at) {
-    const uint8_t c = byte_at(url, at);
-    const uint8_t small = c | 0x20;
-    if (static_cast<uint8_t>(small - 'a') < 26 && c < 0x80) {
-      *out++ = static_cast<char>(small);
-    } else if (static_cast<uint8_t>(c - '0') < 10 || c == '.' || c == '-' || c == '_') {
-      *out++ = static_cast<char>(c);
-    } else {
-      break;
-    }
-  }
+  const size_t host_bytes = copy_run<Part::kHost>(url.data() + at, out);
+  at += host_bytes;
+  out += host_bytes;
   while (out > host && out[-1] == '.') --out;
   if (out == host) return 0;
   if (at < url.size() && url[at] == ':') {
@@ -132,6 +175,10 @@ size_t add_host(std::string_view url, const UrlRules& rules, char*& out) {
 size_t add_path(std::string_view url, size_t at, const UrlRules& rules, char*& out) {
   char* const begin = out;
   for (; at < url.size(); ++at) {
+    const size_t run = copy_run<Part::kPath>(url.data() + at, out);
+    at += run;
+    out += run;
+    if (at == url.size()) break;
     const uint8_t c = byte_at(url, at);
     const uint8_t kind = kPathBytes[c];
     if (kind == kCopy) {
@@ -203,45 +250,66 @@ void add_quoted(std::string_view text, char*& out) {
   }
 }
 
+// The field of the query at `at`, which goes behind it. False if other rules are needed.
+bool read_field(std::string_view url, size_t& at, char*& decoded, UrlScratch::Field& field) {
+  const auto is_end = [&](size_t i) { return i == url.size() || url[i] == '&' || url[i] == '#'; };
+  const char* const begin = url.data() + at;
+  const size_t name_bytes = copy_run<Part::kQuery>(begin, nullptr);
+  const bool has_value = at + name_bytes < url.size() && begin[name_bytes] == '=';
+  const size_t value = name_bytes + has_value;
+  const size_t value_bytes = has_value ? copy_run<Part::kQuery>(begin + value, nullptr) : 0;
+  if (is_end(at + value + value_bytes)) {
+    field = {{begin, name_bytes}, {begin + value, value_bytes}, true};
+    at += value + value_bytes;
+    return true;
+  }
+  char* next = decoded;
+  at = decode_part(url, at, true, next);
+  if (at == std::string_view::npos) return false;
+  field = {{decoded, static_cast<size_t>(next - decoded)}, {}, false};
+  decoded = next;
+  if (at < url.size() && url[at] == '=') {
+    at = decode_part(url, at + 1, false, next);
+    if (at == std::string_view::npos) return false;
+  }
+  field.value = {decoded, static_cast<size_t>(next - decoded)};
+  decoded = next;
+  return true;
+}
+
 // The query from `at` on, sorted, without parameters that do not count. False if other rules are needed.
 bool add_query(std::string_view url, size_t at, const UrlRules& rules, UrlScratch& scratch, char*& out) {
-  char* const decoded = scratch.decoded.data();
-  char* next = decoded;
+  char* decoded = scratch.decoded.data();
   scratch.fields.clear();
-  const auto place = [&] { return static_cast<uint32_t>(next - decoded); };
   while (at < url.size() && url[at] != '#') {
-    UrlScratch::Field field{place(), 0, 0};
+    UrlScratch::Field field;
     const size_t begin = at;
-    at = decode_part(url, at, true, next);
-    if (at == std::string_view::npos) return false;
-    field.value = place();
-    if (at < url.size() && url[at] == '=') {
-      at = decode_part(url, at + 1, false, next);
-      if (at == std::string_view::npos) return false;
-    }
-    field.end = place();
+    if (!read_field(url, at, decoded, field)) return false;
     const bool is_empty = at == begin;
     if (at < url.size() && url[at] == '&') ++at;
     if (is_empty) continue;
-    const UrlRules::Verdict verdict = rules.judge({decoded + field.name, field.value - field.name});
+    const UrlRules::Verdict verdict = rules.judge(field.name);
     if (verdict == UrlRules::kUnclear) return false;
     if (verdict == UrlRules::kCounts) scratch.fields.push_back(field);
   }
-  using Field = UrlScratch::Field;
-  const auto name = [&](const Field& f) { return std::string_view(decoded + f.name, f.value - f.name); };
-  const auto value = [&](const Field& f) { return std::string_view(decoded + f.value, f.end - f.value); };
   if (scratch.fields.size() > 1)
-    std::sort(scratch.fields.begin(), scratch.fields.end(), [&](const Field& a, const Field& b) {
-      const int order = name(a).compare(name(b));
-      return order ? order < 0 : value(a) < value(b);
+    std::sort(scratch.fields.begin(), scratch.fields.end(), [](const auto& a, const auto& b) {
+      const int order = a.name.compare(b.name);
+      return order ? order < 0 : a.value < b.value;
     });
   char mark = '?';
-  for (const Field& field : scratch.fields) {
+  for (const UrlScratch::Field& field : scratch.fields) {
     *out++ = mark;
-    add_quoted(name(field), out);
-    *out++ = '=';
-    add_quoted(value(field), out);
     mark = '&';
+    if (field.is_plain) {
+      add_text(out, field.name);
+      *out++ = '=';
+      add_text(out, field.value);
+    } else {
+      add_quoted(field.name, out);
+      *out++ = '=';
+      add_quoted(field.value, out);
+    }
   }
   return true;
 }
@@ -285,7 +353,12 @@ std::string_view canonicalise_url(std::string_view url, const UrlRules& rules, U
   if (scratch.canonical.size() < 4 * url.size() + 64) {  // a byte becomes three at most, a field without = one more
     scratch.canonical.resize(8 * url.size() + 64);
     scratch.decoded.resize(2 * url.size() + 64);
+    scratch.url.resize(2 * url.size() + 64);
   }
+  char* const copy = scratch.url.data();
+  std::memcpy(copy, url.data(), url.size());
+  std::memset(copy + url.size(), 0, kStep + 1);
+  url = {copy, url.size()};
   char* out = scratch.canonical.data();
   size_t at = add_host(url, rules, out);
   if (at == 0) return {};
@@ -310,7 +383,14 @@ UrlKey hash_url(std::string_view canonical) {
     step(x, y);
   }
   uint64_t rest[2] = {0, 0};
-  std::memcpy(rest, p, left);
+  if (canonical.size() >= 16 && left > 0) {  // the last 16 bytes without those that had their turn: no copy of any size
+    std::memcpy(rest, p + left - 16, 16);
+    const size_t bits = 8 * (16 - left);
+    rest[0] = bits >= 64 ? rest[1] >> (bits - 64) : rest[0] >> bits | rest[1] << (64 - bits);
+    rest[1] = bits >= 64 ? 0 : rest[1] >> bits;
+  } else {
+    std::memcpy(rest, p, left);
+  }
   step(rest[0], rest[1]);
   return {mix(a ^ 0x452821E638D01377u, b ^ 0xBE5466CF34E90C6Cu), mix(b ^ 0xC0AC29B7C97C50DDu, a ^ 0x3F84D5B5B5470917u)};
 }

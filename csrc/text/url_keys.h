@@ -38,9 +38,10 @@ class UrlRules {
 // Memory of one thread, reused from URL to URL.
 struct UrlScratch {
   struct Field {
-    uint32_t name, value, end;  // begins in `decoded`
+    std::string_view name, value;  // decoded
+    bool is_plain = false;         // they are written as they stand in the URL
   };
-  std::vector<char> canonical, decoded;  // decoded: names and values of the query
+  std::vector<char> url, canonical, decoded;  // url: with zeros behind it; decoded: names and values of the query
   std::vector<Field> fields;
 };
 

@@ -31,25 +31,31 @@ FileReader::~FileReader() {
 }
 
 void FileReader::read(size_t file, void* to, size_t size, uint64_t offset) {
+  if (read_some(file, to, size, offset) < size) fail(file, "it is too short");
+}
+
+size_t FileReader::read_some(size_t file, void* to, size_t size, uint64_t offset) {
   Open& open = open_[file % open_.size()];
-  const auto fail = [&](const char* why) {
-    throw std::runtime_error("dedup_urls: cannot read " + paths_[file] + ": " + why);
-  };
   if (open.descriptor < 0 || open.file != file) {
     if (open.descriptor >= 0) close(open.descriptor);
     open.descriptor = ::open(paths_[file].c_str(), O_RDONLY | O_CLOEXEC);
-    if (open.descriptor < 0) fail(std::strerror(errno));
+    if (open.descriptor < 0) fail(file, std::strerror(errno));
     open.file = file;
   }
-  for (auto* next = static_cast<char*>(to); size > 0;) {
-    const ssize_t got = pread(open.descriptor, next, size, static_cast<off_t>(offset));
+  size_t done = 0;
+  while (done < size) {
+    const ssize_t got =
+        pread(open.descriptor, static_cast<char*>(to) + done, size - done, static_cast<off_t>(offset + done));
     if (got < 0 && errno == EINTR) continue;
-    if (got < 0) fail(std::strerror(errno));
-    if (got == 0) fail("it is too short");
-    next += got;
-    offset += static_cast<uint64_t>(got);
-    size -= static_cast<size_t>(got);
+    if (got < 0) fail(file, std::strerror(errno));
+    if (got == 0) break;
+    done += static_cast<size_t>(got);
   }
+  return done;
+}
+
+void FileReader::fail(size_t file, const char* why) const {
+  throw std::runtime_error("dedup_urls: cannot read " + paths_[file] + ": " + why);
 }
 
 UrlTable::UrlTable(const std::vector<UrlPiece>& pieces, uint64_t num_records, int64_t first_part, int64_t last_part,
@@ -122,20 +128,31 @@ const UrlRecord& UrlTable::read_record(uint32_t number) {
   return known.record;
 }
 
-std::pair<std::string, std::string> UrlTable::read_name(uint32_t number, uint64_t name, bool with_url) {
+UrlTable::Names UrlTable::read_names(uint32_t number, uint64_t name, std::string& memory) {
+  constexpr size_t kMostNames = 256;  // are shorter: one read
   const size_t file = 2 * piece_of(number) + 1;
   uint32_t sizes[2];
-  files_.read(file, sizes, sizeof(sizes), name);
-  std::string id(sizes[0], '\0'), url(with_url ? sizes[1] : 0, '\0');
-  files_.read(file, id.data(), id.size(), name + sizeof(sizes));
-  files_.read(file, url.data(), url.size(), name + sizeof(sizes) + id.size());
-  return {id, url};
+  memory.resize(kMostNames);
+  const size_t got = files_.read_some(file, memory.data(), kMostNames, name);
+  if (got < sizeof(sizes)) files_.read(file, sizes, sizeof(sizes), name);  // which says what is wrong
+  std::memcpy(sizes, memory.data(), sizeof(sizes));
+  const size_t wanted = sizeof(sizes) + sizes[0] + sizes[1];
+  if (wanted > got) {
+    memory.resize(wanted);
+    files_.read(file, memory.data() + got, wanted - got, name + got);
+  }
+  const char* id = memory.data() + sizeof(sizes);
+  return {{id, sizes[0]}, {id + sizes[0], sizes[1]}};
 }
 
-UrlTable::Description UrlTable::describe(uint32_t number) {
-  const UrlRecord& record = read_record(number);
-  auto [id, url] = read_name(number, record.name, true);
-  return {record.timestamp, std::move(id), std::move(url)};
+void UrlTable::decide(uint32_t row, uint32_t winner, std::string& out) {
+  const UrlRecord& record = read_record(winner);
+  const auto [id, url] = read_names(winner, record.name, names_);
+  const UrlDecision decision{record.timestamp, row, static_cast<uint32_t>(id.size()), static_cast<uint32_t>(url.size()),
+                             0};
+  out.append(reinterpret_cast<const char*>(&decision), sizeof(decision));
+  out += id;
+  out += url;
 }
 
 // Newer, then longer, then of smaller id; the order of the shards decides between documents of one id alone.
@@ -143,7 +160,7 @@ bool UrlTable::is_better(const UrlRecord& a, uint32_t a_number, const UrlRecord&
   if (a.timestamp != b.timestamp) return a.timestamp > b.timestamp;
   if (a.length != b.length) return a.length > b.length;
   if (a.id_prefix != b.id_prefix) return a.id_prefix < b.id_prefix;
-  const int order = read_name(a_number, a.name, false).first.compare(read_name(b_number, b.name, false).first);
+  const int order = read_names(a_number, a.name, names_).id.compare(read_names(b_number, b.name, other_names_).id);
   return order ? order < 0 : a_number < b_number;
 }
 

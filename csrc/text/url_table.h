@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -21,6 +22,13 @@ struct UrlRecord {
 };
 static_assert(sizeof(UrlRecord) == 48);
 
+// What goes to the shard of a document that is dropped: the kept one's time stamp, then, behind this, its id and URL.
+struct UrlDecision {
+  int64_t timestamp;
+  uint32_t row, id_bytes, url_bytes, zero;  // row: of the dropped document
+};
+static_assert(sizeof(UrlDecision) == 24);
+
 // One shard's records of a partition.
 struct UrlPiece {
   std::string records, names;  // paths
@@ -36,12 +44,15 @@ class FileReader {
   ~FileReader();
   // Throws std::runtime_error that names the file if it cannot be read or is too short.
   void read(size_t file, void* to, size_t size, uint64_t offset);
+  // At most `size` bytes, fewer at the end of the file; returns how many.
+  size_t read_some(size_t file, void* to, size_t size, uint64_t offset);
 
  private:
   struct Open {
     size_t file = 0;
     int descriptor = -1;
   };
+  [[noreturn]] void fail(size_t file, const char* why) const;
   std::vector<std::string> paths_;
   std::vector<Open> open_;
 };
@@ -62,11 +73,8 @@ class UrlTable {
   void add(const UrlRecord* records, int64_t size, uint32_t first);
   // winners[i]: number of the record that stays for record i; its own if its key is not of this table's parts.
   void find(const UrlRecord* records, int64_t size, uint32_t first, uint32_t* winners) const;
-  struct Description {
-    int64_t timestamp;
-    std::string id, url;
-  };
-  Description describe(uint32_t number);
+  // Appends the decision that the document in `row` is dropped for the record numbered `winner`, and its names.
+  void decide(uint32_t row, uint32_t winner, std::string& out);
   int64_t num_urls() const { return num_urls_; }
   int64_t table_bytes() const { return static_cast<int64_t>(slots_.size() * sizeof(Slot)); }
 
@@ -99,14 +107,18 @@ class UrlTable {
   }
   size_t piece_of(uint32_t number) const;
   const UrlRecord& read_record(uint32_t number);
-  // (id, or id and URL) of a record
-  std::pair<std::string, std::string> read_name(uint32_t number, uint64_t name, bool with_url);
+  struct Names {
+    std::string_view id, url;
+  };
+  // Of a record, in `memory`.
+  Names read_names(uint32_t number, uint64_t name, std::string& memory);
   bool is_better(const UrlRecord& a, uint32_t a_number, const UrlRecord& b, uint32_t b_number);
 
   std::vector<std::pair<uint32_t, uint32_t>> numbers_;  // (first, end) of every piece
   FileReader files_;                                    // records and names of every piece
   std::vector<Slot> slots_;
   std::vector<Known> known_;  // records that were read lately
+  std::string names_, other_names_;
   int64_t first_part_, last_part_, num_parts_, num_urls_ = 0;
 };
 

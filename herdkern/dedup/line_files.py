@@ -13,29 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from herdkern import _text
-from herdkern.data.document import Document
 from herdkern.dedup.arrays import read_array
 
-BATCH_CHARS = 8 << 20
-BATCH_DOCUMENTS = 1 << 14
 CHUNK_KEYS = 1 << 19
 CHUNK_DOCUMENTS = 1 << 12
 DOCUMENT_ROW = np.dtype([("id_hash", "<u8"), ("lines", "<u4"), ("language", "<u4")])
 MARK = np.dtype([("place", "<u8"), ("count", "<u8")])
-
-
-def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """The documents in lists of about BATCH_CHARS characters."""
-    held: list[Document] = []
-    num_chars = 0
-    for document in documents:
-        held.append(document)
-        num_chars += len(document.text)
-        if num_chars >= BATCH_CHARS or len(held) >= BATCH_DOCUMENTS:
-            yield held
-            held, num_chars = [], 0
-    if held:
-        yield held
 
 
 def read_chunks(path: Path, dtype: Any, size: int = CHUNK_KEYS) -> Iterator[tuple[int, NDArray[Any]]]:

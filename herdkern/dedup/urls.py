@@ -5,7 +5,6 @@ Source: The Llama 3 Herd of Models, section 3.1.1 (arXiv:2407.21783). What count
 
 import math
 import re
-import struct
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from herdkern import _text
-from herdkern.data.document import Document, read_documents
 from herdkern.dedup.arrays import read_array
-from herdkern.dedup.drop import Decision, drop_documents, write_decisions
-from herdkern.dedup.line_files import batches, read_chunks
-from herdkern.engine import Run, StageResult
+from herdkern.dedup.drop import LineWriter
+from herdkern.dedup.line_files import read_chunks
+from herdkern.dedup.pieces import line_reader, read_pieces
+from herdkern.engine import Run, StageResult, code_version
 
 TRACKING_PARAMETERS = (
     "utm_*", "fbclid", "gclid", "gclsrc", "dclid", "gbraid", "wbraid", "msclkid", "yclid", "twclid", "igshid", "mc_cid",
@@ -37,7 +36,9 @@ RECORD = np.dtype(
     [("low", "<u8"), ("high", "<u8"), ("timestamp", "<i8"), ("length", "<u4"), ("row", "<u4"), ("id_prefix", "<u8"),
      ("name", "<u8")]
 )  # fmt: skip
-_CHUNK_RECORDS = 1 << 16
+_CHUNK_RECORDS, _CHUNK_DECISIONS = 1 << 16, 1 << 14
+BATCH_BYTES = 4 << 20  # of documents whose records are written at a time
+LEVEL = 3  # of zstd
 _ASK, _HAS_KEY = 0, 1  # of _text.url_keys; 2 is an empty URL
 
 
@@ -134,50 +135,29 @@ def url_keys(
     return keys, found == _HAS_KEY
 
 
-def _records_of(documents: list[Document], first_row: int, config: UrlDedupConfig) -> tuple[NDArray[Any], list[bytes]]:
-    """(records of the documents with a web address, but for `name`; what names.bin holds of each)."""
-    keys, is_web = url_keys([document.url for document in documents], config)
-    places = np.flatnonzero(is_web)
-    chosen = [documents[place] for place in places.tolist()]
-    ids = [document.id.encode("utf-8", "surrogatepass") for document in chosen]
-    records = np.zeros(len(chosen), RECORD)
-    records["low"], records["high"] = keys[places, 0], keys[places, 1]
-    records["timestamp"] = [document.timestamp for document in chosen]
-    records["length"] = [len(document.text) for document in chosen]
-    records["row"] = places + first_row
-    records["id_prefix"] = np.array([id_[:8] for id_ in ids] or [b""], "S8").view(">u8")[: len(ids)]
-    names = []
-    for id_, document in zip(ids, chosen, strict=True):
-        url = document.url.encode("utf-8", "surrogatepass")
-        names.append(struct.pack("<II", len(id_), len(url)) + id_ + url)
-    return records, names
-
-
 def _partition(inputs: list[Path], out: Path, config: UrlDedupConfig, num_partitions: int) -> dict[str, Any]:
     """part-<p>/records.bin and names.bin: one record for each document with a web address, by key, in row order."""
-    num_urls = num_documents = 0
-    ends = [0] * num_partitions
+
+    def canonical(url: bytes) -> bytes:
+        return canonical_url(url.decode(), config).encode()
+
+    documents = _text.UrlScanner(native_rules(config), canonical, num_partitions, *line_reader(inputs[0]))
+    num_bytes = 0
     with ExitStack() as stack:
         files = []
         for p in range(num_partitions):
             folder = out / f"part-{p:05d}"
             folder.mkdir()
             files.append([stack.enter_context(open(folder / name, "wb")) for name in ("records.bin", "names.bin")])
-        for documents in batches(read_documents(inputs[0])):
-            records, names = _records_of(documents, num_documents, config)
-            num_documents += len(documents)
-            num_urls += len(records)
-            parts = (records["low"] >> np.uint64(32)) * np.uint64(num_partitions) >> np.uint64(32)
-            for p, (record_file, name_file) in enumerate(files):
-                ours = np.flatnonzero(parts == p)
-                our_names = [names[place] for place in ours.tolist()]
-                some = records[ours]
-                sizes = np.array([0, *map(len, our_names)], np.uint64)
-                some["name"] = np.cumsum(sizes)[:-1] + np.uint64(ends[p])
-                ends[p] += int(sizes.sum())
-                record_file.write(some.tobytes())
-                name_file.write(b"".join(our_names))
-    return {"urls": num_urls, "documents_without_url": num_documents - num_urls}
+        for piece, last in read_pieces(inputs[0], documents):
+            documents.scan(piece, last)
+            num_bytes += len(piece)
+            if num_bytes >= BATCH_BYTES or last:
+                for (record_file, name_file), (records, names) in zip(files, documents.take(), strict=True):
+                    record_file.write(records)
+                    name_file.write(names)
+                num_bytes = 0
+    return {"urls": documents.num_urls, "documents_without_url": documents.num_documents - documents.num_urls}
 
 
 class _Pieces:
@@ -207,8 +187,9 @@ class _Pieces:
             yield self.firsts[shard] + begin, records
 
 
+@code_version(2)
 def _keep_newest(inputs: list[Path], out: Path, config: UrlDedupConfig) -> dict[str, Any]:
-    """For each shard, drop-<shard>: its documents of which a newer, longer or smaller-id version exists.
+    """For each shard, drop-<shard>: decisions about its documents that have a newer, longer or smaller-id version.
 
     More records than max_memory has room for are taken in several ranges of keys; for each the files are read anew.
     """
@@ -236,20 +217,28 @@ def _keep_newest(inputs: list[Path], out: Path, config: UrlDedupConfig) -> dict[
         files = [out / f"drop-{shard:05d}.{number}" for number in range(num_passes)]
         lost = np.concatenate([read_array(path, np.uint32) for path in files]).reshape(-1, 2)
         lost = lost[np.argsort(lost[:, 0])]
-        write_decisions(out / f"drop-{shard:05d}", (_decision(names, row, winner) for row, winner in lost.tolist()))
+        with open(out / f"drop-{shard:05d}", "wb") as file:
+            for begin in range(0, len(lost), _CHUNK_DECISIONS):
+                file.write(names.decide(lost[begin : begin + _CHUNK_DECISIONS]))
         for path in files:
             path.unlink()
     return {"distinct_urls": num_urls, "duplicate_urls": num_dropped}
 
 
-def _decision(names: Any, row: int, winner: int) -> Decision:
-    timestamp, id_, url = names.describe(winner)
-    meta = {
-        "kept_id": id_.decode("utf-8", "surrogatepass"),
-        "kept_url": url.decode("utf-8", "surrogatepass"),
-        "kept_timestamp": timestamp,
-    }
-    return Decision(row=row, reason="duplicate_url", meta=meta)
+def _drop_urls(inputs: list[Path], out: Path, config: UrlDedupConfig) -> dict[str, Any]:
+    """Stage function. inputs: a shard of documents, then the files of decisions about it."""
+    documents = _text.UrlDealer([str(path) for path in inputs[1:]], *line_reader(inputs[0]))
+    with (
+        LineWriter(out / "documents.jsonl.zst", level=LEVEL) as kept_writer,
+        LineWriter(out / "dropped.jsonl.zst", level=LEVEL) as dropped_writer,
+    ):
+        for piece, last in read_pieces(inputs[0], documents):
+            kept, gone = documents.deal(piece, last)
+            kept_writer.write_lines([kept])
+            dropped_writer.write_lines([gone])
+    counters: dict[str, int] = documents.counters
+    num_dropped = counters["docs_in"] - counters["docs_out"]
+    return {**counters, "dropped": {"duplicate_url": num_dropped} if num_dropped else {}}
 
 
 def dedup_urls(
@@ -268,4 +257,4 @@ def dedup_urls(
     shards = [
         [path, *(task / f"drop-{shard:05d}" for task in newest.tasks)] for shard, path in enumerate(map(Path, inputs))
     ]
-    return run.map(name, drop_documents, shards, config=config)
+    return run.map(name, _drop_urls, shards, config=config)

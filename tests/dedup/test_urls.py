@@ -1,9 +1,11 @@
 import itertools
 import random
+import struct
 from collections import defaultdict
 
 import numpy as np
 import pytest
+import url_twin
 
 from herdkern import _text
 from herdkern.data.document import Document, read_documents, write_documents
@@ -148,6 +150,61 @@ def test_order_shards_and_partitions_do_not_matter(tmp_path, num_partitions):
     with Run(tmp_path / "run") as run:
         result = dedup_urls(run, inputs, UrlDedupConfig(num_partitions=num_partitions))
     assert ids_of(result) == sorted([*winners, *(f"n{i}" for i in range(5))])
+
+
+ODD = rb"""{"text":"only a text"}
+  {"id": "spaced", "text": "with spaces", "url": "http://h.org/%7eu", "meta": {"b": 1, "a": 2.50, "kept_id": 7}}
+{"text":"escapes \u00e9 \/ \ud83d\ude00 \ud800 end","url":"http://h.org/\u0041?q=\u00fc","meta":{"kept_url":null}}
+
+{"id":"","text":"","url":"HTTP://h.org/A?q=%C3%BC","kept_timestamp":"outside","timestamp":7}
+{"id":"\u00fc-long-id-of-its-own","text":"x","url":"http://xn--bcher-kva.de/a;b","timestamp":-5}
+{"id":"b","text":"xy","url":"https://b\u00fccher.de/a;b#c","timestamp":-5}
+{"id":"c","text":"xy","url":"http://[2001:DB8::1]/v","timestamp":99999999999999999999}
+{"id":"c","text":"xy","url":"http://[2001:db8::1]:80/v","timestamp":0}
+{"id":"d","text":"x","url":5}"""
+
+
+@pytest.mark.parametrize("num_partitions", [1, 5])
+@pytest.mark.parametrize("ignored", [UrlDedupConfig().ignored_parameters, ("z[x]",)], ids=["native", "asked"])
+def test_files_are_those_of_the_path_through_python(tmp_path, monkeypatch, num_partitions, ignored):
+    documents, _ = planted_documents(5)
+    random.Random(6).shuffle(documents)
+    long = Document(id="long", text="x" * 9, url="http://h.org/" + "long/" * 200, timestamp=4)
+    documents += [long, Document(id="shorter", text="x", url=long.url, timestamp=4)]
+    inputs = shards_of(documents, tmp_path, [150, 0, len(documents)])
+    inputs.append(tmp_path / "odd.jsonl")
+    inputs[-1].write_bytes(b"\xef\xbb\xbf" + ODD)
+    config = UrlDedupConfig(num_partitions=num_partitions, ignored_parameters=ignored)
+    monkeypatch.setattr("herdkern.dedup.urls.BATCH_BYTES", 1 << 12)
+    monkeypatch.setattr("herdkern.dedup.urls._CHUNK_DECISIONS", 7)
+    with Run(tmp_path / "run") as run:
+        result = dedup_urls(run, inputs, config)
+    folder = tmp_path / "run/data/dedup_urls.newest.partition"
+    for shard, path in enumerate(inputs):
+        pieces = [folder / f"task-{shard:05d}" / f"part-{part:05d}" for part in range(num_partitions)]
+        found = [tuple((piece / name).read_bytes() for name in ("records.bin", "names.bin")) for piece in pieces]
+        assert found == url_twin.records(path, config, num_partitions)
+    dropped = 0
+    for task, (kept, gone) in zip(result.tasks, url_twin.dedup(inputs, tmp_path, config), strict=True):
+        assert (task / "documents.jsonl.zst").read_bytes() == kept.read_bytes()
+        assert (task / "dropped.jsonl.zst").read_bytes() == gone.read_bytes()
+        dropped += sum(1 for _ in read_documents(gone))
+    texts = [document.text for path in inputs for document in read_documents(path)]
+    kept_texts = [d.text for path in result.files("documents.jsonl.zst") for d in read_documents(path)]
+    assert result.counters == {
+        "docs_in": len(texts),
+        "docs_out": len(kept_texts),
+        "bytes_in": sum(len(text.encode()) for text in texts),
+        "bytes_out": sum(len(text.encode()) for text in kept_texts),
+        "dropped": {"duplicate_url": dropped},
+    }
+
+
+def test_a_decision_that_is_cut_off_is_named(tmp_path):
+    path = tmp_path / "drop"
+    path.write_bytes(struct.pack("<qIIII", 5, 0, 3, 4, 0) + b"idurl"[:5])
+    with pytest.raises(ValueError, match=r"drop is damaged: it ends within a decision"):
+        _text.UrlDealer([str(path)], "in.jsonl", lambda line, number: line)
 
 
 def test_a_bad_setting_is_named():
