@@ -5,7 +5,7 @@
 // __shared__, threadIdx, blockIdx, blockDim, gridDim, dim3, uint2, uint4, float2, float4, cudaStream_t, __syncthreads,
 // __syncwarp, __shfl_sync, __shfl_xor_sync, __shfl_down_sync, __ballot_sync, __nv_bfloat16, __half and their
 // conversions __float2bfloat16_rn, __bfloat162float, __float2half_rn, __half2float; and, for this file,
-// simt::launch(kernel, grid, block, shared_bytes, args...), simt::dynamic_shared(), simt::check_aligned(address,
+// simt::launch(name, kernel, grid, block, shared_bytes, args...), simt::dynamic_shared(), simt::check_aligned(address,
 // bytes).
 #pragma once
 #include <cmath>
@@ -60,7 +60,7 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, 
 // parentheses. HK_DYNAMIC_SHARED(name) declares the bytes that the launch gave the block, 128-byte aligned.
 #ifdef HK_SIMT
 #define HK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  (static_cast<void>(stream), ::simt::launch(kernel, grid, block, shared_bytes, __VA_ARGS__))
+  (static_cast<void>(stream), ::simt::launch(#kernel, kernel, grid, block, shared_bytes, __VA_ARGS__))
 #define HK_DYNAMIC_SHARED(name) unsigned char* name = static_cast<unsigned char*>(::simt::dynamic_shared())
 #else
 #define HK_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \

@@ -1,0 +1,109 @@
+"""Builds what runs csrc/cuda on a CPU (tests/cuda/simt), into build/simt, with ninja: only what has changed.
+
+libsimt.so        the emulator
+libkernels.so     every csrc/cuda/*.cu; apart from the rest, since all its thread-local storage is poisoned
+_cuda*.so         module.cpp and bind_*.cpp, as herdkern._cuda has them
+libcontrols.so    the negative controls
+"""
+
+import ctypes
+import fcntl
+import importlib.machinery
+import importlib.util
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[2]
+SIMT, CUDA = Path(__file__).resolve().parent / "simt", ROOT / "csrc/cuda"
+BUILD = ROOT / "build/simt"
+# -ffp-contract=off: as csrc/cpu is built; products that are to be joined to sums are written as fma.
+FLAGS = ["-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-march=native", "-ffp-contract=off", "-DHK_SIMT"]
+# Every access to memory of a kernel calls simt/shadow.cpp; the compiler's own run-time library is not linked.
+WATCHED = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-Wno-unknown-pragmas", "-x", "c++"]
+MODULE = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+ORDERS = {"ascending": 0, "descending": 1, "random": 2}
+
+
+def ninja_file() -> str:
+    """Rules and edges of build/simt/build.ninja."""
+    import pybind11
+
+    compiler = shlex.join(shlex.split(os.environ.get("CXX", "g++")))
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{SIMT}"]
+    python = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
+    lines = [
+        "rule cc",
+        f"  command = {compiler} -MD -MF $out.d {shlex.join(FLAGS + includes)} $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {compiler} -shared -o $out $in -L. '-Wl,-rpath,$$ORIGIN' $libraries -pthread",
+    ]
+    libraries: dict[str, tuple[list[Path], list[str], list[str]]] = {
+        "libsimt.so": (sorted(SIMT.glob("*.cpp")), ["-fvisibility=default"], []),
+        "libkernels.so": (sorted(CUDA.glob("*.cu")), ["-fvisibility=default", *WATCHED], ["libsimt.so"]),
+        MODULE: (sorted(CUDA.glob("*.cpp")), python, ["libkernels.so", "libsimt.so"]),
+        "libcontrols.so": ([SIMT / "controls.cu"], WATCHED, ["libsimt.so"]),
+    }
+    for library, (sources, flags, needed) in libraries.items():
+        objects = [f"{source.name}.o" for source in sources]
+        for source, name in zip(sources, objects, strict=True):
+            lines += [f"build {name}: cc {source}", f"  flags = {shlex.join(flags)}"]
+        lines += [f"build {library}: link {' '.join(objects)} | {' '.join(needed)}"]
+        lines += [f"  libraries = {' '.join(f'-l:{name}' for name in needed)}"]
+    return "\n".join([*lines, ""])
+
+
+def build(*targets: str) -> Path:
+    """Build `targets`, names of libraries, and return their folder.
+
+    Raises: RuntimeError with the compiler's words if one does not compile.
+    """
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:  # workers of one test run share the folder
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        text, path = ninja_file(), BUILD / "build.ninja"
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+        ninja = [sys.executable, "-m", "ninja", "-C", str(BUILD), "-j", os.environ.get("MAX_JOBS", "2"), *targets]
+        done = subprocess.run(ninja, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"the emulated build of csrc/cuda failed:\n{done.stdout}{done.stderr}")
+    return BUILD
+
+
+@cache
+def controls() -> ctypes.CDLL:
+    """The library of negative controls."""
+    library = ctypes.CDLL(str(build("libcontrols.so") / "libcontrols.so"))
+    library.run_control.restype = ctypes.c_char_p
+    return library
+
+
+@cache
+def emulator() -> ctypes.CDLL:
+    """The emulator's own library: simt_set, simt_declare, simt_forget_declared."""
+    return ctypes.CDLL(str(build("libsimt.so") / "libsimt.so"))
+
+
+@cache
+def emulated_module() -> ModuleType:
+    """The module that herdkern._cuda would be, on CPU pointers; it is called herdkern._cuda and not registered."""
+    path = str(build(MODULE) / MODULE)
+    loader = importlib.machinery.ExtensionFileLoader("herdkern._cuda", path)
+    spec = importlib.util.spec_from_file_location("herdkern._cuda", path, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def set_order(order: str, seed: int = 0, num_threads: int = 1) -> None:
+    """Let lanes, warps and blocks run in this order from now on: ascending, descending or random."""
+    emulator().simt_set(ORDERS[order], ctypes.c_uint64(seed), num_threads)
