@@ -3,6 +3,7 @@
 Source: The Llama 3 Herd of Models, section 3.3.2 (arXiv:2407.21783).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,8 @@ from herdkern.parallel.data import clip_gradients, local, num_targets_of_all, re
 from herdkern.parallel.pipeline import Pipeline
 from herdkern.parallel.pipeline_stages import MicroBatch, stages_of_rank
 from herdkern.parallel.tensor import gather_rows, is_whole, parallelize_tensor, sum_norm_gradients
+
+TIED = ("embed_tokens.weight", "lm_head.weight")
 
 
 class ParallelModel:
@@ -66,6 +69,11 @@ class ParallelModel:
         loss = self.pipeline.step(self._parts(microbatches), num_targets=num_targets)
         sum_norm_gradients(self.stages, self.state_mesh["tp"])
         return self._sum_of_all(loss)
+
+    def replay(self, microbatch: MicroBatch, microbatches: Sequence[MicroBatch]) -> None:
+        """Add the gradients of one micro-batch, of any data-parallel rank, as they are in a step of `microbatches`."""
+        num_targets = num_targets_of_all(microbatches, self.mesh["dp"].get_group(), self.device)
+        self.pipeline.step(self._parts([microbatch]), num_targets=num_targets)
 
     def evaluate(self, microbatches: Sequence[MicroBatch]) -> Tensor:
         """The mean loss as `step` returns it, from forward passes only."""
@@ -128,13 +136,18 @@ class ParallelModel:
             dist.all_reduce(loss, group=self.mesh[axis].get_group())
         return loss
 
+    def has_copies(self, name: str, axis: str) -> bool:
+        """Whether ranks that differ along an axis of `state_mesh` only hold the same part of a parameter."""
+        config = self.stages[0].config
+        if axis == "tp":
+            return is_whole(name, config, self.config.tp)
+        return axis == "dp_replicate" or (axis == "pp" and config.tied_embeddings and name in TIED)
+
     def _copies(self, name: str) -> float:
         """On how many ranks the same part of a parameter lies."""
-        config = self.config
-        tied = self.stages[0].config.tied_embeddings and name in ("embed_tokens.weight", "lm_head.weight")
-        copies = config.dp // config.num_shards
-        copies *= config.tp if is_whole(name, self.stages[0].config, config.tp) else 1
-        return copies * (2 if tied and config.pp > 1 else 1)
+        sizes = {"dp_replicate": self.config.dp // self.config.num_shards, "tp": self.config.tp}
+        sizes["pp"] = min(self.config.pp, 2)  # the first and the last stage
+        return math.prod(size for axis, size in sizes.items() if self.has_copies(name, axis))
 
 
 @dataclass(frozen=True, kw_only=True)

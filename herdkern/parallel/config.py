@@ -93,27 +93,35 @@ class ParallelConfig:
     def mesh(self, device_type: str = "cpu") -> "DeviceMesh":
         """The DeviceMesh (dp, pp, cp, tp) of all ranks of the default process group, which must be there.
 
+        Its groups wait as long as that one does.
         Raises: ValueError if the run has another number of ranks.
         """
         import torch.distributed as dist
         from torch.distributed.device_mesh import init_device_mesh
 
+        from herdkern.parallel.group_timeout import as_long_as_the_run
+
         self.check_world_size(dist.get_world_size())
-        return init_device_mesh(device_type, (self.dp, self.pp, self.cp, self.tp), mesh_dim_names=AXES)
+        with as_long_as_the_run():
+            return init_device_mesh(device_type, (self.dp, self.pp, self.cp, self.tp), mesh_dim_names=AXES)
 
     def state_mesh(self, device_type: str = "cpu") -> "DeviceMesh":
         """The DeviceMesh (pp, dp_replicate, dp_shard, tp) by which parameters lie; dp_shard has the context ranks, too.
 
+        Its groups wait as long as the default one does.
         Raises: ValueError if the run has another number of ranks.
         """
         import torch
         import torch.distributed as dist
         from torch.distributed.device_mesh import DeviceMesh
 
+        from herdkern.parallel.group_timeout import as_long_as_the_run
+
         self.check_world_size(dist.get_world_size())
         ranks = torch.arange(self.world_size).view(-1, self.num_shards, self.pp, self.cp, self.tp)
         ranks = ranks.permute(2, 0, 1, 3, 4).flatten(2, 3)
-        return DeviceMesh(device_type, ranks, mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp"))
+        with as_long_as_the_run():
+            return DeviceMesh(device_type, ranks, mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp"))
 
     def check_world_size(self, world_size: int) -> None:
         """Raises: ValueError, with the factors, if that is not the number of ranks of this layout."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from herdkern.parallel.flight_ring import ENDED, WAITING, Ring
 
-Kind = Literal["size", "skipped", "extra", "different", "gone", "absent", "unsent", "circle", "none"]
+Kind = Literal["size", "skipped", "extra", "different", "gone", "absent", "unsent", "circle", "corrupt", "none"]
 _CONTEXT = 64  # calls that are compared to find the same point in an earlier round
 
 

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from herdkern.data.pack import TokenDataset
-from herdkern.engine import write_json_atomic
 from herdkern.model.transformer import Transformer
 from herdkern.parallel.compose import ParallelModel
 from herdkern.parallel.config import ParallelConfig
@@ -39,7 +38,7 @@ from herdkern.train.batch import IGNORE, Batch, build_batch
 from herdkern.train.config import TrainConfig
 from herdkern.train.trainer import Trainer, TrainResult
 
-# of a collective of all ranks, those of an axis have torch's 30 minutes; a supervisor finds a hung rank earlier
+# of a collective, and of making a group; a supervisor finds a hung rank earlier
 TIMEOUT = timedelta(minutes=10)
 
 
@@ -55,12 +54,9 @@ def pretrain_packed(recipe: Recipe, run_dir: Path, tokens: Path, parallel: Paral
         raise FileNotFoundError(
             f"pretrain: {tokens} must hold tokens/train and tokenizer, got none; make them by `herdkern run`"
         )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with _ranks(parallel) as rank:
-        trainer = _trainer(recipe, run_dir, tokens, None if rank is None else parallel)
-        if not rank:
-            settings = {**dataclasses.asdict(recipe), "parallel": dataclasses.asdict(parallel)}
-            write_json_atomic(run_dir / "config.json", settings)
+    with _ranks(parallel) as ranks:
+        trainer = _trainer(recipe, run_dir, tokens, parallel if ranks else None)
+        trainer.settings = {**dataclasses.asdict(recipe), "parallel": dataclasses.asdict(parallel)}
         return trainer.fit()
 
 
@@ -116,19 +112,19 @@ def _uncounted(batch: Batch) -> Batch:
 
 
 @contextmanager
-def _ranks(parallel: ParallelConfig) -> Iterator[int | None]:
-    """The process group of torchrun's ranks, and this one's number; None without torchrun."""
+def _ranks(parallel: ParallelConfig) -> Iterator[bool]:
+    """The process group of torchrun's ranks; yields whether there is one."""
     if "WORLD_SIZE" not in os.environ:
         if parallel.world_size > 1:
             raise ValueError(
                 f"pretrain: parallel must be one rank in one process, got {parallel.world_size}; start it by "
                 f"torchrun --nproc-per-node {parallel.world_size} -m herdkern pretrain ..."
             )
-        yield None
+        yield False
         return
     parallel.check_world_size(int(os.environ["WORLD_SIZE"]))
     dist.init_process_group("gloo", timeout=TIMEOUT)
     try:
-        yield dist.get_rank()
+        yield True
     finally:
         dist.destroy_process_group()

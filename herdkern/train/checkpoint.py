@@ -72,7 +72,9 @@ def save_checkpoint(
         for name, value in {**(files or {}), "state.json": dict(state)}.items():
             write_json_atomic(tmp / name, value)
         entries = {record.name: _describe(tmp / record.name) for record in seal_folder(tmp)}
-        write_json_atomic(tmp / MANIFEST, {**FORMAT, "block_bytes": BLOCK_BYTES, "files": entries})
+        manifest: dict[str, Any] = {**FORMAT, "block_bytes": BLOCK_BYTES, "files": entries}
+        manifest["sha256"] = manifest_sha256(manifest)
+        write_json_atomic(tmp / MANIFEST, manifest)
         replace_folder(tmp, final)
     except BaseException:
         remove_folder(tmp)
@@ -144,9 +146,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CorruptCheckpointError(f"{path} must be a checkpoint manifest, got {type(e).__name__}: {e}") from e
     if "state.json" not in files:
         raise CorruptCheckpointError(f"{path} must list state.json, got {sorted(files)}")
-    if "ranks" in manifest or "sha256" in manifest:
-        if manifest.get("sha256") != manifest_sha256(manifest):
-            raise CorruptCheckpointError(f"{path} is damaged (its own checksum differs)")
+    # one without a checksum is from before there was one
+    if manifest.keys() != {*FORMAT, "block_bytes", "files"} and manifest.get("sha256") != manifest_sha256(manifest):
+        raise CorruptCheckpointError(f"{path} is damaged (its own checksum differs)")
+    if "ranks" in manifest:
         foreign = {file.name for file in folder.glob("*.safetensors")} - set(files)
         if foreign:
             raise CorruptCheckpointError(f"{folder / min(foreign)} must not be there, as {MANIFEST} does not list it")
@@ -154,7 +157,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def manifest_sha256(manifest: Mapping[str, Any]) -> str:
-    """The checksum that a manifest of several ranks has of itself."""
+    """The checksum that a manifest has of itself."""
     return config_sha256({key: value for key, value in manifest.items() if key != "sha256"})
 
 

@@ -140,6 +140,8 @@ class TrainConfig:
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     max_skipped_steps: int = 10  # in a row, with on_nonfinite="skip"
     max_rollbacks: int = 3  # of the run, with on_nonfinite="rollback"
+    # compute a micro-batch again on a neighbour and compare all copies (herdkern.train.corruption); 0: never
+    corruption_check_every_steps: int = 0
     reuse_memory: bool = True  # keep freed memory for the next step (herdkern.memory); the same bits either way
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -162,8 +164,8 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig: on_nonfinite must be 'stop', 'skip' or 'rollback', got {self.on_nonfinite!r}"
             )
-        names = ("average_every_steps", "average_last_steps", "eval_every_steps", "max_skipped_steps", "max_rollbacks")
-        for name in names:
+        names = ("average_every_steps", "average_last_steps", "eval_every_steps", "corruption_check_every_steps")
+        for name in (*names, "max_skipped_steps", "max_rollbacks"):
             if getattr(self, name) < 0:
                 raise ValueError(f"TrainConfig: {name} must not be negative, got {getattr(self, name)}")
         if self.schedule.warmup_steps + self.schedule.anneal_steps > self.steps:
@@ -214,7 +216,8 @@ class TrainConfig:
     def identity(self) -> dict[str, Any]:
         """The fields that the bits of the result depend on, as JSON values; a resumed run must have the same."""
         values = dataclasses.asdict(self)
-        for name in ("checkpoint", "eval_every_steps", "reuse_memory", "recompute", "max_rollbacks"):
+        free = ("checkpoint", "eval_every_steps", "corruption_check_every_steps")
+        for name in (*free, "reuse_memory", "recompute", "max_rollbacks"):
             del values[name]
         if self.long_context.lengths:
             values["long_context"]["lengths"] = list(self.long_context.lengths)

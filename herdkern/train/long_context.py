@@ -8,12 +8,10 @@ lengths between are not published.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from herdkern.train.config import LongContextConfig
 
@@ -139,41 +137,3 @@ def half_width(change: NDArray[np.float64], confidence: float, seed: int) -> flo
         [change[rng.integers(0, len(change), (100, len(change)))].mean(axis=1) for _ in range(DRAWS // 100)]
     )
     return float(change.mean() - np.quantile(means, 1 - confidence))
-
-
-class LanguageModel(Protocol):
-    """herdkern.model.Transformer, or anything else that maps packed tokens to logits."""
-
-    def __call__(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Hidden states of all tokens."""
-        ...
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(..., vocab_size) of hidden states."""
-        ...
-
-
-@torch.no_grad()
-def needle_is_found(
-    model: LanguageModel,
-    haystack: Sequence[int],
-    needle: Sequence[int],
-    question: Sequence[int],
-    answer: Sequence[int],
-    *,
-    depth: float,
-) -> bool:
-    """Whether `model` writes `answer` (greedily) after haystack, with the needle at `depth` of it, and question.
-
-    All are token ids; depth: 0 (the beginning) to 1 (the end).
-    Raises: ValueError if depth lies outside or the answer is empty.
-    """
-    if not 0 <= depth <= 1 or not answer:
-        raise ValueError(f"needle_is_found: depth must lie in [0, 1] and answer not be empty, got {depth}, {answer}")
-    place = round(depth * len(haystack))
-    prompt = [*haystack[:place], *needle, *haystack[place:], *question]
-    tokens = torch.tensor([*prompt, *answer[:-1]])
-    hidden = model(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32))
-    # the answer is right token by token exactly if greedy writing gives it
-    best = model.logits(hidden[len(prompt) - 1 :]).argmax(-1)
-    return best.tolist() == list(answer)

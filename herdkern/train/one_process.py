@@ -43,6 +43,22 @@ class Engine(Protocol):
     def accumulate(self, batches: Sequence[Batch]) -> tuple[float, dict[str, float]]:
         """Gradients of the mean loss over all targets of a step, summed in fp32; that loss and the mean metrics."""
 
+    def replicas(self) -> tuple[int, int]:
+        """This rank's place among the data-parallel ranks, and their number."""
+
+    def traced(self) -> Sequence[tuple[int, nn.Module]]:
+        """The modules that compute here, with the number of their stage."""
+
+    def replay(self, batch: Batch, batches: Sequence[Batch]) -> None:
+        """Compute gradients of one micro-batch as in a step of `batches`, and let them go."""
+
+    def copies(self, *, gradients: bool) -> Mapping[str, Mapping[str, Tensor]]:
+        """Group of ranks -> name -> a tensor whose bits are the same on all ranks of the group: gradients, or what
+        stays from step to step."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """What all ranks gave, in their order."""
+
     def update(self, lr: float) -> float:
         """One step of the optimizer, clip included; the norm before the clip. Nothing changes if it is not finite."""
 
@@ -121,6 +137,28 @@ class OneProcess:
             for name, value in metrics.items():
                 extra[name] = extra.get(name, 0.0) + value / len(batches)
         return loss, extra
+
+    def replicas(self) -> tuple[int, int]:
+        """The only one."""
+        return 0, 1
+
+    def traced(self) -> Sequence[tuple[int, nn.Module]]:
+        """The model."""
+        return [(0, self.module)]
+
+    def replay(self, batch: Batch, batches: Sequence[Batch]) -> None:
+        """Compute gradients of one micro-batch as in a step of `batches`, and let them go."""
+        loss_sum, _ = self.objective(self.module, batch)
+        (loss_sum / max(1, sum(one.num_targets for one in batches))).backward()
+        self.zero_grad()
+
+    def copies(self, *, gradients: bool) -> Mapping[str, Mapping[str, Tensor]]:
+        """None."""
+        return {}
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value: there are no other ranks."""
+        return [value]
 
     def update(self, lr: float) -> float:
         """One step of the optimizer, clip included; the norm before the clip. Nothing changes if it is not finite."""

@@ -73,6 +73,37 @@ class ParallelEngine:
         """Gradients of the mean loss over all targets of all ranks; that loss, and no further metrics."""
         return float(self.module.step(batches)), {}
 
+    def replicas(self) -> tuple[int, int]:
+        """This rank's place among the data-parallel ranks, and their number."""
+        return self.module.mesh["dp"].get_local_rank(), self.layout.dp
+
+    def traced(self) -> Sequence[tuple[int, nn.Module]]:
+        """The stages of this rank."""
+        return [(stage.index, stage) for stage in self.module.stages]
+
+    def replay(self, batch: Batch, batches: Sequence[Batch]) -> None:
+        """Compute gradients of one micro-batch as in a step of `batches`, and let them go."""
+        self.module.replay(batch, batches)
+        self.zero_grad()
+
+    def copies(self, *, gradients: bool) -> Mapping[str, Mapping[str, Tensor]]:
+        """Gradients, or weights, states of the optimizer and averages, that other ranks hold, too."""
+        held: dict[str, dict[str, Tensor]] = {}
+        for axis in ("dp_replicate", "tp", "pp"):
+            mesh = self.module.state_mesh[axis]
+            names = [name for name in self.parts if self.module.has_copies(name, axis)]
+            if mesh.size() > 1 and names:
+                ranks = dist.get_process_group_ranks(mesh.get_group())
+                found = [self._gradient(name) if gradients else self._held(name) for name in names]
+                held[f"{axis} {ranks}"] = {key: tensor for some in found for key, tensor in some.items()}
+        return held
+
+    def gather(self, value: Any) -> list[Any]:
+        """What all ranks gave, in their order."""
+        gathered: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(gathered, value)
+        return gathered
+
     def update(self, lr: float) -> float:
         """One step of the optimizer, clip included; the norm before the clip. Nothing changes if it is not finite."""
         norm = float(self.module.clip_gradients(self.config.optimizer.max_grad_norm))
@@ -191,6 +222,20 @@ class ParallelEngine:
         if self.average.count:
             tensors["average"] = {name: self._whole(name, mean) for name, mean in self.average.mean.items()}
         return tensors
+
+    def _gradient(self, name: str) -> dict[str, Tensor]:
+        gradient = self.params[name].grad
+        return {} if gradient is None else {f"reduced gradient of {name}": gradient}
+
+    def _held(self, name: str) -> dict[str, Tensor]:
+        """What this rank keeps of one parameter, by what it is."""
+        part = self.parts[name]
+        held: dict[str, Tensor] = {f"weight {name}": part}
+        if part in self.optimizer.state:
+            held |= {f"{key} of {name}": value for key, value in self.optimizer.state[part].items() if key != "step"}
+        if self.average.count:
+            held[f"average of {name}"] = self.average.mean[name]
+        return held
 
     def _optimizer_state(self, part: Tensor) -> dict[str, Tensor]:
         """The state of one part, made if there was no update yet."""

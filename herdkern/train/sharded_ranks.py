@@ -1,11 +1,12 @@
 """The ranks that save or load together: what the first makes of all that they say, and one error for all."""
 
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch.distributed as dist
+
+from herdkern.parallel.group_timeout import timeout_of
 
 
 class Ranks:
@@ -20,7 +21,7 @@ class Ranks:
             self.rank, self.size, self._first = dist.get_rank(group), len(members), members[0]
             if own:  # not disturbed by the collectives of training, and on the host
                 self.group = dist.new_group(
-                    members, timeout=_timeout(group), backend="gloo", use_local_synchronization=True
+                    members, timeout=timeout_of(group), backend="gloo", use_local_synchronization=True
                 )
 
     def agree(
@@ -78,13 +79,6 @@ class Ranks:
         values = [value]
         dist.broadcast_object_list(values, src=self._first, group=self.group)
         return values[0]
-
-
-def _timeout(group: dist.ProcessGroup | None) -> timedelta:
-    """How long `group` waits. torch gives a new one half an hour, also for a rank that dies while it is made."""
-    waiting: Any = group or dist.group.WORLD
-    limit: timedelta = waiting._get_backend(waiting._device_types[0]).options._timeout
-    return limit
 
 
 def _try(function: Callable[[], Any]) -> tuple[Any, str]:

@@ -33,6 +33,7 @@ from herdkern.parallel.flight_verdict import Verdict, judge
 from herdkern.parallel.heartbeat import LONG_PHASES, Beat, clear_beats, read_beats
 from herdkern.parallel.stragglers import StragglerWatch
 from herdkern.train.checkpoint import checkpoint_folders, step_of
+from herdkern.train.corruption import corruption_log
 from herdkern.train.metrics import MetricsLog
 from herdkern.train.restarts import RestartLog, effective_time
 
@@ -159,6 +160,9 @@ class Watch:
         if verdict.kind == "none" and hung:
             line = "; ".join(f"rank {rank} {text}" for rank, text in sorted(hung.items()))
             verdict = Verdict(kind="absent", ranks=tuple(sorted(hung)), line=line)
+        found = corruption_log(self.run_dir).read()[-1:]
+        if found and found[0]["time"] >= self.began:
+            verdict = Verdict(kind="corrupt", ranks=tuple(found[0]["ranks"]), line=found[0]["reason"])
         (folder / "verdict.txt").write_text(verdict.line + "\n")
         if self.is_first or gone:
             codes = {str(rank): code for rank, code in sorted(self.exit_codes.items())}

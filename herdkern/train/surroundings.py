@@ -47,7 +47,7 @@ def take_lock(path: Path) -> IO[str]:
 
     Raises: RuntimeError if another process holds it.
     """
-    f = open(path, "w")  # noqa: SIM115 -- the caller closes it
+    f = open(path, "a")  # noqa: SIM115 -- the caller closes it
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from herdkern.parallel.config import ParallelConfig
 from herdkern.parallel.heartbeat import Heartbeat
 from herdkern.train.batch import Batch
 from herdkern.train.config import TrainConfig
+from herdkern.train.corruption import CorruptionChecks
 from herdkern.train.guard import NonFiniteError
+from herdkern.train.left_out import LeftOut
 from herdkern.train.long_stages import LongContextProbe, LongStages
 from herdkern.train.metrics import MFU_CONVENTION, MetricsLog
 from herdkern.train.objective import Objective, next_token_loss
@@ -58,6 +61,8 @@ class Trainer:
         numbers join that step's metrics.
     progress: a bar on standard error; by default only on a terminal.
     probe: an attribute to set before `fit`: the examples that judge stages of long context (config.long_context).
+    settings: an attribute to set before `fit`: what config.json in run_dir is to hold, written when the run is this
+        process's and its configuration has been checked; None: no such file.
     on_beat: an attribute to set before `fit`: called as on_beat(step=, phase=) with phase "data", "step", "evaluate" or
         "save" when that begins, on every rank. By default a Heartbeat in run_dir takes it.
     """
@@ -81,10 +86,12 @@ class Trainer:
         self.evaluate = evaluate
         self.progress = progress
         self.probe: LongContextProbe | None = None
+        self.settings: dict[str, Any] | None = None
         self.on_beat: Callable[..., None] | None = None
         self.step = 0
         self.tokens = 0
         self.position = DataPosition()
+        self.left_out = LeftOut(self.run_dir / "left_out.json")
         self.metrics = MetricsLog(self.run_dir / "metrics.jsonl")
         self._skipped_in_a_row = 0
         self._rollbacks = 0
@@ -102,6 +109,7 @@ class Trainer:
 
             self.engine = ParallelEngine(model, config, parallel)
         self.average = self.engine.average
+        self._corruption = CorruptionChecks(self.engine, self.run_dir, config.corruption_check_every_steps)
         self._clock = SaveClock(config.checkpoint, self.engine.num_ranks)
         self._stages: LongStages | None = None
 
@@ -137,14 +145,10 @@ class Trainer:
 
         Raises: NonFiniteError as config.on_nonfinite says; ValueError if the run in run_dir had another
         configuration or other data; RuntimeError if another process trains in run_dir; OSError if a checkpoint
-        cannot be written; LongContextStalledError. With parallel, on all ranks.
+        cannot be written; LongContextStalledError; SilentCorruptionError. With parallel, on all ranks.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
         heartbeat = None
-        if self.on_beat is None:
-            rank = 0 if self.engine.is_first else torch.distributed.get_rank()
-            heartbeat = Heartbeat(self.run_dir, rank)
-            self.on_beat = heartbeat.beat
         if self.config.long_context.lengths:
             if self.probe is None:
                 raise ValueError("Trainer: probe must be set where train.long_context has lengths, got none")
@@ -153,6 +157,10 @@ class Trainer:
             lock = self.engine.first_alone(lambda: take_lock(self.run_dir / "train.lock"))
             if lock is not None:
                 stack.enter_context(lock)
+            if self.on_beat is None:  # not before: its files may be those of a run that goes on here
+                rank = 0 if self.engine.is_first else torch.distributed.get_rank()
+                heartbeat = Heartbeat(self.run_dir, rank)
+                self.on_beat = heartbeat.beat
             stack.enter_context(deterministic())
             self._signals = stack.enter_context(StopSignals())
             how = stack.enter_context(memory_reuse(self.config.reuse_memory))
@@ -167,8 +175,11 @@ class Trainer:
 
     def _loop(self, saved: Path | None, memory: str) -> Path:
         """All steps; returns the last checkpoint."""
-        about = {**self._resolved_config(), "memory": memory}
-        self.engine.first_alone(lambda: write_json_atomic(self.run_dir / "training.json", about))
+        about = {"training.json": {**self._resolved_config(), "memory": memory}}
+        if self.settings is not None:
+            about["config.json"] = self.settings
+        for name, values in about.items():
+            self.engine.first_alone(partial(write_json_atomic, self.run_dir / name, values))
         self._measure_peak()
         self._to_train(True)
         if saved is None and self.config.on_nonfinite == "rollback":
@@ -203,7 +214,7 @@ class Trainer:
         data = self._next_data()
         batches = self.engine.micro_batches(self.source, data)
         self._beat("step")
-        loss, extra = self.engine.accumulate(batches)
+        loss, extra = self._corruption.accumulate(update, self.source, data, batches)
         lr = learning_rate(update, config.schedule, steps=config.steps)
         grad_norm = self.engine.update(lr) if math.isfinite(loss) else self.engine.grad_norm()
         skipped = self._guard(loss, grad_norm, batches)
@@ -296,15 +307,13 @@ class Trainer:
 
     def _roll_back(self, data: StepData, name: str) -> None:
         """Go back to the last verified checkpoint; the sequences of `data` are left out from now on."""
-        step, rollbacks = self.step + 1, self._rollbacks + 1
-        left_out = [*self.position.left_out, (data.position, data.phase.tokens_per_step)]
+        step, why = self.step + 1, f"from step {self.step + 1}: {name}"
         self._beat("save")  # reading one takes as long as writing it
         self.engine.wait()
-        folder = self.resume()
-        if folder is None:
+        # before anything else: a run that is killed now must not meet them again
+        self.engine.first_alone(lambda: self.left_out.add(data.position, data.phase.tokens_per_step, why))
+        if self.resume() is None:
             raise NonFiniteError(f"train: step {step} is not finite ({name}) and no checkpoint is left to go back to")
-        self.position.left_out, self._rollbacks = left_out, rollbacks
-        self._rolled_back = f"from step {step}: {name}"
 
     def _averages_now(self) -> bool:
         every, anneal_steps = self.config.average_every_steps, self.config.schedule.anneal_steps
@@ -329,6 +338,7 @@ class Trainer:
         `fit` ends."""
         begin = time.monotonic()
         self._beat("save")
+        self._corruption.before_save(self.step)
         if self.engine.is_first:
             self.metrics.sync()
         state = {
@@ -351,7 +361,7 @@ class Trainer:
         """Continue from the newest intact checkpoint, if any, metrics.jsonl cut to its step; returns its folder."""
         folder = self.engine.latest(self.checkpoints)
         if folder is None:
-            self.engine.first_alone(lambda: self.metrics.keep_until(0))
+            self.engine.first_alone(self._forget)
             return None
         state = self.engine.load(folder, lambda state: self._check_state(state, folder))
         self.step, self.tokens = state["step"], state["tokens"]
@@ -359,10 +369,25 @@ class Trainer:
         planned = self.tokens if self.config.changes_length else self.step * self.config.tokens_per_step
         self.position.load(state.get("position", {"token": planned, "left_out": []}))
         self._skipped_in_a_row, self._rollbacks = state["skipped_in_a_row"], state.get("rollbacks", 0)
+        self._leave_out()
         if self._stages is not None:
             self._stages.load(state.get("long_context"))
         self.engine.first_alone(lambda: self.metrics.keep_until(self.step))
         return folder
+
+    def _forget(self) -> None:
+        """The run begins at step 0, whatever was in its folder."""
+        self.metrics.keep_until(0)
+        self.left_out.clear()
+
+    def _leave_out(self) -> None:
+        """Pass over what the run has learned to leave out since the checkpoint that it goes on from."""
+        for one in self.left_out.read():
+            stretch = (one["token"], one["tokens"])
+            if stretch not in self.position.left_out:
+                self.position.left_out.append(stretch)
+                self._rollbacks += 1
+                self._rolled_back = one["why"]
 
     def _check_state(self, state: dict[str, Any], folder: Path) -> None:
         saved, present = dict(state["identity"]), dict(self.config.identity())

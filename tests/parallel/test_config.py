@@ -1,9 +1,11 @@
 """The layout of ranks is the formula of the paper, as tables and as a DeviceMesh."""
 
 import itertools
+import time
+from datetime import timedelta
 
 import pytest
-from ranks import RankFailure, Ranks
+from ranks import SECONDS, RankFailure, Ranks
 
 from herdkern.parallel import ParallelConfig
 
@@ -64,6 +66,40 @@ def groups_of_mesh(rank, config):
 
     mesh = config.mesh()
     return {axis: tuple(dist.get_process_group_ranks(mesh.get_group(axis))) for axis in mesh.mesh_dim_names}
+
+
+def waits_of_meshes(rank, config):
+    import torch.distributed as dist
+
+    from herdkern.parallel.group_timeout import timeout_of
+
+    before = timeout_of(dist.new_group(list(range(dist.get_world_size()))))
+    meshes = [config.mesh(), config.state_mesh()]
+    waits = {timeout_of(mesh.get_group(axis)) for mesh in meshes for axis in mesh.mesh_dim_names}
+    return before, waits, timeout_of(dist.new_group(list(range(dist.get_world_size()))))
+
+
+def mesh_without_rank_1(rank, config):
+    import torch.distributed as dist
+
+    if rank == 1:
+        time.sleep(SECONDS)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+    config.mesh()
+
+
+@pytest.mark.distributed
+def test_groups_of_a_mesh_wait_as_long_as_the_run():
+    """torch gives new groups 30 minutes; also while they are made, if a rank never comes."""
+    config = ParallelConfig(pp=2, dp=2)
+    with Ranks(4) as ranks:
+        for before, waits, behind in ranks.run(waits_of_meshes, config):
+            assert waits == {timedelta(seconds=SECONDS)}
+            assert before == behind == timedelta(minutes=30)
+        with pytest.raises(RankFailure) as failed:
+            ranks.run(mesh_without_rank_1, config, seconds=30, lost=(1,))
+        assert sorted(failed.value.said) == [0, 2, 3]
+        assert all("RuntimeError" in said for said in failed.value.said.values())
 
 
 @pytest.mark.distributed

@@ -11,6 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from herdkern.data.document import Document, DocumentWriter
+from herdkern.data.pack import PackConfig, pack_documents
+from herdkern.recipes.data_stages import VocabularyConfig, learn_vocabulary
+
 PAGES = ("json", "textwrap", "statistics", "shlex", "string", "random", "calendar", "fractions", "bisect", "heapq")
 SETTINGS = {
     "tokenizer.vocab-size": 512,
@@ -89,6 +93,22 @@ def pages(tmp_path_factory) -> Path:
         (folder / f"{name}.html").write_text(pydoc.html.page(name, body), encoding="utf-8")
     (folder / "zz-copy.html").write_text((folder / "random.html").read_text().replace("uniform", "flat", 3))
     return folder
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory) -> Path:
+    """A folder with tokens/ and tokenizer/ as an undisturbed run leaves them, of the same documentation as text."""
+    out = tmp_path_factory.mktemp("packed")
+    for split, names in (("train", PAGES[2:]), ("heldout", PAGES[:2])):
+        path = out / f"{split}.jsonl.zst"
+        with DocumentWriter(path) as writer:
+            for name in names:
+                text = pydoc.plaintext.document(pydoc.locate(name, forceload=0), name)
+                writer.write(Document(id=name, text=text, source="web"))
+        if split == "train":
+            learn_vocabulary([path], out, VocabularyConfig(vocab_size=512, max_text_bytes=1 << 20))
+        pack_documents(out / "tokenizer", [path], out / "tokens" / split / "web", PackConfig())
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -11,14 +11,17 @@ from documents_in_memory import PARALLEL_MODEL, PARALLEL_RUN, sampler_of
 
 from herdkern.model.transformer import Transformer
 from herdkern.parallel import ParallelConfig
+from herdkern.parallel.data import local
 from herdkern.train import one_process, parallel_engine
-from herdkern.train.config import LongContextConfig
+from herdkern.train.config import LongContextConfig, ScheduleConfig
+from herdkern.train.corruption import SilentCorruptionError
 from herdkern.train.guard import NonFiniteError
 from herdkern.train.trainer import PackedBatches, Trainer
 
 for module in (one_process, parallel_engine):  # a rate is not what these tests look at
     module.measured_peak_flops = lambda *_, **__: 1e11
-TIMING = ("time", "seconds", "tokens_per_s", "mfu", "mfu_convention")
+TIMING = ("time", "seconds", "tokens_per_s", "mfu", "mfu_convention", "corruption_check_seconds")
+FEW_STEPS = {"schedule": ScheduleConfig(peak_lr=1e-2, min_lr=1e-3, warmup_steps=1, anneal_steps=4)}
 MARK = 57  # a token that no document has
 
 
@@ -75,6 +78,21 @@ def train_badly(rank, folder, sizes, changes):
     except NonFiniteError as error:
         return str(error)
     return ""
+
+
+def train_and_die_behind_a_rollback(rank, folder, sizes, changes):
+    """All ranks are killed in the second step behind the first rollback."""
+    trainer = trainer_of(folder, sizes, **changes)
+    steps = []
+
+    def beat(step, phase):
+        if phase == "step":
+            steps.append(step)
+            if steps[-3:] == [6, 5, 6]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer.on_beat = beat
+    trainer.fit()
 
 
 def train_until_signal(rank, folder, sizes, step, number, changes=None):
@@ -172,3 +190,78 @@ def wrong_targets(rank, _, sizes, tied):
     trainer = trainer_of(Path("nowhere"), sizes, tied=tied)
     batches = [trainer.source.batch(i, 2) for i in range(3)]
     return [trainer.engine.num_wrong(batch) for batch in batches], [trainer.engine.loss(batch) for batch in batches]
+
+
+def flip(tensor):
+    """One bit of one word of this rank's part."""
+    with torch.no_grad():
+        local(tensor).view(-1)[:1].view(torch.uint8)[1] ^= 4
+
+
+class Flips:
+    """Flips a bit of `fault` on rank 1 (of one process, on rank 0) in step `at`, or from then on."""
+
+    def __init__(self, trainer, fault, at):
+        self.trainer, self.fault, self.at = trainer, fault, at
+        self.step = self.times = 0
+        name = "layers.1.mlp.up_proj"
+        modules = {n: module for _, stage in trainer.engine.traced() for n, module in stage.named_modules()}
+        if fault.startswith("output"):
+            modules[name].register_forward_hook(self.output)
+        elif fault == "gradient":
+            modules["layers.0.self_attn.o_proj"].register_forward_pre_hook(self.gradient)
+        elif fault == "reduced":
+            accumulate = trainer.engine.accumulate
+            trainer.engine.accumulate = lambda batches: self.reduced(accumulate(batches), f"{name}.weight")
+        else:
+            self.kept = "layers.0.input_layernorm.weight" if fault == "norm" else f"{name}.weight"
+
+    def beat(self, step, phase):
+        engine, self.step = self.trainer.engine, step
+        if phase == "step" and step == self.at and hasattr(self, "kept"):
+            part = engine.parts[self.kept]
+            if self.fault in ("weight", "norm"):
+                flip(part)
+            else:
+                flip(
+                    engine.average.mean[self.kept]
+                    if self.fault == "average"
+                    else engine.optimizer.state[part][self.fault]
+                )
+
+    def output(self, module, inputs, output):
+        if self.step < self.at:
+            return None
+        self.times += 1
+        if self.fault == "output once" and self.times > 1:
+            return None
+        wrong = output.clone()
+        flip(wrong)
+        return wrong
+
+    def gradient(self, module, inputs):
+        if self.step >= self.at:
+            module.weight.register_hook(self.wrong_gradient)
+
+    def wrong_gradient(self, gradient):
+        wrong = gradient.clone()
+        flip(wrong)
+        return wrong
+
+    def reduced(self, answer, name):
+        if self.step == self.at:
+            flip(self.trainer.engine.params[name].grad)
+        return answer
+
+
+def train_with_a_flip(rank, folder, sizes, fault, at, changes):
+    """(message, ranks of the error, the last step) of a run in which a bit flips on one rank."""
+    trainer = trainer_of(folder, sizes, **changes)
+    trainer.on_beat = lambda step, phase: None
+    if rank == (0 if sizes is None else 1):
+        trainer.on_beat = Flips(trainer, fault, at).beat
+    try:
+        trainer.fit()
+    except SilentCorruptionError as error:
+        return str(error), error.ranks, trainer.step
+    return "", (), trainer.step

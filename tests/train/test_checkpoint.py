@@ -13,6 +13,7 @@ from herdkern.train.checkpoint import (
     checkpoint_folders,
     latest_checkpoint,
     load_checkpoint,
+    manifest_sha256,
     save_checkpoint,
     verify_checkpoint,
 )
@@ -115,20 +116,47 @@ def test_damage_is_named_and_passed_over(tmp_path, damage, message):
         assert latest_checkpoint(tmp_path) == tmp_path / "step-1"
 
 
+def change_manifest(folder, **changes):
+    manifest = {**json.loads((folder / "manifest.json").read_text()), **changes}
+    manifest["sha256"] = manifest_sha256(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "config.json"])
+def test_a_flipped_bit_of_a_text_is_found(tmp_path, name):
+    path = save(tmp_path, 1) / name
+    data = path.read_bytes()
+    for i in range(0, len(data), 3):
+        path.write_bytes(data[:i] + bytes([data[i] ^ 1 << i % 8]) + data[i + 1 :])
+        with pytest.raises(CorruptCheckpointError, match=name):
+            verify_checkpoint(path.parent)
+    path.write_bytes(data)
+    verify_checkpoint(path.parent)
+
+
+def test_a_manifest_from_before_it_had_a_checksum_is_read(tmp_path):
+    folder = save(tmp_path, 3)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sha256"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert load_checkpoint(folder).state == {"step": 3}
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "sha257": "0"}))
+    with pytest.raises(CorruptCheckpointError, match="its own checksum differs"):
+        load_checkpoint(folder)
+
+
 def test_a_manifest_cannot_point_elsewhere(tmp_path):
     folder = save(tmp_path / "root", 1)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["../outside"] = {"bytes": 0, "sha256": "", "block_crc32": []}
+    files = json.loads((folder / "manifest.json").read_text())["files"]
     (tmp_path / "root" / "outside").write_text("")
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    change_manifest(folder, files={**files, "../outside": {"bytes": 0, "sha256": "", "block_crc32": []}})
     with pytest.raises(CorruptCheckpointError, match="outside must be there"):
         verify_checkpoint(folder)
 
 
 def test_another_version_is_refused(tmp_path):
     folder = save(tmp_path, 1)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "version": 99}))
+    change_manifest(folder, version=99)
     with pytest.raises(ValueError, match="got version 99"):
         load_checkpoint(folder)
 

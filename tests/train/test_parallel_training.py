@@ -208,6 +208,33 @@ def test_rollback_goes_past_the_bad_sequences(worlds, one, tmp_path):
     assert tensors_of(tmp_path, 10).state["position"] == {"token": 44 * 32, "left_out": [[20 * 32, 4 * 32]]}
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_sequences_stay_left_out_if_the_run_is_killed_behind_a_rollback(worlds, one, tmp_path, size):
+    """Before the next checkpoint could say so; the run that goes on has no poison in it, and still leaves them out."""
+    changes = {
+        "on_nonfinite": "rollback",
+        "bad": (22,),
+        "checkpoint": CheckpointConfig(every_steps=4),
+        "max_rollbacks": 1,
+    }
+    sizes = None if size == 1 else {"dp": 2}
+    with Ranks(size) as ranks, pytest.raises(RankFailure) as failed:
+        ranks.run(parallel_jobs.train_and_die_behind_a_rollback, tmp_path, sizes, changes)
+    assert set(failed.value.said.values()) == {"died with exit code -9"}
+    assert [record["step"] for record in facts(tmp_path)] == [1, 2, 3, 4, 5]
+    assert max(int(folder.name[5:]) for folder in (tmp_path / "checkpoints").glob("step-*")) == 4
+    changed = {**changes, "bad": ()}
+    if sizes is None:
+        seen = parallel_jobs.train(0, tmp_path, None, changed)[0]
+        assert seen == [*range(16, 20), *range(24, 44)]
+    else:
+        worlds(parallel_jobs.train, tmp_path, sizes, changed)
+    assert_close(facts(tmp_path), one(**changes)[1])
+    assert facts(tmp_path)[4]["rolled_back"].startswith("from step 6: output of embed_tokens")
+    kept = tensors_of(tmp_path, 10).state
+    assert (kept["position"]["left_out"], kept["rollbacks"]) == ([[20 * 32, 4 * 32]], 1)
+
+
 def test_rollbacks_are_counted(worlds, tmp_path):
     changes = {"on_nonfinite": "rollback", "bad": (5, 9), "max_rollbacks": 1}
     for answer in worlds(parallel_jobs.train_badly, tmp_path, {"dp": 2}, changes):
