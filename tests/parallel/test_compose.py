@@ -1,4 +1,4 @@
-"""Every composition of the axes trains as one process does: gradients of the first step, losses of ten."""
+"""Every composition of the axes trains as one process: gradients of the first step, losses of ten (by default three)."""
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ from herdkern.parallel.tensor import parallelize_tensor
 pytestmark = pytest.mark.distributed
 SHAPE = {"num_layers": 5, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "init_std": 0.1}
 BOUND = 1e-5
-STEPS = 10
 MAX_NORM = 0.5
 
 FEW = [
@@ -41,8 +40,8 @@ def batches_of(step, config):
     return [make_batches(3, seed=100 * step + dp) for dp in range(config.dp)]
 
 
-def train(rank, sizes, tied):
-    """The worst differences: of gradients in the first step, of ten losses, of gradient norms, of an evaluation."""
+def train(rank, sizes, tied, steps):
+    """The worst differences: of gradients in the first step, of losses, of gradient norms, of an evaluation."""
     config = ParallelConfig(**sizes)
     model, reference = make_model(tied, **SHAPE), make_model(tied, **SHAPE)
     parallel = ParallelModel(model, config)
@@ -53,7 +52,7 @@ def train(rank, sizes, tied):
     if tied:
         expected["lm_head.weight"] = expected["embed_tokens.weight"]
     gradients, losses, norms = 0.0, [], []
-    for step in range(STEPS):
+    for step in range(steps):
         batches = batches_of(step, config)
         loss = parallel.step(batches[mine])
         wanted = one_process(reference, [batch for some in batches for batch in some])
@@ -79,8 +78,8 @@ def name_of(case):
     return "-".join(f"{name}{size}" for name, size in sizes.items()) + "-tied" * tied
 
 
-def check(worlds, case):
-    found = worlds(ParallelConfig(**case[0]).world_size).run(train, *case, seconds=120)
+def check(worlds, case, steps):
+    found = worlds(ParallelConfig(**case[0]).world_size).run(train, *case, steps, seconds=120)
     assert max(gradients for gradients, *_ in found) <= BOUND
     assert max(losses for _, losses, _, _ in found) <= BOUND
     assert max(norms for _, _, norms, _ in found) <= BOUND
@@ -89,13 +88,13 @@ def check(worlds, case):
 
 @pytest.mark.parametrize("case", FEW, ids=name_of)
 def test_training_as_in_one_process(worlds, case):
-    check(worlds, case)
+    check(worlds, case, steps=3)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("case", [*every_composition(), *MORE], ids=name_of)
 def test_every_composition(worlds, case):
-    check(worlds, case)
+    check(worlds, case, steps=10)
 
 
 class Transfers(TorchDispatchMode):

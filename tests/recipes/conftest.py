@@ -99,11 +99,12 @@ def pages(tmp_path_factory) -> Path:
 def packed(tmp_path_factory) -> Path:
     """A folder with tokens/ and tokenizer/ as an undisturbed run leaves them, of the same documentation as text."""
     out = tmp_path_factory.mktemp("packed")
-    for split, names in (("train", PAGES[2:]), ("heldout", PAGES[:2])):
+    for split, names in (("train", PAGES[2:]), ("heldout", PAGES[:1])):
         path = out / f"{split}.jsonl.zst"
         with DocumentWriter(path) as writer:
             for name in names:
                 text = pydoc.plaintext.document(pydoc.locate(name, forceload=0), name)
+                text = text if split == "train" else text[:4000]  # a few dozen windows
                 writer.write(Document(id=name, text=text, source="web"))
         if split == "train":
             learn_vocabulary([path], out, VocabularyConfig(vocab_size=512, max_text_bytes=1 << 20))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import parallel_jobs  # noqa: F401 - with it no rate is measured
 import pytest
 import torch
 import torch.distributed as dist

@@ -40,10 +40,12 @@ RANKS = 2
 PATIENCE = 30.0  # seconds in which a rank must have ended that has lost another
 
 
-def train(run_dir: Path, layout: str, rank: int, store: str) -> None:
+def train(run_dir: Path, layout: str, rank: int, store: str, die_call: int) -> None:
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=PATIENCE)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=timeout)
+    if die_call:  # from here on: a rank that never comes is no loss
+        die_at(die_call)
     torch.manual_seed(0)
     trainer_of(run_dir, {layout: RANKS}, **CHANGES).fit()
     dist.barrier()  # a rank that has ended would look like a lost one
@@ -59,9 +61,7 @@ def start(run_dir: Path, layout: str, store: str, die: tuple[int, int] = (-1, 0)
             continue
         code = 1
         try:
-            if die[0] == rank:
-                die_at(die[1])
-            train(run_dir, layout, rank, store)
+            train(run_dir, layout, rank, store, die[1] if die[0] == rank else 0)
             code = 0
         except BaseException:
             Path(f"{store}.{rank}.txt").write_text(traceback.format_exc())

@@ -57,9 +57,8 @@ class Faulty(PackedBatches):
             dist.all_reduce(torch.zeros(3))
 
 
-def main(run, steps, every, fault="", at="0", rank="0", pause="0"):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def train(run, steps, every, fault="", at="0", rank="0", pause="0"):
+    """The run, on the ranks of the process group."""
     run = Path(run)
     checkpoint = CheckpointConfig(every_steps=int(every), keep_last=2)
     config = dataclasses.replace(
@@ -72,4 +71,6 @@ def main(run, steps, every, fault="", at="0", rank="0", pause="0"):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    train(*sys.argv[1:])
