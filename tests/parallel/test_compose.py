@@ -1,4 +1,4 @@
-"""Every composition of the axes trains as one process: gradients of the first step, losses of ten (by default three)."""
+"""Every composition of the axes trains as one process: gradients of the first step, losses of ten (by default 3)."""
 
 import pytest
 import torch
