@@ -37,7 +37,7 @@ from machine import describe_machine
 
 from herdkern.data.document import Document, write_documents
 from herdkern.dedup.minhash import shingle_hashes
-from herdkern.engine import write_json_atomic
+from herdkern.engine import sha256_file, write_json_atomic
 
 EXACT = "herdkern-exact"
 OWN = (OURS, EXACT)
@@ -204,6 +204,7 @@ def run_one(candidate: str, path: Path, options: argparse.Namespace) -> dict[str
 def run_job(job: Job, folder: Path, options: argparse.Namespace) -> dict[str, Any] | None:
     """The row of one case; None, said aloud, if ours failed or its result is off."""
     path, num_bytes, truth = prepare(job, folder)
+    sha256_file(path)  # read once, so that nobody is the first and pays for the disk
     runs: dict[str, list[dict[str, Any]]] = {}
     judged: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}

@@ -87,11 +87,13 @@ std::vector<RunPlace> runs_of(const std::string& path) {
   return runs;
 }
 
-BandPartitioner::BandPartitioner(const std::string& folder, uint64_t num_partitions, size_t max_bytes)
+BandPartitioner::BandPartitioner(const std::string& folder, uint64_t num_partitions, size_t max_bytes,
+                                 size_t expected_records)
     : max_buffered_(std::max<size_t>(1024, max_bytes * 3 / 4 / sizeof(BandRecord))) {
   parts_.reserve(num_partitions);
   for (uint64_t p = 0; p < num_partitions; ++p)
     parts_.emplace_back(part_path(folder, p), buffer_bytes(max_bytes / 4, num_partitions));
+  buffer_.reserve(std::min(max_buffered_, expected_records));  // growing costs fresh pages again and again
 }
 
 void BandPartitioner::add(const BandRecord& record) {

@@ -49,7 +49,8 @@ std::vector<RunPlace> runs_of(const std::string& path);
 // Takes the records of one shard in any order and writes them to folder/part-00000, part-00001, ….
 class BandPartitioner {
  public:
-  BandPartitioner(const std::string& folder, uint64_t num_partitions, size_t max_bytes);
+  // expected_records: so many may come, 0 if unknown; there may be more.
+  BandPartitioner(const std::string& folder, uint64_t num_partitions, size_t max_bytes, size_t expected_records);
 
   // Records of `count` signatures, (count, num_bands * rows_per_band): one for every band, unless the document has no
   // shingle (all bits are set in all slots), and one for the text, so that exact copies meet whatever group they are

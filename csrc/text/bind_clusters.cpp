@@ -46,8 +46,8 @@ SignatureBlock view_block(const char* function, const py::array& signatures, int
 
 void bind_bands(py::module_& m) {
   py::class_<BandPartitioner>(m, "BandPartitioner")
-      .def(py::init<const std::string&, uint64_t, size_t>(), py::arg("folder"), py::arg("num_partitions"),
-           py::arg("max_bytes"))
+      .def(py::init<const std::string&, uint64_t, size_t, size_t>(), py::arg("folder"), py::arg("num_partitions"),
+           py::arg("max_bytes"), py::arg("expected_records") = 0)
       .def(
           "add_signatures",
           [](BandPartitioner& self, const py::array& signatures, int64_t num_bands, int64_t rows_per_band,

@@ -326,7 +326,7 @@ class DocumentWriter:
         self.path, self.level = Path(path), level
         self.num_documents = 0
         self.text_bytes = 0  # UTF-8 bytes of `text` alone
-        self._output = atomic_file(self.path)
+        self._output = atomic_file(self.path, hashed=True)
         self._pending: list[bytes | memoryview] = []
         self._pending_bytes = 0
 

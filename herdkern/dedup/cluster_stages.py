@@ -82,12 +82,13 @@ def number(inputs: list[Path], out: Path, settings: dict[str, Any]) -> dict[str,
 def partition_bands(inputs: list[Path], out: Path, settings: dict[str, Any], num_partitions: int) -> dict[str, Any]:
     """Stage, first half: the band records of [signed shard, its numbers] or of [segment], dealt by key."""
     config: MinHashConfig = settings["config"]
-    partitioner = _text.BandPartitioner(str(out), num_partitions, config.native_bytes // 2)
+    rows = load_rows(inputs[0]) if len(inputs) == 2 else np.zeros(0, DOCUMENT)
+    expected = len(rows) * (config.num_bands + 1)  # one for each band, and one for the text
+    partitioner = _text.BandPartitioner(str(out), num_partitions, config.native_bytes // 2, expected)
     if len(inputs) == 1:
         partitioner.add_sorted(str(inputs[0] / BANDS), settings["offsets"][inputs[0].name])
     else:
         docs = _numbers_of_rows(inputs[0], inputs[1])
-        rows = load_rows(inputs[0])
         groups, texts = rows["group"].copy(), rows["text_low"].copy()
         with SignatureFile(inputs[0] / SIGNATURES, config.spec) as file:
             begin = 0

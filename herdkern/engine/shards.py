@@ -5,18 +5,24 @@ import contextlib
 import contextvars
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
 
 TMP_SUFFIX = ".tmp"  # a file or folder that is not complete ends in it
 _OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SYNC_THREADS = 8  # a journaling file system makes one commit of syncs that wait together
-_sealed_later: "contextvars.ContextVar[bool]" = contextvars.ContextVar("herdkern_sealed_later", default=False)
+_PARTS = 1024  # of one call of writev (IOV_MAX)
+Hashed = dict[Path, "FileRecord"]  # of files that were hashed while they were written
+_sealed_later: "contextvars.ContextVar[Hashed | None]" = contextvars.ContextVar("herdkern_sealed_later", default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +50,7 @@ def sha256_file(path: Path | str) -> str:
     """
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as f:
-        buffer = bytearray(1 << 20)
+        buffer = bytearray(1 << 18)  # stays in a cache
         view = memoryview(buffer)
         while num_bytes := f.readinto(buffer):
             digest.update(view[:num_bytes])
@@ -70,20 +76,51 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def sealed_later() -> Iterator[None]:
-    """In this block (and thread) `atomic_file` syncs nothing: who runs the block calls `seal_folder` after it."""
-    token = _sealed_later.set(True)
+def sealed_later() -> Iterator[Hashed]:
+    """In this block (and thread) `atomic_file` syncs nothing: who runs the block calls `seal_folder` after it, with
+    what this gives.
+    """
+    hashed: Hashed = {}
+    token = _sealed_later.set(hashed)
     try:
-        yield
+        yield hashed
     finally:
         _sealed_later.reset(token)
 
 
+class HashedFile(io.FileIO):
+    """A new file without a buffer whose bytes are hashed as they are written; for large pieces."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, "wb")
+        self.digest = hashlib.sha256()
+
+    def write(self, data: "Buffer") -> int:
+        """Write all of `data`. Raises: OSError."""
+        self.writelines([data])
+        return memoryview(data).nbytes
+
+    def writelines(self, parts: "Iterable[Buffer]") -> None:
+        """Write all of the parts, many in one call of the system. Raises: OSError."""
+        left = [view for part in parts if (view := memoryview(part)).nbytes]
+        for view in left:
+            self.digest.update(view)
+        first = 0
+        while first < len(left):
+            written = os.writev(self.fileno(), left[first : first + _PARTS])
+            while written and written >= left[first].nbytes:
+                written -= left[first].nbytes
+                first += 1
+            if written:
+                left[first] = left[first][written:]
+
+
 @contextlib.contextmanager
-def atomic_file(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
+def atomic_file(path: Path | str, mode: str = "wb", *, hashed: bool = False) -> Iterator[IO[Any]]:
     """A file opened for writing that appears at `path` only when the block ends without an exception.
 
     mode: "wb", or "w" for UTF-8 text with "\\n" line ends. An existing file at `path` stays as it is until then.
+    hashed: give a HashedFile, so that `seal_folder` need not read what was written (mode "wb").
     Raises: ValueError for another mode; OSError if it cannot be written (nothing is left behind).
     """
     if mode not in ("wb", "w"):
@@ -92,11 +129,15 @@ def atomic_file(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
     tmp = path.with_name(path.name + TMP_SUFFIX)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        with open(tmp, mode, **text) as f:  # type: ignore[call-overload]
+        with HashedFile(tmp) if hashed else open(tmp, mode, **text) as f:  # type: ignore[call-overload]
             yield f
             f.flush()
-            if not _sealed_later.get():
+            if (known := _sealed_later.get()) is None:
                 sync(f.fileno(), tmp)
+            elif hashed:
+                status = os.fstat(f.fileno())
+                record = FileRecord(name=path.name, bytes=status.st_size, sha256=f.digest.hexdigest())
+                known[path] = replace(record, stamp=status.st_mtime_ns)
         os.replace(tmp, path)
     except BaseException as e:
         if isinstance(e, OSError) and e.filename is None and e.errno in _OF_WRITING:
@@ -104,7 +145,7 @@ def atomic_file(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
         with contextlib.suppress(OSError):
             tmp.unlink()
         raise
-    if not _sealed_later.get():
+    if _sealed_later.get() is None:
         sync_folder(path.parent)
 
 
@@ -149,8 +190,10 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _describe_file(path: Path, name: str) -> FileRecord:
+def _describe_file(path: Path, name: str, known: FileRecord | None = None) -> FileRecord:
     status = path.stat()  # before it is read: whoever writes to it meanwhile changes the stamp
+    if known is not None and (known.bytes, known.stamp) == (status.st_size, status.st_mtime_ns):
+        return replace(known, name=name)
     return FileRecord(name=name, bytes=status.st_size, sha256=sha256_file(path), stamp=status.st_mtime_ns)
 
 
@@ -188,15 +231,17 @@ def is_as_recorded(path: Path, record: FileRecord) -> bool:
         return False
 
 
-def seal_folder(folder: Path) -> list[FileRecord]:
+def seal_folder(folder: Path, hashed: Hashed | None = None) -> list[FileRecord]:
     """Sync every file and folder below `folder` to disk; returns the records of its files.
 
+    hashed: of files that need not be read again, unless they were written to since (`sealed_later`).
     Raises: OSError if something cannot be synced; ValueError if it holds anything but files and folders.
     """
     files = files_below(folder)
     with concurrent.futures.ThreadPoolExecutor(_SYNC_THREADS) as pool:  # they wait for the disk while this one hashes
         synced = [pool.submit(_sync_file, path) for path in files]
-        records = [_describe_file(path, path.relative_to(folder).as_posix()) for path in files]
+        known = hashed or {}
+        records = [_describe_file(path, path.relative_to(folder).as_posix(), known.get(path)) for path in files]
         for future in synced:
             future.result()
     for parent, _, _ in os.walk(folder, topdown=False):

@@ -102,12 +102,12 @@ def run_task(fn: StageFunction, task: Task) -> Outcome:
     token = _memory.set(task.max_memory)
     try:
         tmp.mkdir(parents=True)
-        with sealed_later():
+        with sealed_later() as hashed:
             counters = fn(task.inputs, tmp, *task.arguments) or {}
         counters = json.loads(json.dumps(counters, allow_nan=False))
         if not isinstance(counters, dict):
             raise TypeError(f"a stage function must return a dict of counters, got {type(counters).__name__}")
-        outputs = seal_folder(tmp)
+        outputs = seal_folder(tmp, hashed)
         if changed := _changed_input(task):
             raise ValueError(f"the input {changed} was written to or damaged while the stage ran")
         return Outcome(tmp=tmp, outputs=outputs, counters=counters, seconds=time.perf_counter() - started)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from herdkern.engine import atomic_file, read_json, sha256_file, write_json_atomic
-from herdkern.engine.shards import describe, replace_folder, seal_folder, verified
+from herdkern.engine import atomic_file, read_json, sha256_file, shards, write_json_atomic
+from herdkern.engine.shards import describe, replace_folder, seal_folder, sealed_later, verified
 
 
 def test_sha256_of_known_bytes(tmp_path):
@@ -109,6 +109,36 @@ def test_a_sealed_folder_is_intact_until_it_changes(tmp_path):
     (folder / "c").write_text("")
     assert verified(folder, records) is None
     assert verified(tmp_path / "gone", records) is None
+
+
+@pytest.mark.parametrize("written", [3, 100, 1 << 20])  # by one call of the system, at most
+def test_what_is_hashed_while_it_is_written_is_not_read_again(tmp_path, monkeypatch, written):
+    calls = []
+
+    def writev(descriptor, parts):
+        calls.append(len(parts))
+        return os.write(descriptor, b"".join(parts)[:written])
+
+    def refuse(path):
+        raise AssertionError(f"{path} is read")
+
+    monkeypatch.setattr(shards.os, "writev", writev)
+    parts = [b"x" * 50, b"", memoryview(b"yz"), *([b"ab"] * 2500)]
+    with sealed_later() as hashed:
+        for name in ("a", "changed"):
+            with atomic_file(tmp_path / name, hashed=True) as f:
+                f.write(b"first")
+                f.writelines(parts)
+                f.write(b"")
+    (tmp_path / "changed").write_bytes(b"later")
+    wanted = describe(tmp_path / "a")
+    monkeypatch.setattr(shards, "sha256_file", lambda path: refuse(path) if path.name == "a" else sha256_file(path))
+    found = {record.name: record for record in seal_folder(tmp_path, hashed)}
+    assert (tmp_path / "a").read_bytes() == b"first" + b"".join(parts)
+    assert max(calls) <= 1024
+    assert found["a"] == wanted
+    assert found["a"].stamp == wanted.stamp
+    assert found["changed"].sha256 == sha256_file(tmp_path / "changed")
 
 
 def test_a_folder_is_described_by_names_and_bytes(tmp_path):
