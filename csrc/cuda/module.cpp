@@ -17,6 +17,7 @@ void bind_adamw(py::module_& m);     // bind_adamw.cpp
 void bind_rms_norm(py::module_& m);  // bind_rms_norm.cpp
 void bind_rope(py::module_& m);      // bind_rope.cpp
 void bind_swiglu(py::module_& m);    // bind_swiglu.cpp
+void bind_tile_list(py::module_& m);  // bind_tile_list.cpp
 }  // namespace herdkern::cuda
 
 PYBIND11_MODULE(HK_MODULE, m) {
@@ -27,4 +28,5 @@ PYBIND11_MODULE(HK_MODULE, m) {
   bind_rms_norm(m);
   bind_rope(m);
   bind_swiglu(m);
+  bind_tile_list(m);
 }

@@ -4,6 +4,7 @@ libsimt.so        the emulator
 libkernels.so     every csrc/cuda/*.cu; apart from the rest, since all its thread-local storage is poisoned
 _cuda*.so         module.cpp and bind_*.cpp, as herdkern._cuda has them
 libcontrols.so    the negative controls
+libtiles.so       the tile list checked score by score
 """
 
 import ctypes
@@ -27,6 +28,7 @@ FLAGS = ["-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-march=nat
 # Every access to memory of a kernel calls simt/shadow.cpp; the compiler's own run-time library is not linked.
 WATCHED = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-Wno-unknown-pragmas", "-x", "c++"]
 MODULE = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+HEADERS = "bindings.h"
 ORDERS = {"ascending": 0, "descending": 1, "random": 2}
 
 
@@ -36,25 +38,30 @@ def ninja_file() -> str:
 
     compiler = shlex.join(shlex.split(os.environ.get("CXX", "g++")))
     includes = [f"-I{ROOT / 'csrc'}", f"-I{SIMT}"]
-    python = [f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
+    python = ["-O0", f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
     lines = [
         "rule cc",
         f"  command = {compiler} -MD -MF $out.d {shlex.join(FLAGS + includes)} $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
+        # Bindings are mostly pybind11's headers: compiled once, and nothing in them is worth optimising.
+        f"build {HEADERS}.gch: cc {HEADERS}",
+        f"  flags = {shlex.join([*python, '-x', 'c++-header'])}",
         "rule link",
         f"  command = {compiler} -shared -o $out $in -L. '-Wl,-rpath,$$ORIGIN' $libraries -pthread",
     ]
     libraries: dict[str, tuple[list[Path], list[str], list[str]]] = {
         "libsimt.so": (sorted(SIMT.glob("*.cpp")), ["-fvisibility=default"], []),
         "libkernels.so": (sorted(CUDA.glob("*.cu")), ["-fvisibility=default", *WATCHED], ["libsimt.so"]),
-        MODULE: (sorted(CUDA.glob("*.cpp")), python, ["libkernels.so", "libsimt.so"]),
+        MODULE: (sorted(CUDA.glob("*.cpp")), [*python, "-include", HEADERS], ["libkernels.so", "libsimt.so"]),
+        "libtiles.so": ([SIMT.parent / "tile_list_checks.cpp"], ["-fvisibility=default"], []),
         "libcontrols.so": ([SIMT / "controls.cu"], WATCHED, ["libsimt.so"]),
     }
     for library, (sources, flags, needed) in libraries.items():
         objects = [f"{source.name}.o" for source in sources]
         for source, name in zip(sources, objects, strict=True):
-            lines += [f"build {name}: cc {source}", f"  flags = {shlex.join(flags)}"]
+            first = f" | {HEADERS}.gch" if library == MODULE else ""
+            lines += [f"build {name}: cc {source}{first}", f"  flags = {shlex.join(flags)}"]
         lines += [f"build {library}: link {' '.join(objects)} | {' '.join(needed)}"]
         lines += [f"  libraries = {' '.join(f'-l:{name}' for name in needed)}"]
     return "\n".join([*lines, ""])
@@ -69,6 +76,9 @@ def build(*targets: str) -> Path:
     with (BUILD / "lock").open("w") as lock:  # workers of one test run share the folder
         fcntl.flock(lock, fcntl.LOCK_EX)
         text, path = ninja_file(), BUILD / "build.ninja"
+        headers = BUILD / HEADERS
+        if not headers.exists():
+            headers.write_text("#include <pybind11/pybind11.h>\n#include <pybind11/stl.h>\n\n#include <array>\n")
         if not path.exists() or path.read_text() != text:
             path.write_text(text)
         ninja = [sys.executable, "-m", "ninja", "-C", str(BUILD), "-j", os.environ.get("MAX_JOBS", "2"), *targets]

@@ -33,7 +33,8 @@ def test_sound_kernels_run_in_every_order(lane_order, distance):
         "two meetings": np.repeat([120.0, 376.0] * 2, 16),
     }.items():
         said, out = run(name)
-        assert said == "" and np.array_equal(out, expected), name
+        assert said == "", name
+        assert np.array_equal(out, expected), name
     x = X[:THREADS].copy()
     for _ in range(3):
         x = x + np.roll(x, -33)

@@ -287,35 +287,6 @@ void sync_warp(unsigned mask) {
       nullptr);
 }
 
-namespace {
-
-struct Brought {
-  const void* mine;
-  size_t bytes;
-  const unsigned char* all;
-};
-
-void gather(void* const* brought, unsigned mask) {
-  Block& b = the_block();
-  const int warp = b.running / kWarp;
-  const size_t bytes = static_cast<Brought*>(brought[b.running % kWarp])->bytes;
-  std::vector<unsigned char>& buffer = b.exchanged[2 * warp + b.exchanges[warp]++ % 2];
-  buffer.assign(kWarp * bytes, kPoison);
-  for (int i = 0; i < kWarp; ++i) {
-    if (!(mask >> i & 1)) continue;
-    std::memcpy(buffer.data() + i * bytes, static_cast<Brought*>(brought[i])->mine, bytes);
-    static_cast<Brought*>(brought[i])->all = buffer.data();
-  }
-}
-
-}  // namespace
-
-const unsigned char* exchange_bytes(const void* mine, size_t bytes) {
-  Brought brought{mine, bytes, nullptr};
-  meet_warp(0xFFFFFFFFu, "exchange", &gather, &brought);
-  return brought.all;
-}
-
 void wait_until(const char* what, const std::function<bool()>& done) {
   Block& b = the_block();
   if (done()) return;

@@ -69,13 +69,6 @@ void meet_warpgroup(const char* what, GroupAct act, void* mine);
 // Orders the memory of the lanes of `mask`, as __syncwarp does and a shuffle does not.
 void sync_warp(unsigned mask);
 
-// The values that the 32 lanes bring, by lane; valid until the lane has met others in this way twice more.
-const unsigned char* exchange_bytes(const void* mine, size_t bytes);
-template <typename T>
-const T* exchange(const T& mine) {
-  return reinterpret_cast<const T*>(exchange_bytes(&mine, sizeof(T)));
-}
-
 // Lets others run until `done()`; `what` and `object` say in a report of a deadlock what is waited for.
 void wait_until(const char* what, const std::function<bool()>& done);
 

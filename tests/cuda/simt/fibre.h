@@ -9,7 +9,6 @@ namespace simt {
 // Saves what a called function has to keep, stores the stack pointer in *from, goes on at `to`. In launch.cpp.
 extern "C" void simt_switch(void** from, void* to);
 
-
 // What to switch to in order to call `entry`, which never returns, on the stack that ends at `top`.
 inline void* fibre_on(unsigned char* top, void (*entry)()) {
   void** sp = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(top) & ~uintptr_t{15});

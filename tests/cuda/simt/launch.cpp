@@ -100,8 +100,6 @@ void begin_block(Block& b, uint64_t number, dim3 grid, dim3 shape) {
   b.groups.assign((warps + 3) / 4, GroupMeeting{});
   for (Barrier& barrier : b.barriers) barrier = Barrier{};
   b.ready.assign(warps, 0);
-  b.exchanged.resize(2 * kMaxThreads / kWarp);
-  b.exchanges.assign(warps, 0);
   ++b.serial;
   b.polling.clear();
   b.live = count;

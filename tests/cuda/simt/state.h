@@ -53,8 +53,6 @@ struct Block {
   std::vector<Lane> lanes;
   std::vector<std::vector<Meeting>> meetings;  // of each warp
   std::vector<GroupMeeting> groups;
-  std::vector<std::vector<unsigned char>> exchanged;  // two buffers of each warp, used in turn
-  std::vector<int> exchanges;                         // of each warp
   uint64_t serial = 0;
   Barrier barriers[kNamed];
   std::vector<unsigned> ready;  // lanes of each warp that may run

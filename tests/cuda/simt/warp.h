@@ -85,6 +85,24 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
 }
 inline int __any_sync(unsigned mask, int predicate) { return simt::ballot(mask, predicate != 0, "__any_sync") != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return simt::ballot(mask, predicate == 0, "__all_sync") == 0; }
+template <typename T>
+inline unsigned __match_any_sync(unsigned mask, T value) {
+  struct Match {
+    T value;
+    unsigned peers;
+  } mine{value, 0};
+  simt::meet_warp(
+      mask, "__match_any_sync",
+      [](void* const* brought, unsigned met) {
+        for (int i = 0; i < simt::kWarp; ++i)
+          for (int j = 0; j < simt::kWarp; ++j)
+            if ((met >> i & 1) && (met >> j & 1) &&
+                static_cast<Match*>(brought[i])->value == static_cast<Match*>(brought[j])->value)
+              static_cast<Match*>(brought[i])->peers |= 1u << j;
+      },
+      &mine);
+  return mine.peers;
+}
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) { simt::sync_warp(mask); }
 
 inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
