@@ -13,10 +13,10 @@
 namespace py = pybind11;
 
 namespace herdkern::cuda {
-void bind_adamw(py::module_& m);     // bind_adamw.cpp
-void bind_rms_norm(py::module_& m);  // bind_rms_norm.cpp
-void bind_rope(py::module_& m);      // bind_rope.cpp
-void bind_swiglu(py::module_& m);    // bind_swiglu.cpp
+void bind_adamw(py::module_& m);      // bind_adamw.cpp
+void bind_rms_norm(py::module_& m);   // bind_rms_norm.cpp
+void bind_rope(py::module_& m);       // bind_rope.cpp
+void bind_swiglu(py::module_& m);     // bind_swiglu.cpp
 void bind_tile_list(py::module_& m);  // bind_tile_list.cpp
 }  // namespace herdkern::cuda
 
