@@ -7,7 +7,7 @@ _cuda  csrc/cuda  kernels for NVIDIA GPUs, where HERDKERN_CUDA asks for them: 1 
                   beside the objects. Neither a GPU nor a driver is needed, to build or to import.
 
 Every kernel source of _ops is compiled once for each level of LEVELS with HK_ISA set to the level's name;
-csrc/cpu/isa.cpp picks a level when the module is loaded. MAX_JOBS limits the compiler jobs.
+csrc/cpu/isa.cpp picks a level when the module is loaded. MAX_JOBS sets the number of compiler jobs.
 """
 
 import os
@@ -185,10 +185,20 @@ class NinjaBuild(build_ext):
             lines += [f"build {object_name}.o: {rule} {ninja_path(source)}", f"  flags = {shlex.join(unit_flags)}"]
         lines += [f"build {ninja_path(target)}: link {' '.join(objects)}", f"default {ninja_path(target)}", ""]
         (folder / "build.ninja").write_text("\n".join(lines))
-        jobs = os.environ.get("MAX_JOBS")
-        command = [ninja_executable(), "-C", str(folder), *(["-j", jobs] if jobs else [])]
+        command = [ninja_executable(), "-C", str(folder), "-j", os.environ.get("MAX_JOBS") or str(fitting_jobs())]
         if subprocess.run(command, stdout=None if self.verbose else subprocess.DEVNULL).returncode != 0:
             sys.exit(f"setup.py: building herdkern.{name} failed; the compiler's message is above")
+
+
+def fitting_jobs():
+    """Compilers at a time: one for each core, and 2 GiB of free memory for each."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return cores
+    return max(1, min(cores, free // (2 << 20)))
 
 
 def nvcc_rule():

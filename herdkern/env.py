@@ -47,6 +47,7 @@ def environment() -> dict[str, Any]:
         "memory": f"{memory_bytes() / 2**30:.1f} GiB",
         "features": sorted(set(FEATURES) & processor_flags()),
         "kernel_level": backend.active_isa() or "not built",
+        "cuda_kernels": backend.cuda_targets() or "not built",
     }
     return info | {"packages": {name: version for name in PACKAGES if (version := package_version(name))}}
 

@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kAdamwThreads) adamw_kernel(const Adamw a) {
   }
 }
 
-// The sum over a block's threads in a fixed order; valid in thread 0.
+// The sum over a block's threads in a fixed order, in thread 0; 0 in the others.
 template <int kThreads>
 HK_DEVICE double block_sum(double x, double* scratch) {
   scratch[threadIdx.x] = x;
@@ -156,7 +156,7 @@ HK_DEVICE double block_sum(double x, double* scratch) {
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < width) scratch[threadIdx.x] += scratch[threadIdx.x + width];
   }
-  return scratch[0];
+  return threadIdx.x == 0 ? scratch[0] : 0.0;  // the others may come before the last addition
 }
 
 // Squares of N elements in fp32, whose fp64 is slow on most GPUs, and in fp64 where fp32 would lose or overflow.

@@ -12,9 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from herdkern.ops.backend import Backend, choose, dtype_name, native_module, num_threads, why_not_native, why_not_triton
+from herdkern.ops.backend import (
+    Backend,
+    call_cuda,
+    choose,
+    cuda_module,
+    dtype_name,
+    native_module,
+    num_threads,
+    why_not_native,
+    why_not_triton,
+)
 
-_FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Float of csrc/cpu/adamw.h
+_FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Float of csrc/cpu/adamw.h, Element
 _MASK = 0xFFFFFFFF
 
 
@@ -114,6 +124,8 @@ def grad_norm(grads: Sequence[Tensor], *, backend: Backend = "auto") -> float:
     if chosen == "reference":
         return math.sqrt(sum(float(g.double().square().sum()) for g in grads))
     dense = [_in_memory_order(g)[0].contiguous() for g in grads]
+    if dense and dense[0].is_cuda:
+        return norm_cuda(dense)
     return float(native_module().grad_norm([(g.data_ptr(), g.numel(), _FLOATS[g.dtype]) for g in dense], num_threads()))
 
 
@@ -177,7 +189,11 @@ def adamw_step(
 
 
 def _chosen(function: str, tensors: Sequence[Tensor], backend: Backend) -> str:
-    native = (_not_plain(x) or why_not_native(x, *_FLOATS) for x in tensors)
+    types = {x.device.type for x in tensors}
+    if len(types) > 1:
+        mixed = f"tensors must all be on the CPU or all on GPUs, got {' and '.join(sorted(types))}"
+        return choose(function, backend, {"native": mixed, "triton": mixed, "reference": None})
+    native = (_not_plain(x) or why_not_native(x, *_FLOATS, cuda="adamw_step") for x in tensors)
     triton = (why_not_triton(x, backend, *_FLOATS) for x in tensors)
     why_not = {name: next(filter(None, reasons), None) for name, reasons in (("native", native), ("triton", triton))}
     return choose(function, backend, {**why_not, "reference": None})
@@ -268,12 +284,86 @@ def _step_native(
         number = numbers.setdefault(s, len(numbers))
         native_rows.append((*pointers, step.data_ptr(), p.numel(), *types, stream, number))
     values = [(s.lr, s.beta1, s.beta2, s.eps, s.weight_decay, float(s.maximize)) for s in numbers]
-    norm = native_module().adamw_step(
-        native_rows, values, max_grad_norm, seed is not None, (seed or 0) % 2**64, num_threads()
-    )
+    step_of_device = _step_cuda if rows and rows[0][0].is_cuda else _step_cpu
+    norm = step_of_device(rows, native_rows, values, max_grad_norm, seed)
     if math.isfinite(norm):
         for lies, dense in back:
             lies.copy_(dense)
         changed = [x for p, _, m, v, master, step in rows for x in (p, m, v, master, step) if x is not None]
         torch.autograd.graph.increment_version(changed)
     return float(norm)
+
+
+def _step_cpu(
+    rows: Sequence[tuple[Any, ...]], native_rows: Any, values: Any, max_grad_norm: float, seed: int | None
+) -> float:
+    seeded = seed is not None, (seed or 0) % 2**64
+    return float(native_module().adamw_step(native_rows, values, max_grad_norm, *seeded, num_threads()))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """What the kernels of one GPU read of its tensors: AdamwRow of csrc/cuda/adamw.h for each."""
+
+    data: Tensor
+    num_tensors: int
+    num_blocks: int
+
+    @classmethod
+    def on(cls, device: torch.device, maker: str, rows: Sequence[Any], *values: Any) -> "_Table":
+        """Let `maker` of herdkern._cuda write it on the host and copy it: no wait, since it is staged."""
+        module = cuda_module()
+        data = torch.empty(len(rows) * module.adamw_row_bytes, dtype=torch.uint8)
+        num_blocks = getattr(module, maker)(rows, *values, data.data_ptr())
+        return cls(data.to(device, non_blocking=True), len(rows), num_blocks)
+
+    def norm_and_scale(self, max_grad_norm: float) -> Tensor:
+        """The norm of the gradients and the factor that clips them, float64 on the device."""
+        sums = torch.empty(self.num_blocks, dtype=torch.float64, device=self.data.device)
+        result = torch.empty(2, dtype=torch.float64, device=self.data.device)
+        table = self.data.data_ptr(), self.num_tensors, self.num_blocks
+        call_cuda(self.data, "grad_norm", *table, sums.data_ptr(), result.data_ptr(), max_grad_norm)
+        return result
+
+
+def _by_device(tensors: Sequence[Tensor], rows: Sequence[Any]) -> dict[torch.device, list[Any]]:
+    groups: dict[torch.device, list[Any]] = {}
+    for x, row in zip(tensors, rows, strict=True):
+        groups.setdefault(x.device, []).append(row)
+    return groups
+
+
+def norm_cuda(grads: Sequence[Tensor]) -> float:
+    """Return the 2-norm of contiguous `grads` by the kernels of csrc/cuda."""
+    groups = _by_device(grads, [(g.data_ptr(), g.numel(), _FLOATS[g.dtype]) for g in grads])
+    tables = [_Table.on(device, "grad_norm_table", rows) for device, rows in groups.items()]
+    return math.hypot(*(float(norm[0]) for norm in [table.norm_and_scale(math.inf) for table in tables]))
+
+
+def _step_cuda(
+    rows: Sequence[tuple[Any, ...]], native_rows: Any, values: Any, max_grad_norm: float, seed: int | None
+) -> float:
+    """The update by the kernels of csrc/cuda: it is launched before the norm is waited for, and itself looks at it."""
+    groups = _by_device([row[0] for row in rows], native_rows)
+    tables = [_Table.on(device, "adamw_table", group, values) for device, group in groups.items()]
+    norms = [table.norm_and_scale(max_grad_norm) for table in tables if max_grad_norm > 0]
+    if len(norms) > 1:  # one norm over several GPUs
+        total = math.hypot(*(float(norm[0]) for norm in norms))
+        scale = min(1.0, max_grad_norm / (total + 1e-6))
+        norms = [norm.new_tensor([total, scale]) for norm in norms]
+    for i, table in enumerate(tables):
+        clip = norms[i].data_ptr() if norms else 0
+        numbers = (
+            table.data.data_ptr(),
+            table.num_tensors,
+            table.num_blocks,
+            clip,
+            seed is not None,
+            (seed or 0) % 2**64,
+        )
+        call_cuda(table.data, "adamw_step", *numbers)
+    norm = float(norms[0][0]) if norms else 0.0
+    if math.isfinite(norm):
+        for row in rows:
+            row[5].add_(1)
+    return norm

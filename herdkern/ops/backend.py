@@ -21,6 +21,14 @@ try:
 except ImportError as error:
     _NO_NATIVE_CPU = f"herdkern._ops cannot be imported ({error}); reinstall with a C++17 compiler"
 
+_cuda: ModuleType | None = None
+_NO_NATIVE_CUDA = ""
+try:
+    _cuda = importlib.import_module("herdkern._cuda")
+except ImportError as error:
+    _NO_NATIVE_CUDA = f"herdkern._cuda cannot be imported ({error}); build with HERDKERN_CUDA=1, see docs/wheels.md"
+_CUDA_FUNCTIONS = frozenset(dir(_cuda)) if _cuda is not None else frozenset()
+
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # imported by the first call that needs it
 _NO_TRITON_DEVICE = "needs a CUDA tensor (TRITON_INTERPRET=1 and backend='triton' interpret its kernels on CPU tensors)"
 
@@ -46,13 +54,53 @@ def choose(op: str, backend: Backend, why_not: dict[str, str | None]) -> str:
     raise NotImplementedError(f"{op}: no backend can run this call (asked for {asked!r}): " + "; ".join(refused))
 
 
-def why_not_native(x: Tensor, *dtypes: torch.dtype) -> str | None:
-    """Return None if the native kernels can run on `x`, else the reason: its device, its dtype or a missing build."""
+def why_not_native(x: Tensor, *dtypes: torch.dtype, cuda: str = "") -> str | None:
+    """Return None if the native kernels can run on `x`, else the reason: its device, its dtype or a missing build.
+
+    cuda: the function of herdkern._cuda that would run on a CUDA tensor; "": the op has none.
+    """
     if x.dtype not in dtypes:
         return f"dtype must be {' or '.join(map(dtype_name, dtypes))}, got {dtype_name(x.dtype)}"
     if x.device.type == "meta" or x.is_cpu:
         return _NO_NATIVE_CPU or None
-    return f"no native kernels for device {x.device.type}"
+    if not x.is_cuda or not cuda:
+        return f"no native kernels for device {x.device.type}"
+    if _cuda is None:
+        return _NO_NATIVE_CUDA
+    return (
+        _why_not_device(x.device.index) if cuda in _CUDA_FUNCTIONS else f"herdkern._cuda has no {cuda}; build it anew"
+    )
+
+
+_REASON_OF_DEVICE: dict[int | None, str | None] = {}
+
+
+def _why_not_device(index: int | None) -> str | None:
+    """The reason why the compiled targets do not run on this CUDA device."""
+    if index not in _REASON_OF_DEVICE:
+        capability = torch.cuda.get_device_capability(index)
+        _REASON_OF_DEVICE[index] = why_not_capability(capability, cuda_targets() or "")
+    return _REASON_OF_DEVICE[index]
+
+
+# What torch.compiler.assume_constant_result does, which would load the whole compiler here.
+_why_not_device._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def why_not_capability(capability: tuple[int, int], targets: str) -> str | None:
+    """Return None if a build for `targets` (as HERDKERN_CUDA_ARCHS, "+PTX" at the end) runs at `capability`."""
+    if capability < (8, 0):
+        return f"compute capability must be at least 8.0, got {capability[0]}.{capability[1]}"
+    names = targets.removesuffix("+PTX").split(";")
+    for name in names:
+        number = int(name.rstrip("af"))
+        target = number // 10, number % 10
+        # plain code runs on later GPUs of its generation, "a" on that one alone, PTX on all later ones
+        if capability == target or (name.isdigit() and capability[0] == target[0] and capability > target):
+            return None
+        if name == names[-1] and targets.endswith("+PTX") and capability > target:
+            return None
+    return f"herdkern._cuda has code for {targets}, not for compute capability {capability[0]}.{capability[1]}"
 
 
 def why_not_triton(x: Tensor, backend: Backend, *dtypes: torch.dtype) -> str | None:
@@ -82,6 +130,34 @@ def native_module() -> ModuleType:
     if _ops is None:
         raise ImportError(_NO_NATIVE_CPU)
     return _ops
+
+
+def cuda_module() -> ModuleType:
+    """Return the extension module herdkern._cuda.
+
+    Raises: ImportError with the loader's own reason if it is missing.
+    """
+    if _cuda is None:
+        raise ImportError(_NO_NATIVE_CUDA)
+    return _cuda
+
+
+def call_cuda(x: Tensor, function: str, *args: Any) -> Any:
+    """Call a function of herdkern._cuda, whose last argument is a stream, on the device and current stream of `x`.
+
+    Tensors on the CPU are for the emulated module of tests/cuda, which has no streams.
+    Raises: ImportError with the loader's own reason if herdkern._cuda is missing.
+    """
+    call = getattr(cuda_module(), function)
+    if not x.is_cuda:
+        return call(*args, 0)
+    with torch.cuda.device_of(x):
+        return call(*args, torch.cuda.current_stream().cuda_stream)
+
+
+def cuda_targets() -> str | None:
+    """Return what herdkern._cuda is compiled for, as "80;90a;100a;120+PTX"; None if it is not built."""
+    return None if _cuda is None else cast(str, _cuda.targets())
 
 
 def num_threads(requested: int | None = None) -> int:

@@ -6,7 +6,16 @@ from typing import Any, Literal, get_args, overload
 import torch
 from torch import Tensor
 
-from herdkern.ops.backend import Backend, choose, dtype_name, native_module, num_threads, why_not_native, why_not_triton
+from herdkern.ops.backend import (
+    Backend,
+    call_cuda,
+    choose,
+    dtype_name,
+    native_module,
+    num_threads,
+    why_not_native,
+    why_not_triton,
+)
 from herdkern.ops.native_op import differentiable_gradients, empty_gradients, native_op, rows
 
 Casting = Literal["llama", "gemma", "none"]
@@ -90,7 +99,7 @@ def rms_norm(
     """
     _check(x, weight, residual, casting)
     why_not = {
-        "native": why_not_native(x, *ELEMENTS),
+        "native": why_not_native(x, *ELEMENTS, cuda="rms_norm_backward"),
         "triton": why_not_triton(x, backend, *ELEMENTS) or _too_long(x),
         "reference": None,
     }
@@ -138,11 +147,11 @@ def _check(x: Tensor, weight: Tensor, residual: Tensor | None, casting: str) -> 
 
 
 def _shape_of(x: Tensor, weight: Tensor, casting: str) -> tuple[int, ...]:
-    """num_rows, dim, element of x, element of weight, casting, threads: what both kernels take."""
+    """num_rows, dim, element of x, element of weight, casting: what all kernels take."""
     dim = x.shape[-1]
     num_rows = x.numel() // dim if dim else x.shape[:-1].numel()
     elements = ELEMENTS.index(x.dtype), ELEMENTS.index(weight.dtype)
-    return num_rows, dim, *elements, CASTINGS.index(casting), num_threads()
+    return num_rows, dim, *elements, CASTINGS.index(casting)
 
 
 def _forward_cpu(
@@ -156,6 +165,30 @@ def _forward_cpu(
     new_residual = torch.empty(x.shape if has_residual else 0, dtype=x.dtype)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
     native_module().rms_norm_forward(
+        x.data_ptr(),
+        residual.data_ptr() if has_residual else 0,
+        weight.data_ptr(),
+        (out.data_ptr(), new_residual.data_ptr() if has_residual else 0, rstd.data_ptr()),
+        (*_shape_of(x, weight, casting), num_threads()),
+        (x_stride, residual_stride),
+        eps,
+        weight_offset,
+    )
+    return out, new_residual, rstd
+
+
+def forward_cuda(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, casting: str, weight_offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (out, new_residual, rstd) by the kernels of csrc/cuda."""
+    out, new_residual, rstd = _forward_fake(x, residual, weight)
+    x, x_stride = rows(x)
+    has_residual = residual is not None
+    residual, residual_stride = (x, 0) if residual is None else rows(residual)
+    weight = weight.contiguous()
+    call_cuda(
+        x,
+        "rms_norm_forward",
         x.data_ptr(),
         residual.data_ptr() if has_residual else 0,
         weight.data_ptr(),
@@ -191,11 +224,59 @@ def _backward_cpu(
         weight.data_ptr(),
         rstd.data_ptr(),
         (dx.data_ptr() if need_dx else 0, dweight.data_ptr() if need_dweight else 0),
-        _shape_of(x, weight, casting),
+        (*_shape_of(x, weight, casting), num_threads()),
         (dout_stride, dresidual_stride, x_stride),
         weight_offset,
     )
     return dx, dweight
+
+
+_MAX_RUNS = 512  # of rows whose dweight is summed at a time: enough to fill a GPU, and their sums stay in its cache
+
+
+def backward_cuda(
+    dout: Tensor,
+    dresidual: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    casting: str,
+    weight_offset: float,
+    need_dx: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return (dx, dweight) by the kernels of csrc/cuda; sums are cut by the number of rows alone."""
+    dout, dout_stride = rows(dout)
+    dresidual, dresidual_stride = (None, 0) if dresidual is None else rows(dresidual)
+    x, x_stride = rows(x)
+    weight = weight.contiguous()
+    dx, dweight = empty_gradients(x, weight, need_dx, need_dweight)
+    num_rows, dim, *kinds = _shape_of(x, weight, casting)
+    rows_per_sum = max(-(-num_rows // _MAX_RUNS), min(num_rows, 8), 1)
+    sums = x.new_empty((-(-num_rows // rows_per_sum), dim) if need_dweight else 0, dtype=torch.float32)
+    call_cuda(
+        x,
+        "rms_norm_backward",
+        dout.data_ptr(),
+        0 if dresidual is None else dresidual.data_ptr(),
+        x.data_ptr(),
+        weight.data_ptr(),
+        rstd.data_ptr(),
+        (dx.data_ptr() if need_dx else 0, dweight.data_ptr() if need_dweight else 0, sums.data_ptr()),
+        rows_per_sum,
+        (num_rows, dim, *kinds),
+        (dout_stride, dresidual_stride, x_stride),
+        weight_offset,
+    )
+    return dx, dweight
+
+
+def _forward_native(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return (forward_cuda if x.is_cuda else _forward_cpu)(x, *rest)
+
+
+def _backward_native(dout: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return (backward_cuda if dout.is_cuda else _backward_cpu)(dout, *rest)
 
 
 def register_rms_norm(
@@ -261,4 +342,4 @@ def _recorded_gradients(ctx: Any, dout: Tensor, dresidual: Tensor | None) -> tup
     return dx if dx is None or dresidual is None else dx + dresidual, dweight
 
 
-_forward = register_rms_norm("rms_norm", _forward_cpu, _backward_cpu)
+_forward = register_rms_norm("rms_norm", _forward_native, _backward_native, ("CPU", "CUDA"))

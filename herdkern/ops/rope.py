@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from herdkern.ops.attention_checks import border_values, check_borders
-from herdkern.ops.backend import Backend, choose, dtype_name, native_module, num_threads, why_not_native, why_not_triton
+from herdkern.ops.backend import (
+    Backend,
+    call_cuda,
+    choose,
+    dtype_name,
+    native_module,
+    num_threads,
+    why_not_native,
+    why_not_triton,
+)
 from herdkern.ops.native_op import is_plain_eager, native_op
 
 
@@ -106,9 +115,10 @@ def rope(
 ) -> Tensor:
     """Return `x` with pair i of each head turned by the angle of row positions[t] of the table.
 
-    x: (total_tokens, num_heads, head_dim), float32 | bfloat16; head_dim contiguous, so slices of a fused projection
-    need no copy.  cos, sin: (max_position, head_dim // 2) float32, see rope_table.  positions: (total_tokens,) int32 |
-    int64.  interleaved: pairs are neighbours (2i, 2i + 1) instead of the two halves (i, i + head_dim // 2).
+    x: (total_tokens, num_heads, head_dim), float32 | bfloat16, on a GPU also float16; head_dim contiguous, so slices of
+    a fused projection need no copy.  cos, sin: (max_position, head_dim // 2) float32, see rope_table.  positions:
+    (total_tokens,) int32 | int64.  interleaved: pairs are neighbours (2i, 2i + 1) instead of the two halves
+    (i, i + head_dim // 2).
     inplace: write the result into x and return x, as said at rope_qk.
     Returns: shape and dtype of x, contiguous.
     Raises: ValueError if the arguments do not fit each other or a position lies outside the table;
@@ -164,10 +174,13 @@ def rope_qk(
     return _kernels(chosen)[0](q, k, cos, sin, positions, cu_seqlens, interleaved, False)
 
 
+_ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/cpu/element.h
+
+
 def _chosen(function: str, x: Tensor, backend: Backend) -> str:
     why_not = {
-        "native": why_not_native(x, torch.float32, torch.bfloat16),
-        "triton": why_not_triton(x, backend, torch.float32, torch.bfloat16, torch.float16),
+        "native": why_not_native(x, *(_ELEMENTS if x.is_cuda else _ELEMENTS[:2]), cuda="rope"),
+        "triton": why_not_triton(x, backend, *_ELEMENTS),
         "reference": None,
     }
     return choose(function, backend, why_not)
@@ -179,7 +192,7 @@ def _kernels(chosen: str) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callabl
         from herdkern.ops.triton import rope as triton_rope
 
         return triton_rope.rope_qk, triton_rope.launch
-    return _forward_qk, _launch
+    return _forward_qk, _launch_native
 
 
 def _check(
@@ -290,6 +303,36 @@ def _launch(
         inverse,
         num_threads(),
     )
+
+
+def launch_cuda(
+    function: str,
+    operands: list[tuple[Tensor, Tensor]],
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    cu_seqlens: Tensor | None,
+    interleaved: bool,
+    inverse: bool,
+) -> None:
+    """Turn x into out for each (x, out) by the kernel of csrc/cuda, as _launch does. NaN beyond the table."""
+    cos, sin = cos.contiguous(), sin.contiguous()
+    positions = None if positions is None else positions.contiguous()
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    x = operands[0][0]
+    places = (
+        0 if positions is None else positions.data_ptr(),
+        positions is not None and positions.dtype == torch.int64,
+        0 if cu_seqlens is None else cu_seqlens.data_ptr(),
+        0 if cu_seqlens is None else cu_seqlens.shape[0] - 1,
+    )
+    heads = [_heads(x, out) for x, out in operands]
+    sizes = x.shape[0], x.shape[2], cos.shape[0], _ELEMENTS.index(x.dtype)
+    call_cuda(x, "rope", heads, cos.data_ptr(), sin.data_ptr(), places, sizes, interleaved, inverse)
+
+
+def _launch_native(function: str, operands: list[tuple[Tensor, Tensor]], *rest: Any) -> None:
+    (launch_cuda if operands[0][0].is_cuda else _launch)(function, operands, *rest)
 
 
 def _turn_in_place(
@@ -434,4 +477,4 @@ def _no_heads(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], 0, x.shape[2])
 
 
-_forward_qk = register_rope_qk("rope_qk", _launch)
+_forward_qk = register_rope_qk("rope_qk", _launch_native, ("CPU", "CUDA"))

@@ -6,7 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from herdkern.ops.backend import Backend, choose, dtype_name, native_module, num_threads, why_not_native, why_not_triton
+from herdkern.ops.backend import (
+    Backend,
+    call_cuda,
+    choose,
+    dtype_name,
+    native_module,
+    num_threads,
+    why_not_native,
+    why_not_triton,
+)
 from herdkern.ops.native_op import differentiable_gradients, empty_gradients, native_op, rows
 
 ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/cpu/element.h
@@ -30,7 +39,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: Backend = "auto")
     """
     _check(gate, up)
     why_not = {
-        "native": why_not_native(gate, *ELEMENTS),
+        "native": why_not_native(gate, *ELEMENTS, cuda="swiglu_backward"),
         "triton": why_not_triton(gate, backend, *ELEMENTS),
         "reference": None,
     }
@@ -110,6 +119,50 @@ def _backward_cpu(
     return results
 
 
+def forward_cuda(gate: Tensor, up: Tensor | None) -> Tensor:
+    """Return swiglu by the kernel of csrc/cuda."""
+    out = forward_fake(gate, up)
+    gate, gate_stride, up, up_stride = halves(gate, up)
+    pointers = gate.data_ptr(), up.data_ptr(), out.data_ptr()
+    strides, element = (gate_stride, up_stride), ELEMENTS.index(gate.dtype)
+    call_cuda(gate, "swiglu_forward", *pointers, *_extent(out), strides, element)
+    return out
+
+
+def backward_cuda(
+    dout: Tensor, gate: Tensor, up: Tensor | None, need_dgate: bool, need_dup: bool
+) -> tuple[Tensor, Tensor]:
+    """Return (dgate, dup) by the kernel of csrc/cuda."""
+    dgate, dup = results = gradients_fake(dout, gate, up, need_dgate, need_dup)
+    dout, dout_stride = rows(dout)
+    grad_stride = dout.shape[-1]
+    if up is None:
+        dgate, grad_stride, dup, _ = halves(dgate, None)
+        need_dup = True
+    gate, gate_stride, up, up_stride = halves(gate, up)
+    call_cuda(
+        gate,
+        "swiglu_backward",
+        dout.data_ptr(),
+        gate.data_ptr(),
+        up.data_ptr(),
+        dgate.data_ptr() if need_dgate else 0,
+        dup.data_ptr() if need_dup else 0,
+        *_extent(dout),
+        (dout_stride, gate_stride, up_stride, grad_stride),
+        ELEMENTS.index(gate.dtype),
+    )
+    return results
+
+
+def _forward_native(gate: Tensor, *rest: Any) -> Tensor:
+    return (forward_cuda if gate.is_cuda else _forward_cpu)(gate, *rest)
+
+
+def _backward_native(dout: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return (backward_cuda if dout.is_cuda else _backward_cpu)(dout, *rest)
+
+
 def _extent(out: Tensor) -> tuple[int, int]:
     """Number and length of rows."""
     return out.numel() // max(out.shape[-1], 1), out.shape[-1]
@@ -163,4 +216,4 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.set_materialize_grads(False)
 
 
-_forward = register_swiglu("swiglu", _forward_cpu, _backward_cpu)
+_forward = register_swiglu("swiglu", _forward_native, _backward_native, ("CPU", "CUDA"))

@@ -2,7 +2,7 @@
 
 libsimt.so        the emulator
 libkernels.so     every csrc/cuda/*.cu; apart from the rest, since all its thread-local storage is poisoned
-_cuda*.so         module.cpp and bind_*.cpp, as herdkern._cuda has them
+_cuda_simt*.so    module.cpp and bind_*.cpp, as herdkern._cuda has them
 libcontrols.so    the negative controls
 libtiles.so       the tile list checked score by score
 """
@@ -27,7 +27,7 @@ BUILD = ROOT / "build/simt"
 FLAGS = ["-std=c++17", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-march=native", "-ffp-contract=off", "-DHK_SIMT"]
 # Every access to memory of a kernel calls simt/shadow.cpp; the compiler's own run-time library is not linked.
 WATCHED = ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-Wno-unknown-pragmas", "-x", "c++"]
-MODULE = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+MODULE = f"_cuda_simt{sysconfig.get_config_var('EXT_SUFFIX')}"
 HEADERS = "bindings.h"
 ORDERS = {"ascending": 0, "descending": 1, "random": 2}
 
@@ -39,6 +39,7 @@ def ninja_file() -> str:
     compiler = shlex.join(shlex.split(os.environ.get("CXX", "g++")))
     includes = [f"-I{ROOT / 'csrc'}", f"-I{SIMT}"]
     python = ["-O0", f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}"]
+    named = ["-DHK_MODULE=_cuda_simt", *python, "-include", HEADERS]
     lines = [
         "rule cc",
         f"  command = {compiler} -MD -MF $out.d {shlex.join(FLAGS + includes)} $flags -c $in -o $out",
@@ -53,7 +54,7 @@ def ninja_file() -> str:
     libraries: dict[str, tuple[list[Path], list[str], list[str]]] = {
         "libsimt.so": (sorted(SIMT.glob("*.cpp")), ["-fvisibility=default"], []),
         "libkernels.so": (sorted(CUDA.glob("*.cu")), ["-fvisibility=default", *WATCHED], ["libsimt.so"]),
-        MODULE: (sorted(CUDA.glob("*.cpp")), [*python, "-include", HEADERS], ["libkernels.so", "libsimt.so"]),
+        MODULE: (sorted(CUDA.glob("*.cpp")), named, ["libkernels.so", "libsimt.so"]),
         "libtiles.so": ([SIMT.parent / "tile_list_checks.cpp"], ["-fvisibility=default"], []),
         "libcontrols.so": ([SIMT / "controls.cu"], WATCHED, ["libsimt.so"]),
     }
@@ -104,10 +105,10 @@ def emulator() -> ctypes.CDLL:
 
 @cache
 def emulated_module() -> ModuleType:
-    """The module that herdkern._cuda would be, on CPU pointers; it is called herdkern._cuda and not registered."""
+    """The module that herdkern._cuda would be, on CPU pointers; pybind11 keeps one of a name, so it has its own."""
     path = str(build(MODULE) / MODULE)
-    loader = importlib.machinery.ExtensionFileLoader("herdkern._cuda", path)
-    spec = importlib.util.spec_from_file_location("herdkern._cuda", path, loader=loader)
+    loader = importlib.machinery.ExtensionFileLoader("herdkern._cuda_simt", path)
+    spec = importlib.util.spec_from_file_location("herdkern._cuda_simt", path, loader=loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)

@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from herdkern.ops import backend, rope_table
-from herdkern.ops.backend import available_isas, choose, forced_isa, why_not_native, why_not_triton
+from herdkern.ops.backend import (
+    available_isas,
+    choose,
+    forced_isa,
+    why_not_capability,
+    why_not_native,
+    why_not_triton,
+)
 
 # herdkern.ops.rms_norm is the function; its module has the same name
 loss_op, rms_norm_op, rope_op, swiglu_op = (
@@ -163,6 +170,44 @@ def test_reasons_against_triton(monkeypatch):
 def test_kernels_of_another_device_are_no_fallback(recwarn):
     assert choose("op", "auto", {"native": "no native kernels for device cuda", "triton": None}) == "triton"
     assert not recwarn
+
+
+@pytest.mark.parametrize(
+    ("capability", "targets", "runs"),
+    [
+        ((8, 0), "80;90a;100a;120+PTX", True),
+        ((8, 9), "80;90a;100a;120+PTX", True),  # plain code runs on later GPUs of its generation
+        ((9, 0), "80;90a;100a;120+PTX", True),
+        ((10, 0), "80;90a;100a;120+PTX", True),
+        ((10, 3), "80;90a;100a;120+PTX", False),  # "a" does not
+        ((12, 1), "80;90a;100a;120+PTX", True),
+        ((13, 0), "80;90a;100a;120+PTX", True),  # by the portable code
+        ((9, 0), "80+PTX", True),
+        ((8, 0), "90a+PTX", False),
+        ((7, 5), "75+PTX", False),
+    ],
+)
+def test_which_gpus_a_build_runs_on(capability, targets, runs):
+    reason = why_not_capability(capability, targets)
+    assert (reason is None) == runs
+    assert runs or f"{capability[0]}.{capability[1]}" in reason
+
+
+def test_native_on_a_gpu_needs_the_build_and_its_function(monkeypatch):
+    class Gpu:
+        dtype, is_cpu, is_cuda, device = torch.float32, False, True, torch.device("cuda:0")
+
+    assert why_not_native(Gpu(), torch.float32) == "no native kernels for device cuda"
+    monkeypatch.setattr(backend, "_cuda", None)
+    monkeypatch.setattr(backend, "_NO_NATIVE_CUDA", "herdkern._cuda cannot be imported (why)")
+    assert why_not_native(Gpu(), torch.float32, cuda="rope") == "herdkern._cuda cannot be imported (why)"
+    with pytest.raises(ImportError, match="why"):
+        backend.cuda_module()
+    monkeypatch.setattr(backend, "_cuda", object())
+    monkeypatch.setattr(backend, "_CUDA_FUNCTIONS", frozenset(["rope"]))
+    monkeypatch.setattr(backend, "_REASON_OF_DEVICE", {0: None})
+    assert why_not_native(Gpu(), torch.float32, cuda="rope") is None
+    assert "has no swiglu_forward" in why_not_native(Gpu(), torch.float32, cuda="swiglu_forward")
 
 
 def test_ops_load_no_triton():
