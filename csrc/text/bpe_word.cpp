@@ -13,6 +13,7 @@ namespace {
 constexpr size_t kShortWord = 64;
 constexpr size_t kKeptScratch = 1 << 16;  // bytes of a word whose scratch is kept
 constexpr size_t kPadding = 16;
+static_assert(kPadding >= kReadBehind);
 constexpr int32_t kNoMerge = 0x7FFFFFFF;
 
 template <typename T>
@@ -68,7 +69,9 @@ void WordEncoder::Scratch::shrink() {
 
 WordEncoder::WordEncoder(const TokenList& tokens)
     : table_(tokens), bytes_(tokens), rows_(tokens, table_, bytes_), merge_word_(find_merge_word()) {
-  if (rows_.is_regular()) merges_ = MergeTable(rows_.parts(), table_, bytes_);
+  if (!rows_.is_regular()) return;
+  merges_ = MergeTable(rows_.parts(), bytes_);
+  starts_ = WordStarts(tokens, rows_.parts(), table_, merges_);
 }
 
 void WordEncoder::encode(const uint8_t* word, size_t len, ShortKey key, uint64_t hash, const uint8_t* readable_end,
@@ -81,23 +84,18 @@ void WordEncoder::encode(const uint8_t* word, size_t len, ShortKey key, uint64_t
   }
   if (whole != kNoToken) return out.push(whole);
   if (len >= kNoToken) throw std::length_error("encode: a word must be shorter than 2**32 bytes");
-  if (len <= kMergedAtOnce && rows_.is_regular()) {
-    uint8_t padded[64];
-    if (size_t(readable_end - word) < sizeof padded) {
-      std::memset(padded, 0, sizeof padded);
-      word = static_cast<const uint8_t*>(std::memcpy(padded, word, len));
-    }
-    return out.grow_by(merge_word_(merges_, word, len, out.room_for(kMergedAtOnce)));
+  if (!rows_.is_regular()) return merge(word, len, kNoToken, scratch, out);
+  const uint8_t* padded = word;
+  const size_t readable = std::max(len + kPadding, kReadAtOnce);
+  if (size_t(readable_end - word) < readable) {
+    scratch.bytes.resize(readable);
+    padded = static_cast<const uint8_t*>(std::memcpy(scratch.bytes.data(), word, len));
   }
-  if (rows_.is_regular()) {
-    const uint8_t* padded = word;
-    if (size_t(readable_end - word) < len + kPadding) {
-      scratch.bytes.resize(len + kPadding);
-      std::memcpy(scratch.bytes.data(), word, len);
-      padded = scratch.bytes.data();
-    }
-    if (rows_.encode(padded, len, scratch.rows, out)) return;
+  if (len <= kLongestMerged) {
+    const size_t num_ids = merge_word_(merges_, starts_, padded, len, out.room_for(kMergedAtOnce));
+    if (num_ids != 0) return out.grow_by(num_ids);
   }
+  if (rows_.encode(padded, len, scratch.rows, out)) return;
   merge(word, len, kNoToken, scratch, out);
 }
 

@@ -1,11 +1,12 @@
 // The ids of one word: a word that is a token becomes that token; else the adjacent pair whose joined bytes have the
 // lowest rank is merged, the leftmost first, until no pair is a token. These are tiktoken's rules, id for id.
 //
-// Three ways with the same result. Up to 62 bytes: the rank of every pair in vectors, the lowest merged
-// (bpe_word_merge.h). Longer: tokens are laid in a row from the left, the longest first, each checked against the one
-// before it, which is linear in the length. Otherwise, and for tokens that do not allow these two (bpe_rows.h says
-// which): the same as the first by bytes, or a heap of pairs.
-// Tried: rows for short words too: they look at more tokens that are in no cache, English and Hindi lose a tenth.
+// Three ways with the same result. Up to 62 bytes, or as many parts that code points are sure to become
+// (bpe_word_starts.h): the rank of every pair in vectors, the lowest merged (bpe_word_merge.h). Longer: tokens are laid
+// in a row from the left, the longest first, each checked against the one before it, which is linear in the length.
+// Otherwise, and for tokens that do not allow these two (bpe_rows.h says which): the same as the first by bytes, or a
+// heap of pairs. Tried: rows for short words too: they look at more tokens that are in no cache, English and Hindi lose
+// a tenth.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -15,6 +16,7 @@
 #include "text/bpe_rows.h"
 #include "text/bpe_tables.h"
 #include "text/bpe_word_merge.h"
+#include "text/bpe_word_starts.h"
 #include "text/id_buffer.h"
 
 namespace herdkern::text {
@@ -52,7 +54,8 @@ class WordEncoder {
   TokenTable table_;
   ByteTokens bytes_;
   TokenRows rows_;
-  MergeTable merges_;  // empty if rows_ is not regular
+  MergeTable merges_;  // empty if rows_ is not regular, as is starts_
+  WordStarts starts_;
   MergeWord merge_word_;
 };
 

@@ -6,9 +6,8 @@
 namespace herdkern::text {
 
 // A quarter to a half of the slots is in use: one token in fifty has no place in its bucket.
-MergeTable::MergeTable(const std::vector<TokenParts>& parts, const TokenTable& table, const ByteTokens& bytes)
-    : bytes_(&bytes) {
-  const auto is_here = [&](size_t id) { return parts[id].left != kNoToken && table.length_of(uint32_t(id)) > 2; };
+MergeTable::MergeTable(const std::vector<TokenParts>& parts, const ByteTokens& bytes) : bytes_(&bytes) {
+  const auto is_here = [&](size_t id) { return parts[id].left != kNoToken; };
   size_t num_tokens = 0;
   for (size_t id = 0; id < parts.size(); ++id) num_tokens += is_here(id);
   int bits = 4;

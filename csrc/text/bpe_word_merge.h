@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "text/bpe_tables.h"
+#include "text/bpe_word_starts.h"
 #include "text/huge_array.h"
 
 namespace herdkern::text {
@@ -30,12 +31,12 @@ class MergeTable {
   };
 
   MergeTable() = default;
-  // parts: by id. Tokens of two bytes are left out: `bytes`, which must outlive this, has them.
-  MergeTable(const std::vector<TokenParts>& parts, const TokenTable& table, const ByteTokens& bytes);
+  // parts: by id. `bytes` must outlive this.
+  MergeTable(const std::vector<TokenParts>& parts, const ByteTokens& bytes);
 
-  // No pair of tokens has the key of another; the id of no token has all bits set.
+  // No pair of tokens has the key of another, or 0; the id of no token has all bits set.
   static uint64_t key_of(uint32_t left, uint32_t right) {
-    return uint64_t(left & kIdMask) << kIdBits | (right & kIdMask);
+    return (uint64_t(left & kIdMask) << kIdBits | (right & kIdMask)) + 1;
   }
   static uint64_t hash_of(uint64_t key) { return key * 0x9E3779B97F4A7C15ull; }
   // All bits set, or none if no token is made of the pair with this hash.
@@ -55,18 +56,23 @@ class MergeTable {
   const ByteTokens* bytes_ = nullptr;
 };
 
-constexpr size_t kMergedAtOnce = 62;  // bytes of a word
+constexpr size_t kMergedAtOnce = 62;                  // parts of a word that merging starts from
+constexpr size_t kLongestMerged = 3 * kMergedAtOnce;  // bytes: more are more parts
+constexpr size_t kReadAtOnce = 64, kReadBehind = 4;
 
-// Writes the ids of the word, of 2 to kMergedAtOnce bytes, which is no token as a whole; returns how many. 64 bytes at
-// `word` must be readable, and room for kMergedAtOnce ids at `out`.
-using MergeWord = size_t (*)(const MergeTable& table, const uint8_t* word, size_t len, uint32_t* out);
+// Writes the ids of the word, of 2 to kLongestMerged bytes, which is no token as a whole; returns how many, 0 if it has
+// too many parts. kReadAtOnce bytes at `word` must be readable, and kReadBehind behind its end, and room for
+// kMergedAtOnce ids at `out`.
+using MergeWord = size_t (*)(const MergeTable& table, const WordStarts& starts, const uint8_t* word, size_t len,
+                             uint32_t* out);
 
 // The best one that this processor runs. HERDKERN_ISA forces a lower level.
 MergeWord find_merge_word();
 
-#define HK_DECLARE_MERGE_WORD(level)                                                          \
-  namespace level {                                                                           \
-  size_t merge_word(const MergeTable& table, const uint8_t* word, size_t len, uint32_t* out); \
+#define HK_DECLARE_MERGE_WORD(level)                                                                    \
+  namespace level {                                                                                     \
+  size_t merge_word(const MergeTable& table, const WordStarts& starts, const uint8_t* word, size_t len, \
+                    uint32_t* out);                                                                     \
   }
 HK_DECLARE_MERGE_WORD(baseline)
 #if defined(HK_X86)

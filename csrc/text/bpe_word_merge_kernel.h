@@ -5,6 +5,8 @@
 #include <immintrin.h>
 #endif
 
+#include <cstring>
+
 #include "text/bpe_word_merge.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -93,23 +95,13 @@ inline int32_t pair_value(const MergeTable& table, uint32_t left, uint32_t right
   return int32_t((id << 6 | uint32_t(place)) | is_none) & kNoMerge;
 }
 
-// Byte i of the word is at place i + 1. A part is known by the place of its first byte; a part that goes with no other
-// lies before the word and one behind it, so that every part has two neighbours.
+// Merges parts 1 to n in `ids`; pairs: what each makes with the next. A part is known by its place; one that goes with
+// no other lies before the word and one behind it, so that every part has two neighbours.
 template <size_t kPlaces>
-size_t merge(const MergeTable& table, const uint8_t* word, size_t len, uint32_t* out) {
-  const ByteTokens& bytes = table.bytes();
-  uint32_t ids[kPlaces];
-  alignas(64) int32_t first[kPlaces];
-  // The short word's loops always run to the end: a branch that is not foreseen costs as much as eight of their steps.
-  const size_t last = kPlaces == 16 ? 14 : len;
-  for (size_t i = 0; i < last; ++i) ids[i + 1] = bytes.one(word[i]);
-  for (size_t i = 0; i < last; ++i) {
-    const uint32_t rank = bytes.pair(word[i], word[i + 1]);
-    first[i + 1] = rank == kNoToken ? kNoMerge : int32_t(rank << 6 | (i + 1));
-  }
-  ids[0] = ids[len + 1] = kNoToken;
-  const uint64_t all = ~uint64_t(0) >> (62 - len);
-  Pairs<kPlaces> pairs(first, all >> 2 & ~uint64_t(1));
+size_t merge(const MergeTable& table, uint32_t* ids, const int32_t* first_pairs, size_t n, uint32_t* out) {
+  ids[0] = ids[n + 1] = kNoToken;
+  const uint64_t all = ~uint64_t(0) >> (62 - n);
+  Pairs<kPlaces> pairs(first_pairs, all >> 2 & ~uint64_t(1));
   uint64_t starts = all;
   for (int32_t lowest; (lowest = pairs.lowest()) != kNoMerge;) {
     const size_t at = size_t(lowest) & 63;
@@ -133,11 +125,104 @@ size_t merge(const MergeTable& table, const uint8_t* word, size_t len, uint32_t*
   return num_ids;
 }
 
+// Byte i of the word is part i + 1.
+template <size_t kPlaces>
+size_t merge_bytes(const MergeTable& table, const uint8_t* word, size_t len, uint32_t* out) {
+  const ByteTokens& bytes = table.bytes();
+  uint32_t ids[kPlaces];
+  alignas(64) int32_t pairs[kPlaces];
+  // The short word's loops always run to the end: a branch that is not foreseen costs as much as eight of their steps.
+  const size_t last = kPlaces == 16 ? 14 : len;
+  for (size_t i = 0; i < last; ++i) ids[i + 1] = bytes.one(word[i]);
+  for (size_t i = 0; i < last; ++i) {
+    const uint32_t rank = bytes.pair(word[i], word[i + 1]);
+    pairs[i + 1] = rank == kNoToken ? kNoMerge : int32_t(rank << 6 | (i + 1));
+  }
+  return merge<kPlaces>(table, ids, pairs, len, out);
+}
+
+// Parts 1 to n: `ids` holds them.
+template <size_t kPlaces>
+size_t merge_parts(const MergeTable& table, uint32_t* ids, size_t n, uint32_t* out) {
+  alignas(64) int32_t pairs[kPlaces];
+  for (size_t i = 1; i < n; ++i) pairs[i] = pair_value(table, ids[i], ids[i + 1], i);
+  return merge<kPlaces>(table, ids, pairs, n, out);
+}
+
+inline uint32_t load_big_endian(const uint8_t* p) {
+  uint32_t value;
+  std::memcpy(&value, p, 4);
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+  value = __builtin_bswap32(value);
+#endif
+  return value;
+}
+
+// Writes what the word may be merged from to ids[1 ..], returns how many; more than kMergedAtOnce: it has not come to
+// the end. Room for kMergedAtOnce + 6.
+inline size_t lay_starts(const WordStarts& starts, const ByteTokens& one_byte, const uint8_t* word, size_t len,
+                         uint32_t* ids) {
+  static constexpr uint32_t kTails[4] = {0, 0, 0x00C00000, 0x00C0C000};
+  bool behind_space = len > 1 && word[0] == ' ' && word[1] >= 0x80;
+  uint32_t* to = ids + 1;
+  uint32_t before = WordStarts::kNoByte;
+  for (size_t at = 0; at < len && to <= ids + kMergedAtOnce + 1; behind_space = false) {
+    const size_t begin = at;
+    at += behind_space;
+    const uint32_t bytes = load_big_endian(word + at), first = bytes >> 24;
+    const uint32_t two = (first & 0x1F) << 6 | (bytes >> 16 & 0x3F);
+    const uint32_t three = (bytes >> 12 & 0xF000) | (bytes >> 10 & 0xFC0) | (bytes >> 8 & 0x3F);
+    const bool is_three = first >= 0xE0 && first < 0xF0, is_two = first >= 0xC2 && first < 0xE0;
+    const size_t size = is_three ? 3 : is_two ? 2 : 1;
+    const uint32_t place = is_three ? three : is_two ? two : WordStarts::place_of_byte(first);
+    const bool is_odd = (bytes & kTails[size]) != (kTails[size] & 0x00808000) || at + size > len ||
+                        (is_three && ((three & 0xF800) == 0 || (three & 0xF800) == 0xD800));
+    const WordStarts::Start& start = behind_space ? starts.start_behind_space(place) : starts.start(place);
+    at += size;
+    const uint32_t behind = at < len ? bytes << 8 * size >> 24 : WordStarts::kNoByte;
+    const uint32_t num_ids = start.notes & WordStarts::kNumIds;
+    if (__builtin_expect(is_odd || num_ids == 0 || (start.notes & (starts.before(before) | starts.behind(behind))),
+                         0)) {
+      if (is_odd) at -= size - 1;
+      for (size_t i = begin; i < at; ++i) *to++ = one_byte.one(word[i]);
+    } else {
+      std::memcpy(to, start.ids, sizeof start.ids);
+      to += num_ids;
+    }
+    before = word[at - 1];
+  }
+  return size_t(to - ids) - 1;
+}
+
+// Whether a byte is none of ASCII, of the first 64.
+inline bool has_other_bytes(const uint8_t* word, size_t len) {
+#if defined(__AVX512BW__)
+  const uint64_t high = uint64_t(_mm512_movepi8_mask(_mm512_loadu_si512(word)));
+#elif defined(__AVX2__)
+  const auto half = [word](size_t i) {
+    return uint64_t(uint32_t(_mm256_movemask_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(word + i)))));
+  };
+  const uint64_t high = half(0) | half(32) << 32;
+#else
+  uint64_t high = 0;
+  for (size_t i = 0; i < len && i < 64; ++i) high |= uint64_t(word[i] >> 7) << i;
+#endif
+  return (len < 64 ? high << (64 - len) : high) != 0;
+}
+
 }  // namespace
 
-size_t merge_word(const MergeTable& table, const uint8_t* word, size_t len, uint32_t* out) {
-  if (len + 2 <= 16) return merge<16>(table, word, len, out);
-  return len + 2 <= 32 ? merge<32>(table, word, len, out) : merge<64>(table, word, len, out);
+size_t merge_word(const MergeTable& table, const WordStarts& starts, const uint8_t* word, size_t len, uint32_t* out) {
+  if (has_other_bytes(word, len)) {
+    uint32_t ids[64 + 8];
+    const size_t n = lay_starts(starts, table.bytes(), word, len, ids);
+    if (n > kMergedAtOnce) return 0;
+    if (n + 2 <= 16) return merge_parts<16>(table, ids, n, out);
+    return n + 2 <= 32 ? merge_parts<32>(table, ids, n, out) : merge_parts<64>(table, ids, n, out);
+  }
+  if (len > kMergedAtOnce) return 0;
+  if (len + 2 <= 16) return merge_bytes<16>(table, word, len, out);
+  return len + 2 <= 32 ? merge_bytes<32>(table, word, len, out) : merge_bytes<64>(table, word, len, out);
 }
 
 }  // namespace herdkern::text::HK_MERGE_LEVEL
