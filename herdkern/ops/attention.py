@@ -6,6 +6,7 @@ al. 2023 (arXiv:2309.17453) as learned logits; softcap: Gemma 2 (arXiv:2408.0011
 A batch is one sequence of tokens, cut into documents by `cu_seqlens`; no query sees a key of another document.
 """
 
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +20,7 @@ from herdkern.ops.attention_checks import (
     check_operands,
     check_softmax,
 )
-from herdkern.ops.backend import Backend, choose, native_module, num_threads, why_not_native
+from herdkern.ops.backend import Backend, choose, native_module, num_threads, why_not_native, why_not_triton
 from herdkern.ops.native_op import differentiable_gradients, native_op
 
 _STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Storage of csrc/cpu/attention.h
@@ -101,7 +102,8 @@ def attention(
         head h // (num_heads // num_kv_heads).
     cu_seqlens: (num_docs + 1,) int32 borders of the documents in q, from 0 to total_q; empty documents are allowed.
     cu_seqlens_k: the same for k and v, if the lengths differ (decoding with a KV cache).
-    max_seqlen: an upper bound of the document lengths, for GPU kernels; never changes a result.
+        On a GPU nothing waits for their values, so they are not checked there: what lies in no document is not written.
+    max_seqlen: an upper bound of the document lengths; no kernel needs it, it never changes a result.
     causal: a query sees no later key. Where lengths differ the mask is aligned at the bottom right: the last query of a
         document stands at its last key. A query that sees no key gives 0.
     window_size: (left, right): how many keys before and after its own a query sees; -1 for all, right is 0 if causal.
@@ -118,8 +120,13 @@ def attention(
     check_operands("attention", q, k, v)
     _check_documents(q, k, cu_seqlens, cu_seqlens_k, max_seqlen)
     check_softmax("attention", q, window_size, softcap, sinks, softmax_scale, causal=causal, return_lse=return_lse)
-    why_not = {"native": why_not_native(q, *_STORAGE), "reference": None}
-    if choose("attention", backend, why_not) == "reference":
+    why_not = {
+        "native": why_not_native(q, *_STORAGE),
+        "triton": why_not_triton(q, backend, *_STORAGE),
+        "reference": None,
+    }
+    chosen = choose("attention", backend, why_not)
+    if chosen == "reference":
         return attention_reference(
             q,
             k,
@@ -136,8 +143,18 @@ def attention(
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     options = window_size[0], 0 if causal else window_size[1], float(softcap), scale
     sinks = None if sinks is None else sinks.float()
-    out, lse = _forward(q, k, v, cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k, sinks, *options)
+    cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    out, lse = _forward_of(chosen)(q, k, v, cu_seqlens, cu_seqlens_k, sinks, *options)
     return (out, lse) if return_lse else out
+
+
+def _forward_of(chosen: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The registered op of a backend."""
+    if chosen == "triton":
+        from herdkern.ops.triton import attention as triton_attention
+
+        return triton_attention.forward
+    return _forward
 
 
 def attention_gradients(
@@ -164,13 +181,18 @@ def attention_gradients(
     wide = torch.promote_types(q.dtype, torch.float32)
     window = window_size[0], 0 if causal else window_size[1]
     sinks = None if sinks is None else sinks.float()
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    options = *window, float(softcap), scale
     if why_not_native(q, *_STORAGE) is None:
-        scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
         operands = (x.to(wide) for x in (dout, q, k, v, out))
-        dq, dk, dv, dsinks = _backward(
-            *operands, softmax_lse, cu_seqlens, cu_seqlens_k, sinks, *window, float(softcap), scale
-        )
+        dq, dk, dv, dsinks = _backward(*operands, softmax_lse, cu_seqlens, cu_seqlens_k, sinks, *options)
         return dq.to(q.dtype), dk, dv, None if sinks is None else dsinks
+    if why_not_triton(q, "auto", *_STORAGE) is None:
+        from herdkern.ops.triton.attention_backward import run_backward
+
+        saved = out, softmax_lse, cu_seqlens, cu_seqlens_k, sinks
+        dq, dk, dv, dsinks = run_backward(dout, q, k, v, *saved, *options, wide=True)
+        return dq, dk, dv, None if sinks is None else dsinks
     with torch.enable_grad():
         inputs = [x.detach().to(wide).requires_grad_() for x in (q, k, v, *(() if sinks is None else (sinks,)))]
         wide_q, wide_k, wide_v, *wide_sinks = inputs
@@ -184,7 +206,7 @@ def attention_gradients(
             window_size=window,
             softcap=softcap,
             sinks=wide_sinks[0] if wide_sinks else None,
-            softmax_scale=softmax_scale,
+            softmax_scale=scale,
         )
         dq, dk, dv, *more = torch.autograd.grad(again, inputs, dout.to(wide))
     return dq.to(q.dtype), dk, dv, more[0] if more else None
@@ -240,9 +262,10 @@ def _forward_cpu(
     return out, lse
 
 
-def _forward_fake(
+def forward_fake(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor, sinks: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor]:
+    """Return out and lse of a forward pass, not filled."""
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
@@ -261,7 +284,7 @@ def _backward_cpu(
     dout, q, k, v = dense_last(dout), dense_last(q), dense_last(k), dense_last(v)
     out, lse = dense_last(out), lse.contiguous()
     sinks = None if sinks is None else sinks.contiguous()
-    dq, dk, dv, dsinks = _backward_fake(dout, q, k, v, out, lse, cu_seqlens, cu_seqlens_k, sinks, *options)
+    dq, dk, dv, dsinks = backward_fake(dout, q, k, v, out, lse, cu_seqlens, cu_seqlens_k, sinks, *options)
     native_module().attention_backward(
         *map(_operand, (q, k, v, out, dout)),
         lse.data_ptr(),
@@ -274,7 +297,7 @@ def _backward_cpu(
     return dq, dk, dv, dsinks
 
 
-def _backward_fake(
+def backward_fake(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -286,6 +309,7 @@ def _backward_fake(
     sinks: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv and dsinks of a backward pass, not filled; dsinks is empty without sinks."""
     dsinks = q.new_empty((0,) if sinks is None else sinks.shape, dtype=torch.float32)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
@@ -298,49 +322,68 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dout: Tensor | None, _: None) -> tuple[Any, ...]:
-    q, k, v, cu_seqlens, cu_seqlens_k, sinks, out, lse = ctx.saved_tensors
-    no_options = (None,) * 4
-    if dout is None:
-        return (None,) * 10
-    if torch.is_grad_enabled():
-        left, right, softcap, scale = ctx.options
+def register_attention(
+    name: str, forward: Callable[..., Any], backward: Callable[..., Any], devices: Sequence[str] = ("CPU",)
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Register herdkern::<name>_forward and <name>_backward, implemented as _forward_cpu and _backward_cpu are.
 
-        def reference(q: Tensor, k: Tensor, v: Tensor, *sinks: Tensor) -> Tensor:
-            out: Tensor = attention_reference(
-                q,
-                k,
-                v,
-                cu_seqlens,
-                cu_seqlens_k=cu_seqlens_k,
-                causal=False,
-                window_size=(left, right),
-                softcap=softcap,
-                sinks=sinks[0] if sinks else None,
-                softmax_scale=scale,
-            )
-            return out
+    Returns the calls of both; the first has gradients.
+    """
+    options = "Tensor? sinks, int window_left, int window_right, float softcap, float scale"
+    backward_op = native_op(
+        f"{name}_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens,"
+        f" Tensor cu_seqlens_k, {options}) -> (Tensor, Tensor, Tensor, Tensor)",
+        backward,
+        backward_fake,
+        devices=devices,
+    )
 
-        inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
-        dq, dk, dv, *dsinks = differentiable_gradients(reference, inputs, dout)
-        return dq, dk, dv, None, None, dsinks[0] if dsinks else None, *no_options
-    dq, dk, dv, dsinks = _backward(dout, q, k, v, out, lse, cu_seqlens, cu_seqlens_k, sinks, *ctx.options)
-    gradients = dq, dk, dv, None, None, None if sinks is None else dsinks
-    return *(g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad)), *no_options
+    def gradients(ctx: Any, dout: Tensor | None, _: None) -> tuple[Any, ...]:
+        q, k, v, cu_seqlens, cu_seqlens_k, sinks, out, lse = ctx.saved_tensors
+        no_options = (None,) * 4
+        if dout is None:
+            return (None,) * 10
+        if torch.is_grad_enabled():
+            return *_second_order(ctx, dout), *no_options
+        dq, dk, dv, dsinks = backward_op(dout, q, k, v, out, lse, cu_seqlens, cu_seqlens_k, sinks, *ctx.options)
+        found = dq, dk, dv, None, None, None if sinks is None else dsinks
+        return *(g if needed else None for g, needed in zip(found, ctx.needs_input_grad)), *no_options
+
+    forward_op = native_op(
+        f"{name}_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_k, {options})"
+        " -> (Tensor, Tensor)",
+        forward,
+        forward_fake,
+        _setup_context,
+        gradients,
+        devices,
+    )
+    return forward_op, backward_op
 
 
-_OPTIONS = "Tensor? sinks, int window_left, int window_right, float softcap, float scale"
-_backward = native_op(
-    "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens,"
-    f" Tensor cu_seqlens_k, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward_cpu,
-    _backward_fake,
-)
-_forward = native_op(
-    f"attention_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_k, {_OPTIONS})"
-    " -> (Tensor, Tensor)",
-    _forward_cpu,
-    _forward_fake,
-    _setup_context,
-    _gradients,
-)
+def _second_order(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    """The gradients of q, k, v, both borders and sinks, with a graph of their own."""
+    q, k, v, cu_seqlens, cu_seqlens_k, sinks, *_ = ctx.saved_tensors
+    left, right, softcap, scale = ctx.options
+
+    def reference(q: Tensor, k: Tensor, v: Tensor, *sinks: Tensor) -> Tensor:
+        out: Tensor = attention_reference(
+            q,
+            k,
+            v,
+            cu_seqlens,
+            cu_seqlens_k=cu_seqlens_k,
+            causal=False,
+            window_size=(left, right),
+            softcap=softcap,
+            sinks=sinks[0] if sinks else None,
+            softmax_scale=scale,
+        )
+        return out
+
+    inputs = (q, k, v) if sinks is None else (q, k, v, sinks)
+    dq, dk, dv, *dsinks = differentiable_gradients(reference, inputs, dout)
+    return dq, dk, dv, None, None, dsinks[0] if dsinks else None
+
+
+_forward, _backward = register_attention("attention", _forward_cpu, _backward_cpu)

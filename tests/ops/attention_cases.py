@@ -117,18 +117,20 @@ def plain_16bit(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     softmax_scale: float | None = None,
+    factors: torch.dtype | None = None,
 ) -> list[Tensor]:
     """FlashAttention-2's equations in plain torch with the roundings that csrc/cpu/attention.h states.
 
     `out` is stored in 16 bits before delta is taken from it; where the processor multiplies bf16, weights and dS are
-    bf16 in the second products.
+    bf16 in the second products. factors: what they are there in other kernels.
     """
     storage, group = batch.q.dtype, batch.q.shape[1] // batch.k.shape[1]
     scale = batch.q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    bf16_products = multiplies_bf16(batch)
+    if factors is None:
+        factors = torch.bfloat16 if multiplies_bf16(batch) else torch.float32
 
     def factor(x: Tensor) -> Tensor:
-        return x.bfloat16().float() if bf16_products else x
+        return x.to(factors).float()
 
     results = [[batch.q.float().transpose(0, 1)[:, :0]] * 3 + [batch.k.float().transpose(0, 1)[:, :0]] * 2]
     results[0][1] = results[0][1][..., :1]
@@ -166,15 +168,16 @@ def distance(x: Tensor, gold: Tensor) -> float:
     return difference.nan_to_num(nan=torch.inf).max().item() if x.numel() else 0.0
 
 
-def plain(batch: Packed, **options) -> list[Tensor]:
+def plain(batch: Packed, factors: torch.dtype | None = None, **options) -> list[Tensor]:
     """The plain implementation in the batch's dtype."""
-    half = batch.q.dtype != torch.float32
-    return plain_16bit(batch, **options) if half else batch.run(attention_with_lse_reference, **options)
+    if batch.q.dtype == torch.float32:
+        return batch.run(attention_with_lse_reference, **options)
+    return plain_16bit(batch, factors=factors, **options)
 
 
-def errors(batch: Packed, got: list[Tensor], **options) -> dict[str, tuple[float, float, float]]:
+def errors(batch: Packed, got: list[Tensor], factors=None, **options) -> dict[str, tuple[float, float, float]]:
     """Of each output and gradient: (its error, the plain implementation's, the rounding floor)."""
-    gold, ref = batch.run(attention_with_lse_reference, torch.float64, **options), plain(batch, **options)
+    gold, ref = batch.run(attention_with_lse_reference, torch.float64, **options), plain(batch, factors, **options)
     found = {}
     for name, g, r, x in zip(NAMES[: len(gold)], gold, ref, got, strict=True):
         assert (x.shape, x.dtype) == (g.shape, torch.float32 if name in ("softmax_lse", "dsinks") else batch.q.dtype)
@@ -195,15 +198,18 @@ def redrawn(batch: Packed, seed: int) -> Packed:
     return replace(batch, **drawn, sinks=draw(batch.sinks, scale=2))
 
 
-def assert_bound(batch: Packed, got: list[Tensor], **options) -> None:
-    """The bound. Largest errors of a few numbers are luck, the plain implementation's too: what breaks the bound on one
-    draw must keep it on the largest errors of sixteen draws, this one among them."""
-    draws = [errors(batch, got, **options)]
+def assert_bound(batch: Packed, got: list[Tensor], op=attention_with_lse, factors=None, **options) -> None:
+    """The bound. op: what made `got`; factors: as in plain_16bit.
+
+    Largest errors of a few numbers are luck, the plain implementation's too: what breaks the bound on one draw must
+    keep it on the largest errors of sixteen draws, this one among them.
+    """
+    draws = [errors(batch, got, factors, **options)]
     if all(error <= 2 * plain_error + floor for error, plain_error, floor in draws[0].values()):
         return
     for seed in range(15):
         other = redrawn(batch, seed)
-        draws.append(errors(other, other.run(attention_with_lse, **options), **options))
+        draws.append(errors(other, other.run(op, **options), factors, **options))
     for name in draws[0]:
         error, plain_error, floor = (max(draw[name][i] for draw in draws) for i in range(3))
         assert error <= 2 * plain_error + floor, f"{name}: off by {error:.3g}, may be {2 * plain_error + floor:.3g}"

@@ -1,8 +1,8 @@
 """Runs the Triton kernels of a test on the GPU, or where there is none by Triton's interpreter on CPU tensors.
 
 tests/conftest.py asks for the interpreter (TRITON_INTERPRET=1).
-The interpreter cuts float32 to bfloat16 off instead of rounding it (triton 3.6.0); here it rounds as the hardware does.
-No kernel of ours has a tl.dot, which the interpreter gets wrong for bfloat16.
+The interpreter cuts float32 to bfloat16 off instead of rounding it, and multiplies the bits of bfloat16 as if they were
+integers (triton 3.6.0); here it rounds as the hardware does, and a product is one of values.
 """
 
 import numpy as np
@@ -31,5 +31,16 @@ def triton_runs(monkeypatch):
             return rounded.view(torch.int16).numpy().view(np.uint16)
 
         monkeypatch.setattr(interpreter, "_convert_float", rounding)
+        multiply = interpreter.InterpreterBuilder.create_dot
+
+        def widened(x):
+            if x.dtype.scalar != language.bfloat16:
+                return x
+            return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), language.float32)
+
+        def product(self, a, b, *rest):
+            return multiply(self, widened(a), widened(b), *rest)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", product)
     yield
     torch.set_default_device("cpu")

@@ -14,23 +14,13 @@ from torch import Tensor
 
 from herdkern.ops.linear_cross_entropy import empty_results, register_linear_cross_entropy
 from herdkern.ops.native_op import empty_gradients
+from herdkern.ops.triton.softcap import capped
 
 _CHUNK_BYTES = 256 << 20  # of float32 logits
 _PART_BYTES = 64 << 20  # of a float32 weight, rounded to 16 bits at a time
 _BLOCK = 4096
 
 Numbers = tuple[Any, ...]  # ignore_index, label_smoothing, z_loss, softcap
-
-
-@triton.jit
-def _capped(logits, softcap):
-    """softcap * tanh(logits / softcap), to a few units in the last place."""
-    u = logits / softcap
-    u2 = u * u
-    near_zero = u * (1.0 + u2 * (-1 / 3 + u2 * (2 / 15 + u2 * (-17 / 315 + u2 * (62 / 2835)))))
-    e = tl.exp(-2.0 * tl.abs(u))  # 1 - e loses digits near zero
-    far = (1.0 - e) / (1.0 + e)
-    return softcap * tl.where(tl.abs(u) < 0.25, near_zero, tl.where(u < 0.0, -far, far))
 
 
 @triton.jit
@@ -76,7 +66,7 @@ def _loss_kernel(
         col = start + tl.arange(0, BLOCK)
         logits = tl.load(logits_ptr + col, mask=col < vocab_size, other=float("-inf"))
         if HAS_SOFTCAP:
-            logits = tl.where(col < vocab_size, _capped(logits, softcap), float("-inf"))
+            logits = tl.where(col < vocab_size, capped(logits, softcap), float("-inf"))
         if HAS_SMOOTHING:
             sum_of_logits += tl.where(col < vocab_size, logits, 0.0)
         higher = tl.maximum(high, logits)
@@ -88,7 +78,7 @@ def _loss_kernel(
     # a target that is no token id cannot be reported from here: it gives NaN
     at_target = tl.load(logits_ptr + target, mask=(target >= 0) & (target < vocab_size), other=float("nan"))
     if HAS_SOFTCAP:
-        at_target = _capped(at_target, softcap)
+        at_target = capped(at_target, softcap)
     loss = lse - at_target
     tl.store(logps_ptr + row, -loss)
     if HAS_SMOOTHING:
@@ -108,7 +98,7 @@ def _loss_kernel(
             col = start + tl.arange(0, BLOCK)
             logits = tl.load(logits_ptr + col, mask=col < vocab_size, other=0.0)
             if HAS_SOFTCAP:
-                logits = _capped(logits, softcap)
+                logits = capped(logits, softcap)
             dlogits = of_softmax * tl.exp(logits - lse) - of_all + tl.where(col == target, of_target, 0.0)
             if HAS_SOFTCAP:
                 tanh = logits / softcap
