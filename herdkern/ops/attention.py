@@ -126,22 +126,19 @@ def attention(
         "reference": None,
     }
     chosen = choose("attention", backend, why_not)
-    if chosen == "reference":
-        return attention_reference(
-            q,
-            k,
-            v,
-            cu_seqlens,
-            cu_seqlens_k=cu_seqlens_k,
-            causal=causal,
-            window_size=window_size,
-            softcap=softcap,
-            sinks=sinks,
-            softmax_scale=softmax_scale,
-            return_lse=return_lse,
-        )
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    options = window_size[0], 0 if causal else window_size[1], float(softcap), scale
+    window = window_size[0], 0 if causal else window_size[1]
+    if chosen == "reference":
+        masks: dict[str, Any] = {
+            "cu_seqlens_k": cu_seqlens_k,
+            "causal": False,
+            "window_size": window,
+            "softcap": softcap,
+        }
+        return attention_reference(
+            q, k, v, cu_seqlens, **masks, sinks=sinks, softmax_scale=scale, return_lse=return_lse
+        )
+    options = *window, float(softcap), scale
     sinks = None if sinks is None else sinks.float()
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     out, lse = _forward_of(chosen)(q, k, v, cu_seqlens, cu_seqlens_k, sinks, *options)

@@ -227,7 +227,7 @@ def test_wrong_borders_in_a_compiled_call(wrong):
         compiled(*positional, **keywords)
 
 
-@pytest.mark.parametrize("name", ["cuda", "", "NATIVE", "flash", "triton", "torch", 3])
+@pytest.mark.parametrize("name", ["cuda", "", "NATIVE", "flash", "torch", 3])
 def test_unknown_backend(name):
     positional, _ = arguments({})
     with pytest.raises(NotImplementedError, match=rf"^attention: no backend can run this call \(asked for {name!r}\)"):

@@ -217,7 +217,7 @@ def _add_dk_dv(
     q_base,
     dout_base,
     lse_base,
-    delta_base,
+    num_rows,
     q_stride,
     q_head_stride,
     dout_stride,
@@ -238,15 +238,18 @@ def _add_dk_dv(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr,
+    LAST: tl.constexpr,
 ):
-    """dk and dv plus the part of the queries in [begin, end); position: the queries that stand at the keys."""
+    """dk and dv plus the part of the queries in [begin, end); position: the queries that stand at the keys.
+
+    LAST: these are the last queries that see the keys, so that without a window on the left they see all of them.
+    """
     TOKENS: tl.constexpr = BLOCK_M // FOLD
     row = tl.arange(0, BLOCK_M)
     token, member = row // FOLD, row % FOLD
     q_base += begin.to(tl.int64) * q_stride
     dout_base += begin.to(tl.int64) * dout_stride
     lse_base += begin * FOLD
-    delta_base += begin * FOLD
     for start in range(begin, end, TOKENS):
         live = (token < TOKENS) & (start + token < q_len)
         q_rows, dout_rows = token * q_stride + member * q_head_stride, token * dout_stride + member * dout_head_stride
@@ -255,34 +258,29 @@ def _add_dk_dv(
         lse = load_numbers(lse_base, row, live, MASKED or BLOCK_M % FOLD != 0)
         products = tl.dot(k, tl.trans(q), input_precision="ieee")
         weights, slope = _weights_and_slope(products, lse[None, :], scale, softcap, HAS_SOFTCAP)
-        if MASKED:
-            visible = live[None, :]
-            if HAS_LEFT:
-                visible = visible & (start + token[None, :] <= position[:, None] + left)
-            if HAS_RIGHT:
-                visible = visible & (start + token[None, :] >= position[:, None] - right)
-            weights = tl.where(visible, weights, 0.0)
+        if MASKED and HAS_LEFT:
+            weights = tl.where(token[None, :] <= (position - start + left)[:, None], weights, 0.0)
+        if MASKED and HAS_RIGHT and (HAS_LEFT or not LAST):
+            weights = tl.where(token[None, :] >= (position - start - right)[:, None], weights, 0.0)
         dout = load_rows(dout_base, dout_rows, live, HEAD_DIM, BLOCK_D, MASKED or BLOCK_M % FOLD != 0)
         dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision="ieee")
-        delta = load_numbers(delta_base, row, live, MASKED or BLOCK_M % FOLD != 0)
+        delta = load_numbers(lse_base + num_rows, row, live, MASKED or BLOCK_M % FOLD != 0)
         dweights = tl.dot(v, tl.trans(dout), input_precision="ieee")
         dscores = weights * (dweights - delta[None, :]) * slope
         dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
         q_base += TOKENS * q_stride
         dout_base += TOKENS * dout_stride
         lse_base += TOKENS * FOLD
-        delta_base += TOKENS * FOLD
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["total_q", "capacity", "left", "right"])
+@triton.jit(do_not_specialize=["total_q", "num_rows", "capacity", "left", "right"])
 def _dk_dv_kernel(
     dout_ptr,
     q_ptr,
     k_ptr,
     v_ptr,
     row_lse_ptr,
-    row_delta_ptr,
     dk_ptr,
     dv_ptr,
     tiles_ptr,
@@ -296,6 +294,7 @@ def _dk_dv_kernel(
     v_head_stride,
     num_kv_heads,
     total_q,
+    num_rows,
     capacity,
     scale,
     softcap,
@@ -349,7 +348,7 @@ def _dk_dv_kernel(
                     q_ptr + q_begin.to(tl.int64) * q_stride + head * q_head_stride,
                     dout_ptr + q_begin.to(tl.int64) * dout_stride + head * dout_head_stride,
                     row_lse_ptr + head * total_q + q_begin.to(tl.int64) * FOLD,
-                    row_delta_ptr + head * total_q + q_begin.to(tl.int64) * FOLD,
+                    num_rows,
                     q_stride,
                     q_head_stride,
                     dout_stride,
@@ -370,6 +369,7 @@ def _dk_dv_kernel(
                     BLOCK_D,
                     BLOCK_M,
                     phase != 1,
+                    phase == 2,
                 )
     rows = ((begin + key) * num_kv_heads + kv_head) * HEAD_DIM
     store_rows(dk_ptr, rows, live, dk * scale, HEAD_DIM, BLOCK_D)
@@ -467,12 +467,13 @@ def _run_dk_dv(
     if capacity:
         _dk_dv_kernel[(capacity * k.shape[1],)](
             *operands,
-            *rows,
+            rows,
             *found,
             tiles,
             *(x.stride(i) for x in operands for i in (0, 1)),
             k.shape[1],
             totals[1],
+            rows.shape[1],
             capacity,
             scale,
             **mask_options(left, right, softcap, sum(totals)),
