@@ -120,28 +120,18 @@ def attention(
     check_operands("attention", q, k, v)
     _check_documents(q, k, cu_seqlens, cu_seqlens_k, max_seqlen)
     check_softmax("attention", q, window_size, softcap, sinks, softmax_scale, causal=causal, return_lse=return_lse)
-    why_not = {
-        "native": why_not_native(q, *_STORAGE),
-        "triton": why_not_triton(q, backend, *_STORAGE),
-        "reference": None,
-    }
-    chosen = choose("attention", backend, why_not)
+    why_not = {"native": why_not_native(q, *_STORAGE), "triton": why_not_triton(q, backend, *_STORAGE)}
+    chosen = choose("attention", backend, {**why_not, "reference": None})
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     window = window_size[0], 0 if causal else window_size[1]
     if chosen == "reference":
-        masks: dict[str, Any] = {
-            "cu_seqlens_k": cu_seqlens_k,
-            "causal": False,
-            "window_size": window,
-            "softcap": softcap,
-        }
-        return attention_reference(
-            q, k, v, cu_seqlens, **masks, sinks=sinks, softmax_scale=scale, return_lse=return_lse
-        )
+        masks: dict[str, Any] = {"cu_seqlens_k": cu_seqlens_k, "causal": False, "window_size": window}
+        softmax: dict[str, Any] = {"softcap": softcap, "sinks": sinks, "softmax_scale": scale}
+        return attention_reference(q, k, v, cu_seqlens, **masks, **softmax, return_lse=return_lse)
     options = *window, float(softcap), scale
     sinks = None if sinks is None else sinks.float()
-    cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    out, lse = _forward_of(chosen)(q, k, v, cu_seqlens, cu_seqlens_k, sinks, *options)
+    keys = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    out, lse = _forward_of(chosen)(q, k, v, cu_seqlens, keys, sinks, *options)
     return (out, lse) if return_lse else out
 
 
