@@ -4,10 +4,12 @@
 #pragma once
 #include <cstdint>
 
+#ifndef HK_HOST_DEVICE
 #ifdef __CUDACC__
 #define HK_HOST_DEVICE __host__ __device__
 #else
 #define HK_HOST_DEVICE
+#endif
 #endif
 
 namespace herdkern {

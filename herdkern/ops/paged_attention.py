@@ -17,7 +17,15 @@ from herdkern.ops.attention_checks import (
     check_softmax,
     check_tensor,
 )
-from herdkern.ops.backend import choose, dtype_name, native_module, num_threads, why_not_native
+from herdkern.ops.backend import (
+    call_cuda,
+    choose,
+    cuda_module,
+    dtype_name,
+    native_module,
+    num_threads,
+    why_not_native,
+)
 from herdkern.ops.native_op import native_op
 
 _NAME = "paged_attention"
@@ -95,7 +103,7 @@ def paged_attention(
     inputs = q, k_cache, v_cache, block_table, cu_seqlens, seqlens_k
     left, right = window_size[0], 0 if causal else window_size[1]
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    if choose(_NAME, "auto", {"native": why_not_native(q, *_STORAGE), "reference": None}) == "reference":
+    if choose(_NAME, "auto", {"native": _why_not_native(q), "reference": None}) == "reference":
         options: dict[str, Any] = {"causal": False, "window_size": (left, right), "softcap": softcap}
         options |= {"sinks": sinks, "softmax_scale": scale, "return_lse": return_lse}
         return paged_attention_reference(*inputs, **options)
@@ -160,6 +168,63 @@ def _check_pages(pages: Tensor, doc: int, num_pages: int) -> None:
             )
 
 
+def _why_not_native(q: Tensor) -> str | None:
+    """The reason why neither the kernels for the CPU nor, on a GPU, those of csrc/cuda can run."""
+    if not q.is_cuda:
+        return why_not_native(q, *_STORAGE)
+    if q.shape[2] % 8 != 0:
+        return f"head_dim must be a multiple of 8 on a GPU, got {q.shape[2]}"
+    return why_not_native(q, torch.bfloat16, torch.float16, cuda="paged_attention_forward")
+
+
+def _rows_at_16_bytes(x: Tensor) -> Tensor:
+    """`x`, or a copy, with the numbers of a row side by side from a multiple of 16 bytes on."""
+    steps = [stride % 8 for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    return x if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and not any(steps) else x.contiguous()
+
+
+def forward_cuda(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    seqlens_k: Tensor,
+    sinks: Tensor | None,
+    left: int,
+    right: int,
+    softcap: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) by the kernels of csrc/cuda, without waiting for the device.
+
+    The values of block_table, cu_seqlens and seqlens_k are not checked: a page that is none gives NaN.
+    """
+    q, k_cache, v_cache = map(_rows_at_16_bytes, (q, k_cache, v_cache))
+    block_table, sinks = dense_last(block_table), None if sinks is None else sinks.contiguous()
+    (num_pages, page_size, num_kv_heads, head_dim), max_pages = k_cache.shape, block_table.shape[1]
+    total_q, num_heads, num_docs = q.shape[0], q.shape[1], seqlens_k.shape[0]
+    borders = torch.nn.functional.pad(seqlens_k.cumsum(0, dtype=torch.int32), (1, 0))
+    cu_seqlens = cu_seqlens.contiguous()
+    out, lse = _forward_fake(q, k_cache, v_cache, block_table, cu_seqlens, seqlens_k, sinks)
+    max_keys = max_pages * page_size
+    room = cuda_module().paged_attention_workspace_bytes(total_q, num_docs, num_heads, head_dim, max_keys)
+    workspace = torch.empty(room, dtype=torch.uint8, device=q.device)
+    sizes = num_docs, total_q, num_heads, num_kv_heads, head_dim, q.dtype == torch.bfloat16
+    call_cuda(
+        q,
+        "paged_attention_forward",
+        (q.data_ptr(), *q.stride()[:2], 0),
+        (k_cache.data_ptr(), *k_cache.stride()[:3]),
+        (v_cache.data_ptr(), *v_cache.stride()[:3]),
+        (block_table.data_ptr(), block_table.stride(0), page_size, num_pages, max_keys),
+        (cu_seqlens.data_ptr(), borders.data_ptr(), *sizes),
+        (scale, softcap, left, right, 0 if sinks is None else sinks.data_ptr()),
+        (out.data_ptr(), lse.data_ptr(), workspace.data_ptr()),
+    )
+    return out, lse
+
+
 def _forward_cpu(
     q: Tensor,
     k_cache: Tensor,
@@ -207,10 +272,15 @@ def _forward_fake(
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
+def _forward_either(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return (forward_cuda if q.is_cuda else _forward_cpu)(q, *rest)
+
+
 _forward = native_op(
     "paged_attention_forward(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor cu_seqlens,"
     " Tensor seqlens_k, Tensor? sinks, int window_left, int window_right, float softcap, float scale)"
     " -> (Tensor, Tensor)",
-    _forward_cpu,
+    _forward_either,
     _forward_fake,
+    devices=("CPU", "CUDA"),
 )
