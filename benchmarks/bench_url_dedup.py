@@ -31,7 +31,7 @@ KEYS = "herdkern keys"
 ASIDE = {KEYS: "the keys alone", "url-normalize": "another rule", "courlan": "another rule"}
 CASES = {"20k": 20_000, "200k": 200_000, "1M": 1_000_000, "5M": 5_000_000}
 LARGEST_OF_PEERS = 200_000
-CHUNK = 1 << 16
+CHUNK = 1 << 14
 WORDS = "news Artikel 2024 index.html caf%C3%A9 wiki Straße view.php p %C3%BCber-uns tag a_b product en".split()
 
 
@@ -63,22 +63,24 @@ def winners_herdkern(urls: list[str], timestamps: np.ndarray) -> np.ndarray:
         paths = [str(Path(name) / "records.bin"), str(Path(name) / "names.bin")]
         with open(paths[1], "wb") as names:
             names.write(np.zeros(2, np.uint32).tobytes())  # ids that are equal beyond their first bytes: none
-        with open(paths[0], "wb") as file:
+        chunk = np.zeros(CHUNK, RECORD)
+        with open(paths[0], "wb", buffering=0) as file:
             for begin in range(0, len(urls), CHUNK):
                 keys, _ = url_keys(urls[begin : begin + CHUNK])
-                records = np.zeros(len(keys), RECORD)
+                records = chunk[: len(keys)]
                 records["low"], records["high"] = keys[:, 0], keys[:, 1]
                 records["timestamp"] = timestamps[begin : begin + CHUNK]
                 records["id_prefix"] = np.arange(begin, begin + len(keys))
-                file.write(records.tobytes())
+                file.write(records.data)
         table = _text.UrlTable([(*paths, 0, len(urls))], len(urls), 0, 1, 1)
         winners = np.zeros(len(urls), np.uint32)
-        with open(paths[0], "rb") as file:
+        held = chunk.view(np.uint8)
+        with open(paths[0], "rb", buffering=0) as file:
             for begin in range(0, len(urls), CHUNK):
-                table.add(np.fromfile(file, np.uint8, CHUNK * RECORD.itemsize), begin)
+                table.add(held[: file.readinto(held.data)], begin)
             file.seek(0)
             for begin in range(0, len(urls), CHUNK):
-                winners[begin : begin + CHUNK] = table.find(np.fromfile(file, np.uint8, CHUNK * RECORD.itemsize), begin)
+                winners[begin : begin + CHUNK] = table.find(held[: file.readinto(held.data)], begin)
     winners_herdkern.table_bytes = table.table_bytes()  # type: ignore[attr-defined]
     return winners
 

@@ -36,7 +36,7 @@ RECORD = np.dtype(
     [("low", "<u8"), ("high", "<u8"), ("timestamp", "<i8"), ("length", "<u4"), ("row", "<u4"), ("id_prefix", "<u8"),
      ("name", "<u8")]
 )  # fmt: skip
-_CHUNK_RECORDS, _CHUNK_DECISIONS = 1 << 16, 1 << 14
+_CHUNK_RECORDS, _CHUNK_DECISIONS = 1 << 14, 1 << 14
 BATCH_BYTES = 4 << 20  # of documents whose records are written at a time
 LEVEL = 3  # of zstd
 _ASK, _HAS_KEY = 0, 1  # of _text.url_keys; 2 is an empty URL
