@@ -56,7 +56,7 @@ def ninja_file() -> str:
         "libkernels.so": (sorted(CUDA.glob("*.cu")), ["-fvisibility=default", *WATCHED], ["libsimt.so"]),
         MODULE: (sorted(CUDA.glob("*.cpp")), named, ["libkernels.so", "libsimt.so"]),
         "libtiles.so": ([SIMT.parent / "tile_list_checks.cpp"], ["-fvisibility=default"], []),
-        "libcontrols.so": ([SIMT / "controls.cu"], WATCHED, ["libsimt.so"]),
+        "libcontrols.so": ([SIMT / "controls.cu", SIMT / "controls_hopper.cu"], WATCHED, ["libsimt.so"]),
     }
     for library, (sources, flags, needed) in libraries.items():
         objects = [f"{source.name}.o" for source in sources]

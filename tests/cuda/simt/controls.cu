@@ -151,6 +151,8 @@ extern "C" __attribute__((visibility("default"))) const char* run_control(const 
   try {
     if (asked == "neighbour") HK_LAUNCH((neighbour<true>), one, block, 0, none, in, out, number);
     if (asked == "neighbour without barrier") HK_LAUNCH((neighbour<false>), one, block, 0, none, in, out, number);
+    if (asked == "many") HK_LAUNCH((neighbour<true>), dim3(64), block, 0, none, in, out, number);
+    if (asked == "many without barrier") HK_LAUNCH((neighbour<false>), dim3(64), block, 0, none, in, out, number);
     if (asked == "rounds") HK_LAUNCH((rounds<true>), one, block, 256, none, in, out, number);
     if (asked == "rounds without second barrier") HK_LAUNCH((rounds<false>), one, block, 256, none, in, out, number);
     if (asked == "within warp") HK_LAUNCH((within_warp<true>), one, block, 0, none, in, out);

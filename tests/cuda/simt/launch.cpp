@@ -74,6 +74,10 @@ struct Library {
   size_t bytes = 0;
   shadow::Range loaded{};
 };
+struct ModuleOffset {
+  unsigned long module, offset;
+};
+extern "C" void* __tls_get_addr(ModuleOffset*);
 int find_library(dl_phdr_info* info, size_t, void* found) {
   auto& library = *static_cast<Library*>(found);
   const auto address = reinterpret_cast<uintptr_t>(library.kernel);
@@ -87,7 +91,10 @@ int find_library(dl_phdr_info* info, size_t, void* found) {
       library.loaded = {reinterpret_cast<unsigned char*>(info->dlpi_addr), size_t(part.p_vaddr + part.p_memsz)};
   }
   if (!holds) library.bytes = 0;
-  if (holds) library.data = static_cast<unsigned char*>(info->dlpi_tls_data);
+  if (holds && library.bytes > 0) {  // dlpi_tls_data is null until this OS thread has touched it, so touch it
+    ModuleOffset begin{info->dlpi_tls_modid, 0};
+    library.data = static_cast<unsigned char*>(__tls_get_addr(&begin));
+  }
   return holds;
 }
 

@@ -36,6 +36,7 @@ struct Shadow {
   std::vector<Clocks> known;  // known[a][b]: the accesses of lane b up to this count come before what a does now
   Clocks counts;
   std::map<uintptr_t, Clocks> kept;  // of barriers
+  Clock agent_count = 0;             // bulk copies begun in this block
 };
 
 thread_local Shadow shadow_of_thread;
@@ -47,6 +48,7 @@ void join(Clocks& into, const Clocks& from) {
 }
 
 bool is_before(const Shadow& s, const Stamp& a, int lane) {
+  if (a.lane == s.num_lanes) return a.clock <= s.known[lane][a.lane];  // the engine of bulk copies
   return a.epoch < s.epoch || a.lane == lane || a.clock <= s.known[lane][a.lane];
 }
 
@@ -58,11 +60,12 @@ bool is_before(const Shadow& s, const Stamp& a, int lane) {
 
 void report_race(size_t place, bool is_static, const char* mine, const char* theirs, const Stamp& a) {
   fail_at(place, is_static,
-          std::string("race: this thread ") + mine + " what thread " + std::to_string(a.lane) + " " + theirs +
-              " with no barrier between:");
+          std::string("race: this thread ") + mine + " what " +
+              (a.lane == shadow_of_thread.num_lanes ? "a bulk copy" : "thread " + std::to_string(a.lane)) + " " +
+              theirs + " with no barrier between:");
 }
 
-void check_cell(Shadow& s, Cell& cell, size_t place, bool is_static, Kind kind, int lane) {
+void check_cell(Shadow& s, Cell& cell, size_t place, bool is_static, Kind kind, int lane, bool by_agent) {
   const bool written = cell.written.epoch >= s.block_epoch;
   const Stamp now{s.epoch, s.counts[lane], uint16_t(lane), kind == Kind::kAtomic};
   if (kind == Kind::kRead || kind == Kind::kBlind) {
@@ -81,7 +84,7 @@ void check_cell(Shadow& s, Cell& cell, size_t place, bool is_static, Kind kind, 
   for (const Stamp& read : {cell.read, cell.other_read})
     if (read.epoch >= s.block_epoch && !is_before(s, read, lane))
       report_race(place, is_static, "writes", "has read", read);
-  cell.written = now;
+  cell.written = by_agent ? Stamp{s.epoch, s.agent_count, uint16_t(s.num_lanes), false} : now;
 }
 
 void check_global(const void* address, size_t bytes, Kind kind) {
@@ -109,19 +112,27 @@ void begin_block(Range dynamic, Range statics, const std::vector<Range>& own, in
   s.block_epoch = ++s.epoch;
   s.known.assign(num_lanes, {});
   s.counts.assign(num_lanes, 1);
-  for (Clocks& clocks : s.known) clocks.assign(num_lanes, 0);
+  for (Clocks& clocks : s.known) clocks.assign(num_lanes + 1, 0);
   s.kept.clear();
+  s.agent_count = 0;
 }
 
 void resume() { active = true; }
 void suspend() { active = false; }
 bool is_active() { return active; }
 
-void sync_block() { ++shadow_of_thread.epoch; }
+void sync_block() {
+  Shadow& s = shadow_of_thread;
+  ++s.epoch;
+  if (s.agent_count == 0) return;
+  Clock told = 0;
+  for (const Clocks& clocks : s.known) told = std::max(told, clocks.back());
+  for (Clocks& clocks : s.known) clocks.back() = told;
+}
 
 void sync_warp(int first_lane, unsigned mask) {
   Shadow& s = shadow_of_thread;
-  Clocks all(s.num_lanes, 0);
+  Clocks all(s.num_lanes + 1, 0);
   for (int i = 0; i < kWarp; ++i) {
     if (!(mask >> i & 1)) continue;
     join(all, s.known[first_lane + i]);
@@ -135,7 +146,7 @@ void arrive(uintptr_t key) {
   Shadow& s = shadow_of_thread;
   const int lane = running_lane();
   Clocks& kept = s.kept[key];
-  kept.resize(s.num_lanes, 0);
+  kept.resize(s.num_lanes + 1, 0);
   join(kept, s.known[lane]);
   kept[lane] = s.counts[lane]++;
 }
@@ -148,7 +159,9 @@ void acquire(uintptr_t key, int lane) {
 
 void forget(uintptr_t key) { shadow_of_thread.kept.erase(key); }
 
-void access(const void* address, size_t bytes, Kind kind) {
+namespace {
+
+void access_as(const void* address, size_t bytes, Kind kind, bool by_agent) {
   Shadow& s = shadow_of_thread;
   if (!active || s.own[0].holds(address)) return;
   const bool is_dynamic = s.dynamic.holds(address), is_static = !is_dynamic && s.statics.holds(address);
@@ -168,7 +181,24 @@ void access(const void* address, size_t bytes, Kind kind) {
   }
   const int lane = running_lane();
   for (size_t place = offset / 2; place <= (offset + bytes - 1) / 2; ++place)
-    check_cell(s, cells[place], place, is_static, kind, lane);
+    check_cell(s, cells[place], place, is_static, kind, lane, by_agent);
+}
+
+}  // namespace
+
+void access(const void* address, size_t bytes, Kind kind) { access_as(address, bytes, kind, false); }
+
+uint32_t agent_write(const void* address, size_t bytes) {
+  const Clock stamp = ++shadow_of_thread.agent_count;
+  access_as(address, bytes, Kind::kWrite, true);
+  return stamp;
+}
+
+void agent_done(uintptr_t key, uint32_t stamp) {
+  Shadow& s = shadow_of_thread;
+  Clocks& kept = s.kept[key];
+  kept.resize(s.num_lanes + 1, 0);
+  kept.back() = std::max(kept.back(), stamp);
 }
 
 void declare(const void* address, size_t bytes) {

@@ -36,6 +36,11 @@ void forget(uintptr_t key);
 enum class Kind { kRead, kBlind, kWrite, kAtomic };
 void access(const void* address, size_t bytes, Kind kind);
 
+// A write by the engine that makes bulk copies, begun by the running lane: checked as that lane's, but even after a
+// full barrier only who has waited at the mbarrier, or was told by one who has, may read it. Returns its stamp.
+uint32_t agent_write(const void* address, size_t bytes);
+void agent_done(uintptr_t key, uint32_t stamp);
+
 // Global memory that kernels may touch; with none declared, all of it is.
 void declare(const void* address, size_t bytes);
 void forget_declared();

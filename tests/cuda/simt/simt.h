@@ -8,6 +8,7 @@
 
 #include "async.h"
 #include "block.h"
+#include "hopper.h"
 #include "matrix.h"
 #include "types.h"
 #include "warp.h"
