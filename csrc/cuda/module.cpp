@@ -14,6 +14,7 @@ namespace py = pybind11;
 
 namespace herdkern::cuda {
 void bind_adamw(py::module_& m);            // bind_adamw.cpp
+void bind_attention(py::module_& m);        // bind_attention.cpp
 void bind_paged_attention(py::module_& m);  // bind_paged_attention.cpp
 void bind_rms_norm(py::module_& m);         // bind_rms_norm.cpp
 void bind_rope(py::module_& m);             // bind_rope.cpp
@@ -26,6 +27,7 @@ PYBIND11_MODULE(HK_MODULE, m) {
   m.doc() = "CUDA kernels of herdkern. Use herdkern.ops.";
   m.def("targets", [] { return HK_CUDA_TARGETS; });  // as in HERDKERN_CUDA_ARCHS, with "+PTX" after the last
   bind_adamw(m);
+  bind_attention(m);
   bind_paged_attention(m);
   bind_rms_norm(m);
   bind_rope(m);

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from herdkern.ops import attention_cuda
 from herdkern.ops.attention_checks import (
     border_values,
     check_borders,
@@ -120,7 +121,8 @@ def attention(
     check_operands("attention", q, k, v)
     _check_documents(q, k, cu_seqlens, cu_seqlens_k, max_seqlen)
     check_softmax("attention", q, window_size, softcap, sinks, softmax_scale, causal=causal, return_lse=return_lse)
-    why_not = {"native": why_not_native(q, *_STORAGE), "triton": why_not_triton(q, backend, *_STORAGE)}
+    native = why_not_native(q, *_STORAGE, cuda="attention_backward") or attention_cuda.why_not_cuda(q)
+    why_not = {"native": native, "triton": why_not_triton(q, backend, *_STORAGE)}
     chosen = choose("attention", backend, {**why_not, "reference": None})
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
     window = window_size[0], 0 if causal else window_size[1]
@@ -373,4 +375,12 @@ def _second_order(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
     return dq, dk, dv, None, None, dsinks[0] if dsinks else None
 
 
-_forward, _backward = register_attention("attention", _forward_cpu, _backward_cpu)
+def _forward_native(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return (attention_cuda.forward if q.is_cuda else _forward_cpu)(q, *rest)
+
+
+def _backward_native(dout: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (attention_cuda.backward if dout.is_cuda else _backward_cpu)(dout, *rest)
+
+
+_forward, _backward = register_attention("attention", _forward_native, _backward_native, ("CPU", "CUDA"))

@@ -1,0 +1,8 @@
+// Attention of head_dim 256: a source of its own, so that the head dims compile side by side.
+#include "cuda/attention_launch.cuh"
+
+namespace herdkern::cuda {
+
+HK_ATTENTION_OF_HEAD_DIM(256);
+
+}  // namespace herdkern::cuda
