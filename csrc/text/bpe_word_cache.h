@@ -3,8 +3,8 @@
 // A bucket is one cache line of two entries. A short word (up to 15 bytes) is its own key; a longer one is found by its
 // hash and compared with the bytes in a ring, where its ids follow them, as do those of a word with more than three.
 // The table starts with 2 MiB, which the first text pays for (fresh memory costs more than the words put into it), and
-// grows with the number of words. At its full size a new word takes the place of one that was not asked for since the
-// last time a place was needed there.
+// grows with the number of words into memory that was reserved for it. At its full size a new word takes the place of
+// one that was not asked for since the last time a place was needed there.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -44,9 +44,12 @@ class WordCache {
 
   // max_bytes: of table and ring together; where the smallest do not fit, nothing is ever kept.
   explicit WordCache(size_t max_bytes)
-      : table_(ring_size(max_bytes / 4) != 0 ? first_buckets(max_bytes / 4 * 3) : 2),
-        max_table_bytes_(max_bytes / 4 * 3),
-        ring_bytes_(ring_size(max_bytes / 4)) {}
+      : num_buckets_(ring_size(max_bytes / 4) != 0 ? first_buckets(max_bytes / 4 * 3) : 2),
+        max_buckets_(num_buckets_),
+        ring_bytes_(ring_size(max_bytes / 4)) {
+    while (2 * max_buckets_ * sizeof(Bucket) <= max_bytes / 4 * 3) max_buckets_ *= 2;
+    table_ = UnwrittenArray<Bucket>(max_buckets_);
+  }
 
   static ShortKey long_key(uint64_t hash, size_t len) { return {hash, kLongWord | len}; }
 
@@ -68,7 +71,7 @@ class WordCache {
       return nullptr;
     }
   };
-  View view() { return {table_[0].entries, table_.size() - 1}; }
+  View view() { return {table_[0].entries, num_buckets_ - 1}; }
 
   // What the entry of the word holds; nothing where the ring has moved on or another word has the same hash.
   Ids ids_of(const Entry& entry, const uint8_t* word, size_t len) const {
@@ -91,7 +94,7 @@ class WordCache {
     } else {
       std::copy(ids, ids + num_ids, entry.ids);
     }
-    if (num_words_ > table_.size() + table_.size() / 8 * 3) grow();
+    if (num_words_ > num_buckets_ + num_buckets_ / 8 * 3) grow();
     put(entry, hash);
   }
 
@@ -134,7 +137,7 @@ class WordCache {
   }
 
   void put(const Entry& entry, uint64_t hash) {
-    const size_t home = hash & (table_.size() - 1);
+    const size_t home = hash & (num_buckets_ - 1);
     size_t place = home;
     for (int step = 0; step < kMaxSteps; ++step) {
       for (Entry& old : table_[place].entries) {
@@ -146,7 +149,7 @@ class WordCache {
         return;
       }
       table_[place].entries[0].num_and_flags |= kSpills;
-      place = (place + 1) & (table_.size() - 1);
+      place = (place + 1) & (num_buckets_ - 1);
     }
     Bucket& bucket = table_[home];
     turn_ ^= 1;
@@ -159,23 +162,26 @@ class WordCache {
     bucket.entries[turn_].num_and_flags |= spills;
   }
 
+  // In its place: new memory costs more than moving words. A few that lie behind the end of the smaller table, or that
+  // are put there before their bucket's turn comes, are not found again and come anew.
   void grow() {
-    const size_t bytes = table_.size() * sizeof(Bucket);
-    if (2 * bytes > max_table_bytes_) return;
-    HugeArray<Bucket> old(2 * table_.size());
-    std::swap(old, table_);
+    if (num_buckets_ == max_buckets_) return;
+    const size_t before = num_buckets_;
+    num_buckets_ *= 2;
     num_words_ = 0;
-    for (size_t i = 0; i < old.size(); ++i) {
-      for (Entry& entry : old[i].entries) {
+    for (size_t i = 0; i < before; ++i) {
+      const Bucket old = table_[i];
+      table_[i] = Bucket();
+      for (Entry entry : old.entries) {
         entry.num_and_flags &= ~kSpills;
         if (entry.key.high != 0) put(entry, entry.key.high & kLongWord ? entry.key.low : hash_short(entry.key));
       }
     }
   }
 
-  HugeArray<Bucket> table_;
+  UnwrittenArray<Bucket> table_;  // the first num_buckets_ are in use
   std::unique_ptr<uint8_t[]> ring_;
-  size_t max_table_bytes_, ring_bytes_;
+  size_t num_buckets_, max_buckets_, ring_bytes_;
   size_t num_words_ = 0, turn_ = 0;
   uint64_t head_ = 0;  // bytes ever written to the ring
 };

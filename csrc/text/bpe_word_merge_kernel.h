@@ -80,10 +80,11 @@ inline unsigned slots_with(const MergeTable::Bucket& bucket, uint64_t key) {
 }
 
 // What the part at `place` makes with the one behind it: rank << 6 | place, or kNoMerge. Without a branch on whether
-// there is such a token, which could not be foreseen.
-inline int32_t pair_value(const MergeTable& table, uint32_t left, uint32_t right, size_t place) {
+// there is such a token, which could not be foreseen. asked: all bits set; or none, then the answer means nothing.
+inline int32_t pair_value(const MergeTable& table, uint32_t left, uint32_t right, size_t place,
+                          uint64_t asked = ~uint64_t(0)) {
   const uint64_t key = MergeTable::key_of(left, right), hash = MergeTable::hash_of(key);
-  const uint64_t filter = table.filter(hash);
+  const uint64_t filter = table.filter(hash) & asked;
   const MergeTable::Bucket& bucket = table.bucket(hash, filter);
   const unsigned found = slots_with(bucket, key);
   const uint32_t is_none = 0u - uint32_t(found == 0);
@@ -95,14 +96,17 @@ inline int32_t pair_value(const MergeTable& table, uint32_t left, uint32_t right
   return int32_t((id << 6 | uint32_t(place)) | is_none) & kNoMerge;
 }
 
-// Merges parts 1 to n in `ids`; pairs: what each makes with the next. A part is known by its place; one that goes with
-// no other lies before the word and one behind it, so that every part has two neighbours.
+// A part is known by its place, 1 to `end` - 1; a part that goes with no other lies at 0 and one at `end`, so that
+// every part has two neighbours.
+//
+// Merges the parts whose places are the bits of `starts`. ids: by place; first_pairs: what each makes with the next.
 template <size_t kPlaces>
-size_t merge(const MergeTable& table, uint32_t* ids, const int32_t* first_pairs, size_t n, uint32_t* out) {
-  ids[0] = ids[n + 1] = kNoToken;
-  const uint64_t all = ~uint64_t(0) >> (62 - n);
-  Pairs<kPlaces> pairs(first_pairs, all >> 2 & ~uint64_t(1));
-  uint64_t starts = all;
+size_t merge(const MergeTable& table, uint32_t* ids, const int32_t* first_pairs, uint64_t starts, size_t end,
+             uint32_t* out) {
+  ids[0] = ids[end] = kNoToken;
+  const uint64_t inside = starts, last = uint64_t(1) << (63 - __builtin_clzll(starts));
+  Pairs<kPlaces> pairs(first_pairs, starts ^ last);
+  starts |= 1 | uint64_t(1) << end;
   for (int32_t lowest; (lowest = pairs.lowest()) != kNoMerge;) {
     const size_t at = size_t(lowest) & 63;
     const uint32_t id = uint32_t(lowest) >> 6;
@@ -118,27 +122,62 @@ size_t merge(const MergeTable& table, uint32_t* ids, const int32_t* first_pairs,
     pairs.set(at, with_next);
     pairs.set(before, with_before);
   }
-  starts &= all >> 1 & ~uint64_t(1);
+  starts &= inside;
   const auto num_ids = size_t(__builtin_popcountll(starts));
   for (int i = 0; i < 4; ++i, starts &= starts - 1) out[i] = ids[starts == 0 ? 0 : __builtin_ctzll(starts)];
   for (size_t i = 4; i < num_ids; ++i, starts &= starts - 1) out[i] = ids[__builtin_ctzll(starts)];
   return num_ids;
 }
 
-// Byte i of the word is part i + 1.
+// Bit k: the pair at place k comes before both its neighbours, so that it is merged whatever else is. Those at 0 and
+// `end` are none.
 template <size_t kPlaces>
-size_t merge_bytes(const MergeTable& table, const uint8_t* word, size_t len, uint32_t* out) {
-  const ByteTokens& bytes = table.bytes();
+uint64_t sure_pairs(const uint64_t* pairs, size_t end) {
+  constexpr int kBits = WordStarts::kRankBits;
+  constexpr uint64_t kMask = WordStarts::kNoRank;
+  uint64_t sure = 0;
+#if defined(__AVX512F__)
+  const __m512i mask = _mm512_set1_epi64(int64_t(kMask));
+  for (size_t i = 0; i < kPlaces; i += 8) {
+    const __m512i ranks = _mm512_srli_epi64(_mm512_loadu_si512(pairs + i + 1), 2 * kBits);
+    const __m512i before = _mm512_and_si512(_mm512_srli_epi64(_mm512_loadu_si512(pairs + i), kBits), mask);
+    const __m512i behind = _mm512_and_si512(_mm512_loadu_si512(pairs + i + 2), mask);
+    sure |= uint64_t(_mm512_cmplt_epi64_mask(ranks, _mm512_min_epi64(before, behind))) << i << 1;
+  }
+#else
+  for (size_t k = 1; k < end; ++k) {
+    const uint64_t rank = pairs[k] >> 2 * kBits;
+    sure |= uint64_t(rank < (pairs[k - 1] >> kBits & kMask) && rank < (pairs[k + 1] & kMask)) << k;
+  }
+#endif
+  return sure & ((uint64_t(1) << end) - 1);
+}
+
+// A word of ASCII alone: byte i is at place i + 1.
+template <size_t kPlaces>
+size_t merge_ascii(const MergeTable& table, const WordStarts& starts, const uint8_t* word, size_t len, uint32_t* out) {
   uint32_t ids[kPlaces];
+  uint64_t entries[kPlaces + 9];
   alignas(64) int32_t pairs[kPlaces];
   // The short word's loops always run to the end: a branch that is not foreseen costs as much as eight of their steps.
   const size_t last = kPlaces == 16 ? 14 : len;
-  for (size_t i = 0; i < last; ++i) ids[i + 1] = bytes.one(word[i]);
+  for (size_t i = 0; i < last; ++i) entries[i + 1] = starts.ascii_pair(word[i], word[i + 1]);
+  entries[0] = entries[len] = ~uint64_t(0);
+  const uint64_t sure = sure_pairs<kPlaces>(entries, len);
+  const ByteTokens& bytes = table.bytes();
   for (size_t i = 0; i < last; ++i) {
-    const uint32_t rank = bytes.pair(word[i], word[i + 1]);
-    pairs[i + 1] = rank == kNoToken ? kNoMerge : int32_t(rank << 6 | (i + 1));
+    const auto rank = uint32_t(entries[i + 1] >> 2 * WordStarts::kRankBits);
+    ids[i + 1] = sure >> (i + 1) & 1 ? rank : bytes.one(word[i]);
+    pairs[i + 1] = rank == WordStarts::kNoRank ? kNoMerge : int32_t(rank << 6 | (i + 1));
   }
-  return merge<kPlaces>(table, ids, pairs, len, out);
+  const uint64_t parts = ((uint64_t(2) << len) - 2) & ~(sure << 1);
+  for (uint64_t rest = parts, behind; (behind = rest & (rest - 1)) != 0; rest = behind) {
+    const auto at = size_t(__builtin_ctzll(rest)), next = size_t(__builtin_ctzll(behind));
+    const uint64_t is_new = 0 - ((sure >> at | sure >> next) & 1);
+    const int32_t value = pair_value(table, ids[at], ids[next], at, is_new);
+    pairs[at] = is_new ? value : pairs[at];
+  }
+  return merge<kPlaces>(table, ids, pairs, parts, len + 1, out);
 }
 
 // Parts 1 to n: `ids` holds them.
@@ -146,7 +185,7 @@ template <size_t kPlaces>
 size_t merge_parts(const MergeTable& table, uint32_t* ids, size_t n, uint32_t* out) {
   alignas(64) int32_t pairs[kPlaces];
   for (size_t i = 1; i < n; ++i) pairs[i] = pair_value(table, ids[i], ids[i + 1], i);
-  return merge<kPlaces>(table, ids, pairs, n, out);
+  return merge<kPlaces>(table, ids, pairs, (uint64_t(2) << n) - 2, n + 1, out);
 }
 
 inline uint32_t load_big_endian(const uint8_t* p) {
@@ -221,8 +260,9 @@ size_t merge_word(const MergeTable& table, const WordStarts& starts, const uint8
     return n + 2 <= 32 ? merge_parts<32>(table, ids, n, out) : merge_parts<64>(table, ids, n, out);
   }
   if (len > kMergedAtOnce) return 0;
-  if (len + 2 <= 16) return merge_bytes<16>(table, word, len, out);
-  return len + 2 <= 32 ? merge_bytes<32>(table, word, len, out) : merge_bytes<64>(table, word, len, out);
+  if (len + 2 <= 16) return merge_ascii<16>(table, starts, word, len, out);
+  return len + 2 <= 32 ? merge_ascii<32>(table, starts, word, len, out)
+                       : merge_ascii<64>(table, starts, word, len, out);
 }
 
 }  // namespace herdkern::text::HK_MERGE_LEVEL

@@ -80,6 +80,7 @@ WordStarts::WordStarts(const TokenList& tokens, const std::vector<TokenParts>& p
     if (text.size() - border <= kLongestPart) over_begin.add(right, class_before(uint8_t(text[border - 1])), id);
     if (border <= kLongestPart) over_end.add(left, class_behind(uint8_t(text[border])), id);
   }
+  add_ascii_pairs(tokens, parts, table);
   const auto start_of = [&](const Bytes& bytes) {
     uint32_t ids[4], notes = 0;
     size_t n = bytes.size;
@@ -107,6 +108,27 @@ WordStarts::WordStarts(const TokenList& tokens, const std::vector<TokenParts>& p
     Bytes with_space{{' '}, bytes.size + 1};
     std::copy(bytes.at, bytes.at + bytes.size, with_space.at + 1);
     starts_[kPlaces + c] = start_of(with_space);
+  }
+}
+
+void WordStarts::add_ascii_pairs(const TokenList& tokens, const std::vector<TokenParts>& parts,
+                                 const TokenTable& table) {
+  struct Ranks {
+    uint64_t whole = kNoRank, ends = kNoRank, begins = kNoRank;
+  };
+  std::vector<Ranks> pairs(128 * 128);
+  for (const auto& [text, id] : tokens) {
+    if (parts[id].left == kNoToken) continue;
+    const size_t border = table.length_of(parts[id].left);
+    const auto first = uint8_t(text[border - 1]), second = uint8_t(text[border]);
+    if ((first | second) >= 0x80) continue;
+    Ranks& pair = pairs[first << 7 | second];
+    if (text.size() == 2) pair.whole = id;
+    if (border + 1 == text.size()) pair.ends = std::min<uint64_t>(pair.ends, id);
+    if (border == 1) pair.begins = std::min<uint64_t>(pair.begins, id);
+  }
+  for (const Ranks& pair : pairs) {
+    ascii_pairs_.push_back(pair.whole << 2 * kRankBits | pair.ends << kRankBits | pair.begins);
   }
 }
 

@@ -1,6 +1,7 @@
 // A fixed array of zeros on large pages where the system has them: random reads of many megabytes miss the TLB less.
 #pragma once
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -41,6 +42,35 @@ class HugeArray {
   static constexpr size_t kHugePage = size_t(1) << 21;
   std::unique_ptr<T[], Free> data_;
   size_t size_ = 0;
+};
+
+// A fixed array of zeros whose memory costs nothing before it is written to; on large pages as above.
+template <typename T>
+class UnwrittenArray {
+  static_assert(std::is_trivially_destructible_v<T>);
+
+ public:
+  UnwrittenArray() = default;
+  explicit UnwrittenArray(size_t size) {
+    const size_t bytes = size * sizeof(T), alignment = bytes >= kHugePage ? kHugePage : 64;
+    data_.reset(std::calloc(bytes + alignment, 1));
+    if (data_ == nullptr) throw std::bad_alloc();
+    const auto address = reinterpret_cast<uintptr_t>(data_.get());
+    first_ = reinterpret_cast<T*>((address + alignment - 1) / alignment * alignment);
+#if defined(__linux__)
+    if (bytes >= kHugePage) madvise(first_, bytes, MADV_HUGEPAGE);
+#endif
+  }
+  T& operator[](size_t i) { return first_[i]; }
+  const T& operator[](size_t i) const { return first_[i]; }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  static constexpr size_t kHugePage = size_t(1) << 21;
+  std::unique_ptr<void, Free> data_;
+  T* first_ = nullptr;
 };
 
 }  // namespace herdkern::text

@@ -1,4 +1,5 @@
-"""Merging that starts from code points: vocabularies whose tokens cut through them, against the naive definition."""
+"""Merging that starts from code points and sure pairs: vocabularies whose tokens cut through them, against the naive
+definition."""
 
 import random
 
@@ -10,8 +11,11 @@ from torture import torture_bytes
 from herdkern.tokenizer import Tokenizer, train_bpe
 
 SINGLE = [bytes([b]) for b in range(256)]
-# Few letters of one, two, three and four bytes each, which share first, middle and last bytes.
+# Few letters of ASCII, and of one, two, three and four bytes each, which share first, middle and last bytes.
 LETTERS = (
+    "ab",
+    "aab c",
+    "aeinrst ",
     "aб вг",
     "жзийЖ d",
     "中丮串丳x ",
