@@ -18,26 +18,29 @@ from torch import Tensor
 
 FIELDS = tl.constexpr(5)  # first token in the document; begin and length of the document; the same of the other side
 _MAX_FOLD = 16
-_SMALL_TARGETS = (86, 89, 120, 121)  # 99 KiB of shared memory for a program; others have 163 or more
 
 # (kernel, head_dim as padded): rows, keys, warps, stages
-_SHAPES = {
+_HOPPER_SHAPES = {
     ("forward", 64): (128, 64, 4, 3),
     ("forward", 128): (128, 64, 8, 3),
-    ("forward", 256): (128, 64, 8, 2),
+    ("forward", 256): (128, 32, 8, 2),
     ("dq", 64): (128, 64, 8, 2),
     ("dq", 128): (128, 64, 8, 2),
     ("dq", 256): (64, 32, 8, 2),
-    ("dkdv", 64): (64, 128, 8, 2),
-    ("dkdv", 128): (64, 128, 8, 2),
-    ("dkdv", 256): (32, 64, 8, 2),
+    ("dkdv", 64): (32, 128, 8, 2),
+    ("dkdv", 128): (32, 64, 8, 2),  # 64 rows or 128 keys spill: their masked phases need more than 255 registers
+    ("dkdv", 256): (32, 32, 8, 2),
 }
-_SMALL_SHAPES = _SHAPES | {
-    ("forward", 128): (128, 64, 8, 2),
-    ("forward", 256): (64, 32, 8, 2),
+_BLACKWELL_SHAPES = _HOPPER_SHAPES | {("forward", 64): (128, 64, 8, 3), ("dq", 64): (128, 32, 8, 2)}
+_AMPERE_SHAPES = _HOPPER_SHAPES | {
+    ("forward", 64): (128, 64, 8, 3),
+    ("forward", 128): (128, 32, 8, 3),
     ("dq", 128): (64, 64, 8, 2),
-    ("dq", 256): (32, 32, 8, 2),
-    ("dkdv", 128): (32, 64, 8, 2),
+}
+_SMALL_SHAPES = _AMPERE_SHAPES | {  # 99 KiB of shared memory for a program; the others have 163 or more
+    ("forward", 256): (32, 32, 4, 2),
+    ("dq", 256): (32, 32, 8, 1),
+    ("dkdv", 64): (32, 64, 4, 2),
     ("dkdv", 256): (32, 32, 8, 1),
 }
 _FP32_SHAPES = {  # products of float32 are made without tensor cores
@@ -191,7 +194,12 @@ def launch_shape(kernel: str, block_d: int, is_fp32: bool, target: int) -> dict[
 
     Chosen by what tools/check_gpu_build.py shows: no spills, and the shared memory of the target.
     """
-    shapes = _FP32_SHAPES if is_fp32 else _SMALL_SHAPES if target in _SMALL_TARGETS else _SHAPES
+    if is_fp32:
+        shapes = _FP32_SHAPES
+    elif target in (80, 87):
+        shapes = _AMPERE_SHAPES
+    else:
+        shapes = {9: _HOPPER_SHAPES, 10: _BLACKWELL_SHAPES}.get(target // 10, _SMALL_SHAPES)
     rows, keys, warps, stages = shapes[kernel, max(block_d, 64)]
     return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
