@@ -35,6 +35,7 @@ class Case:
     name: str
     call: Callable[[], Any]
     hot: bool = True
+    targets: tuple[int, ...] = TARGETS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +47,13 @@ class Launch:
     kernel: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    targets: tuple[int, ...]
 
 
 def cases() -> list[Case]:
     """The launches that are checked: the sizes of the benchmarks, those of large models, odd ones."""
     import torch
+    from gpu_build_attention import attention_cases
 
     from herdkern.ops import rope_table
     from herdkern.ops.adamw import AdamwSettings
@@ -128,6 +131,7 @@ def cases() -> list[Case]:
         Case("adamw fp32", lambda: step(fp32)),
         Case("adamw bf16 master", lambda: step(bf16, master=True)),
         Case("adamw bf16 stochastic rounding", lambda: step(bf16, seed=1)),
+        *(Case(**case) for case in attention_cases()),
     ]
 
 
@@ -141,7 +145,7 @@ def caught_launches(wanted: list[Case]) -> list[Launch]:
         for case in wanted:
 
             def record(kernel: Any, *args: Any, grid: Any, warmup: bool, case: Case = case, **kwargs: Any) -> None:
-                launches.append(Launch(case.name, case.hot, kernel, args, kwargs))
+                launches.append(Launch(case.name, case.hot, kernel, args, kwargs, case.targets))
 
             JITFunction.run = record
             case.call()
@@ -171,7 +175,7 @@ def different(launches: list[Launch]) -> list[Launch]:
     found: dict[str, Launch] = {}
     for launch in launches:
         source, _ = source_and_options(launch, GPUTarget("cuda", TARGETS[0], 32))
-        key = f"{source.hash()} {launch.kwargs.get('num_warps')}"
+        key = f"{source.hash()} {launch.kwargs.get('num_warps')} {launch.kwargs.get('num_stages')} {launch.targets}"
         if launch.hot and key in found:
             found[key] = dataclasses.replace(found[key], hot=True)
         found.setdefault(key, launch)
@@ -219,6 +223,7 @@ def resources(cubin: bytes) -> dict[str, int]:
         "stack_bytes": int(found[2]),
         "local_bytes": int(found[4]),
         "spill_instructions": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "wgmma": len(re.findall(r"\bHGMMA\b", code)),
         "accesses": len(accesses),
         "accesses_of_16_bytes": sum(".128" in access for access in accesses),
     }
@@ -227,6 +232,12 @@ def resources(cubin: bytes) -> dict[str, int]:
 def spills(row: dict[str, Any]) -> bool:
     """Whether the kernel uses memory for what should be registers."""
     return bool(row["stack_bytes"] or row["local_bytes"] or row["spill_instructions"])
+
+
+def lacks_wgmma(row: dict[str, Any]) -> bool:
+    """Whether a kernel of attention on Hopper multiplies without its warp-group instructions."""
+    multiplies = row["case"].startswith("attention") and row["kernel"] != "_tile_list_kernel"
+    return multiplies and row["target"] == "sm_90" and not row["wgmma"]
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
@@ -240,7 +251,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             continue
         wide = f"{row['accesses_of_16_bytes']}/{row['accesses']}"
         numbers = (f"{row[column]:>{width}}" for column, width in zip(columns, (5, 7, 6, 6), strict=True))
-        print(f"{name:88} {row['target']:>7} {' '.join(numbers)} {wide:>9}{'  SPILLS' if spills(row) else ''}")
+        faults = "  SPILLS" * spills(row) + "  NO WGMMA" * (row["hot"] and lacks_wgmma(row))
+        print(f"{name:88} {row['target']:>7} {' '.join(numbers)} {wide:>9}{faults}")
 
 
 def page_table(rows: list[dict[str, Any]]) -> str:
@@ -289,6 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
     if importlib.util.find_spec("triton") is None:
         print("check_gpu_build: triton must be installed, got no such package; pip install 'herdkern[triton]'")
         return 2
+    sys.path.insert(0, str(ROOT / "tools"))
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / "build" / "triton"))
     import torch
@@ -297,11 +310,12 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.time()
     wanted = load_cases(options.cases) if options.cases else cases()
     _launches[:] = different(caught_launches([case for case in wanted if options.case in case.name]))
-    jobs = [(i, target) for i in range(len(_launches)) for target in options.target or TARGETS]
+    wanted_targets = options.target or TARGETS
+    jobs = [(i, target) for i, launch in enumerate(_launches) for target in launch.targets if target in wanted_targets]
     with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
         rows = pool.map(_compile_one, jobs, chunksize=1)
     print_table(rows)
-    failed = [row for row in rows if "error" in row or (row["hot"] and spills(row))]
+    failed = [row for row in rows if "error" in row or (row["hot"] and (spills(row) or lacks_wgmma(row)))]
     summary = f"{len(rows)} kernels compiled with triton {triton.__version__} in {time.time() - began:.0f} s"
     print(f"\n{summary}; {len(failed)} failed or spill. Compiled only: no kernel was run, nothing was timed.")
     if options.json:
