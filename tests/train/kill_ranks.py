@@ -44,10 +44,11 @@ def train(run_dir: Path, layout: str, rank: int, store: str, die_call: int) -> N
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=PATIENCE)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS, timeout=timeout)
-    if die_call:  # from here on: a rank that never comes is no loss
-        die_at(die_call)
     torch.manual_seed(0)
-    trainer_of(run_dir, {layout: RANKS}, **CHANGES).fit()
+    trainer = trainer_of(run_dir, {layout: RANKS}, **CHANGES)
+    if die_call:  # not before: the other rank would wait its whole patience for the groups of the mesh
+        die_at(die_call)
+    trainer.fit()
     dist.barrier()  # a rank that has ended would look like a lost one
 
 
@@ -105,7 +106,7 @@ def main(run_dir: Path, layout: str, mode: str, seed: int, kills: int) -> None:
     for life in range(kills):
         victim, store = rng.randrange(RANKS), f"{stores}/{life}"
         # the first rank makes folders, manifests and metrics, the other its shards
-        call = rng.randint(1, 12 if victim else 70)
+        call = rng.randint(1, 40 if victim else 70)
         pids = start(run_dir, layout, store, (victim, call) if mode == "syscall" else (-1, 0))
         if mode == "random":
             wait_for_steps(run_dir, pids, resumed_from(run_dir) + rng.randint(1, 4))

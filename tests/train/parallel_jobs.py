@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -12,6 +13,9 @@ from documents_in_memory import PARALLEL_MODEL, PARALLEL_RUN, sampler_of
 from herdkern.model.transformer import Transformer
 from herdkern.parallel import ParallelConfig
 from herdkern.parallel.data import local
+from herdkern.parallel.flight_ring import read_rings, ring_folder
+from herdkern.parallel.heartbeat import Heartbeat
+from herdkern.parallel.stragglers import StragglerWatch
 from herdkern.train import one_process, parallel_engine
 from herdkern.train.config import LongContextConfig, ScheduleConfig
 from herdkern.train.corruption import SilentCorruptionError
@@ -93,6 +97,25 @@ def train_and_die_behind_a_rollback(rank, folder, sizes, changes):
 
     trainer.on_beat = beat
     trainer.fit()
+
+
+def train_with_a_slow_rank(rank, folder, sizes, slow):
+    """What the watch of a supervisor finds while the last of 56 steps is made; rank `slow` sleeps in each."""
+    few = {"schedule": ScheduleConfig(peak_lr=1e-2, min_lr=1e-3, warmup_steps=1), "average_every_steps": 0}
+    trainer = trainer_of(folder, sizes, steps=56, batch_size=3, **few)
+    heartbeat, found = Heartbeat(folder, rank), []
+
+    def beat(step, phase):
+        heartbeat.beat(step=step, phase=phase)
+        if phase == "data" and rank == slow:
+            time.sleep(0.03)
+        if phase == "step" and rank == 0 and step == 56:
+            found.extend(str(one) for one in StragglerWatch(folder).look(read_rings(ring_folder(folder))))
+
+    trainer.on_beat = beat
+    trainer.fit()
+    heartbeat.close()
+    return found
 
 
 def train_until_signal(rank, folder, sizes, step, number, changes=None):

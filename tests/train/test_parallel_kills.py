@@ -41,10 +41,10 @@ def assert_same(got, want):
 
 def test_three_kills_in_a_row(tmp_path):
     """An undisturbed run, one whose ranks were killed at random, and one of whose ranks killed itself in a save."""
-    runs = [("none", "random", 0), ("random", "random", 3), ("syscall", "syscall", 2)]
-    found = zygote(*((tmp_path / name, "dp", mode, 11, kills) for name, mode, kills in runs))
+    runs = [("none", "random", 0, 0), ("random", "random", 11, 3), ("syscall", "syscall", 16, 2)]
+    found = zygote(*((tmp_path / name, "dp", mode, seed, kills) for name, mode, seed, kills in runs))
     assert [len(resumed) for resumed in found] == [0, 3, 2]
-    assert max(max(resumed) for resumed in found[1:]) > 0
+    assert max(found[1]) > 0
     want = outcome(tmp_path / "none")
     assert_same(outcome(tmp_path / "random"), want)
     assert_same(outcome(tmp_path / "syscall"), want)

@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import parallel_jobs
 import pytest
 import supervised_rank
 
 from herdkern.parallel.heartbeat import Beat, Heartbeat
+from herdkern.parallel.stragglers import read_stragglers
 from herdkern.train.restarts import RestartLog, effective_time
 from herdkern.train.supervisor import Watch, WatchConfig, launch
 
@@ -66,6 +68,15 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_same_result(worlds, t
     assert last["step"] == 9
     worlds(2).run(undisturbed, tmp_path / "b", 9, 0)
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("slow", [pytest.param(0, marks=pytest.mark.full), 1, pytest.param(2, marks=pytest.mark.full)])
+def test_a_rank_that_sleeps_in_its_steps_is_told_as_a_straggler(worlds, tmp_path, slow):
+    found, *_ = worlds(3).run(parallel_jobs.train_with_a_slow_rank, tmp_path, {"dp": 3}, slow)
+    assert found
+    assert all(line.startswith(f"rank {slow} comes ") for line in found)
+    assert {one.rank for one in read_stragglers(tmp_path)} == {slow}
 
 
 FAULTS = {
