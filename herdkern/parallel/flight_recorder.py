@@ -211,7 +211,7 @@ class FlightRecorder:
         frame = first if frame is None or depth == _MAX_DEPTH else frame
         if frame is None:
             return 0
-        key = (frame.f_code, frame.f_lineno)
+        key = (frame.f_code, frame.f_lasti)  # its line is decoded each time that it is asked for
         number = self._places.get(key)
         if number is None:
             text = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"

@@ -11,6 +11,7 @@ import os
 import runpy
 import shutil
 import signal
+import socket
 import sys
 import time
 import uuid
@@ -36,6 +37,7 @@ from herdkern.train.checkpoint import checkpoint_folders, step_of
 from herdkern.train.corruption import corruption_log
 from herdkern.train.metrics import MetricsLog
 from herdkern.train.restarts import RestartLog, effective_time
+from herdkern.train.surroundings import take_lock
 
 _SETTLE = 1.5  # seconds in which the other ranks may run into what broke the first
 _STOPPED_AFTER = 5.0  # seconds that a process may stand still on SIGSTOP
@@ -240,10 +242,16 @@ def launch(run_dir: Path | str, arguments: Sequence[str], config: WatchConfig | 
 
     arguments: torchrun's, the command behind `--` (it is run as it is, no Python is put before it).
     Returns: 0 if all ranks finished, or ended by themselves after a signal; 1 if the run was given up.
-    Raises: SystemExit as argparse does for arguments that torchrun does not know.
+    Raises: SystemExit as argparse does for arguments that torchrun does not know; RuntimeError if the run in run_dir
+    is supervised on this machine already.
     """
     watch = Watch(Path(run_dir), config or WatchConfig())
     watch.run_dir.mkdir(parents=True, exist_ok=True)
+    with take_lock(watch.run_dir / f"launch-{socket.gethostname()}.lock"):
+        return _launch(watch, arguments)
+
+
+def _launch(watch: Watch, arguments: Sequence[str]) -> int:
     elastic, entrypoint, command = torchrun.config_from_args(_torchrun_args(arguments))
     if watch.config.fork:
         entrypoint, command, elastic.start_method = _run_file, _python_file(entrypoint, command), "fork"
@@ -273,9 +281,9 @@ def launch(run_dir: Path | str, arguments: Sequence[str], config: WatchConfig | 
         launcher.LocalElasticAgent = before  # type: ignore[misc]
         shutil.rmtree(ring_folder(watch.run_dir), ignore_errors=True)
     if watch.is_first:
-        share = effective_time(run_dir, now=time.time()).share
+        share = effective_time(watch.run_dir, now=time.time()).share
         watch.log.append(event, step=watch.reached_step(), effective=round(share, 4))
-        _say(str(effective_time(run_dir)))
+        _say(str(effective_time(watch.run_dir)))
     return status
 
 

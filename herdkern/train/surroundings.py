@@ -52,7 +52,7 @@ def take_lock(path: Path) -> IO[str]:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         f.close()
-        raise RuntimeError(f"Trainer: {path.parent} must have one process training in it, another holds {path}") from e
+        raise RuntimeError(f"train: {path.parent} must have one process training in it, another holds {path}") from e
     return f
 
 

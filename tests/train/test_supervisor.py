@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from herdkern.parallel.heartbeat import Beat, Heartbeat
 from herdkern.parallel.stragglers import read_stragglers
 from herdkern.train.restarts import RestartLog, effective_time
 from herdkern.train.supervisor import Watch, WatchConfig, launch
+from herdkern.train.surroundings import take_lock
 
 RANK = Path(__file__).parent / "supervised_rank.py"
 COMMAND = [sys.executable, str(RANK)]
@@ -70,8 +72,9 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_to_the_same_result(worlds, t
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
 
 
+@pytest.mark.full
 @pytest.mark.distributed
-@pytest.mark.parametrize("slow", [pytest.param(0, marks=pytest.mark.full), 1, pytest.param(2, marks=pytest.mark.full)])
+@pytest.mark.parametrize("slow", [0, 1, 2])
 def test_a_rank_that_sleeps_in_its_steps_is_told_as_a_straggler(worlds, tmp_path, slow):
     found, *_ = worlds(3).run(parallel_jobs.train_with_a_slow_rank, tmp_path, {"dp": 3}, slow)
     assert found
@@ -196,6 +199,13 @@ def test_what_cannot_be_started(tmp_path):
         launch(tmp_path, ["--nproc-per-node", "2"])
     with pytest.raises(ValueError, match="must be `python FILE"):
         launch(tmp_path, ["--", "sh", "-c", "true"], WatchConfig(fork=True))
+
+
+def test_a_run_that_is_supervised_is_left_alone(tmp_path):
+    with take_lock(tmp_path / f"launch-{socket.gethostname()}.lock"):
+        with pytest.raises(RuntimeError, match="must have one process training in it, another holds"):
+            launch(tmp_path, ["--nproc-per-node", "1", "--", "true"])
+        assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
 
 
 def log_of(run, *lines):
