@@ -32,7 +32,7 @@ NO_NVCC = (
 NOT_HOT: dict[str, str] = {}
 # Warps, blocks and bytes of shared memory of a processor, bytes that CUDA keeps of each block's.
 PROCESSORS = {"sm_80": (64, 32, 163), "sm_90": (64, 32, 227), "sm_100": (64, 32, 227), "sm_120": (48, 24, 99)}
-WIDE = re.compile(r"\b(?:LDG|STG|LDGSTS)\.E[.\w]*")
+WIDE_ONLY = r"swiglu_\w+<(?:bf16|fp16|float), [48]>"  # kernels that move 16 bytes at a time and nothing else
 
 
 def built() -> Path | None:
@@ -96,7 +96,7 @@ def instructions(tool: str, file: Path) -> dict[tuple[str, str], dict[str, int]]
                 counts["local_accesses"] += 1
             elif name in ("HMMA", "HGMMA", "UBLKCP", "UTMALDG", "LDGSTS", "LDSM"):
                 counts[name] += 1
-            if name in ("LDG", "STG", "LDGSTS"):
+            if name in ("LDG", "STG", "LDGSTS", "LD", "ST"):  # the last two: global memory for all the compiler knows
                 counts["accesses"] += 1
                 counts["accesses_of_16_bytes"] += ".128" in operation[1]
     if lines.wait():
@@ -132,6 +132,8 @@ def faults(row: dict[str, Any]) -> list[str]:
         found.append(f"has a stack frame of {row['stack_bytes']} bytes")
     if is_hot and row["local_accesses"]:
         found.append(f"has {row['local_accesses']} accesses of local memory")
+    if re.search(WIDE_ONLY, row["kernel"]) and row["accesses_of_16_bytes"] != row["accesses"]:
+        found.append(f"has {row['accesses'] - row['accesses_of_16_bytes']} accesses of less than 16 bytes")
     if "hopper" in row["kernel"] and row["target"] == "sm_90a":
         found += [] if row["HGMMA"] else ["has no HGMMA"]
         found += [] if row["UBLKCP"] or row["UTMALDG"] else ["has no bulk copies"]

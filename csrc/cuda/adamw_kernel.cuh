@@ -23,11 +23,11 @@ HK_DEVICE void load_as_float(const T* p, float (&x)[N]) {
 template <int N>
 HK_DEVICE void load_as_float(const void* p, Element type, int64_t i, float (&x)[N]) {
   if (type == Element::kFloat32)
-    load_as_float<N>(static_cast<const float*>(p) + i, x);
+    load_as_float<N>(global(static_cast<const float*>(p)) + i, x);
   else if (type == Element::kBfloat16)
-    load_as_float<N>(static_cast<const bf16*>(p) + i, x);
+    load_as_float<N>(global(static_cast<const bf16*>(p)) + i, x);
   else
-    load_as_float<N>(static_cast<const fp16*>(p) + i, x);
+    load_as_float<N>(global(static_cast<const fp16*>(p)) + i, x);
 }
 template <int N, typename T>
 HK_DEVICE void store_floats(T* p, const float (&x)[N]) {
@@ -43,11 +43,11 @@ HK_DEVICE void store_floats(T* p, const float (&x)[N]) {
 template <int N>
 HK_DEVICE void store_floats(void* p, Element type, int64_t i, const float (&x)[N]) {
   if (type == Element::kFloat32)
-    store_floats<N>(static_cast<float*>(p) + i, x);
+    store_floats<N>(global(static_cast<float*>(p)) + i, x);
   else if (type == Element::kBfloat16)
-    store_floats<N>(static_cast<bf16*>(p) + i, x);
+    store_floats<N>(global(static_cast<bf16*>(p)) + i, x);
   else
-    store_floats<N>(static_cast<fp16*>(p) + i, x);
+    store_floats<N>(global(static_cast<fp16*>(p)) + i, x);
 }
 
 // The last row whose blocks begin at or before this block. Empty tensors have no block and are never found.
@@ -96,12 +96,12 @@ template <int N>
 HK_DEVICE void update(const AdamwRow& row, float grad_scale, int64_t i, bool at_random, const uint32_t (&parts)[N]) {
   float w[N], g[N], m[N], v[N];
   if (row.master != nullptr)
-    load_as_float<N>(row.master + i, w);
+    load_as_float<N>(global(row.master) + i, w);
   else
     load_as_float<N>(row.param, row.param_type, i, w);
   load_as_float<N>(row.grad, row.grad_type, i, g);
-  load_as_float<N>(row.exp_avg + i, m);
-  load_as_float<N>(row.exp_avg_sq + i, v);
+  load_as_float<N>(global(row.exp_avg) + i, m);
+  load_as_float<N>(global(row.exp_avg_sq) + i, v);
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     g[j] = mul(g[j], grad_scale);
@@ -110,14 +110,14 @@ HK_DEVICE void update(const AdamwRow& row, float grad_scale, int64_t i, bool at_
     const float root = add(sqrtf(v[j]) / row.root_correction, row.eps);
     w[j] = add(mul(w[j], row.keep), mul(row.minus_step_size, m[j]) / root);
   }
-  store_floats<N>(row.exp_avg + i, m);
-  store_floats<N>(row.exp_avg_sq + i, v);
-  if (row.master != nullptr) store_floats<N>(row.master + i, w);
+  store_floats<N>(global(row.exp_avg) + i, m);
+  store_floats<N>(global(row.exp_avg_sq) + i, v);
+  if (row.master != nullptr) store_floats<N>(global(row.master) + i, w);
   if (at_random) {
     Pack<bf16, N> param;
 #pragma unroll
     for (int j = 0; j < N; ++j) param.x[j] = rounded_at_random(w[j], parts[j]);
-    store(static_cast<bf16*>(row.param) + i, param);
+    store(global(static_cast<bf16*>(row.param)) + i, param);
   } else {
     store_floats<N>(row.param, row.param_type, i, w);
   }

@@ -130,12 +130,32 @@ HK_DEVICE Pack<T, N> load(const T* p) {
 #endif
   return *reinterpret_cast<const Pack<T, N>*>(p);
 }
+// To global memory. Left to itself the compiler stores some packs in parts.
 template <typename T, int N>
 HK_DEVICE void store(T* p, const Pack<T, N>& pack) {
 #ifdef HK_SIMT
   ::simt::check_aligned(p, N * sizeof(T));
-#endif
   *reinterpret_cast<Pack<T, N>*>(p) = pack;
+#else
+  if constexpr (N * sizeof(T) == 16) {
+    uint32_t words[4];
+    memcpy(words, &pack, sizeof pack);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(words[0]),
+                 "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+  } else {
+    *reinterpret_cast<Pack<T, N>*>(p) = pack;
+  }
+#endif
+}
+
+// p, which the compiler may take for an address of global memory, as it takes those that a kernel was launched with.
+template <typename T>
+HK_DEVICE T* global(T* p) {
+#ifndef HK_SIMT
+  __builtin_assume(__isGlobal(p));
+#endif
+  return p;
 }
 
 // Sum over groups of `width` neighbouring lanes (a power of two, at most 32), the same bits in each. All lanes call it.
