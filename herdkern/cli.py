@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from herdkern.command import UsageError, near, parse
+from herdkern.command import UsageError, near, parse, read_options
 
 USAGE = """usage: herdkern COMMAND [ARGUMENTS]
 
@@ -105,8 +105,7 @@ def _run_recipe(name: str, args: list[str]) -> int:
     options_type = make_dataclass("Options", fields, frozen=True, kw_only=True)
     options_type.__doc__ = RECIPES[name][2]
     default = options_type(out=Path("runs") / name, dry_run=False, recipe=load_recipe(name))
-    config = (tyro.conf.FlagCreatePairsOff,)
-    options = tyro.cli(options_type, default=default, args=args, prog=f"herdkern run {name}", config=config)
+    options = read_options(options_type, default, args, f"run {name}")
     if options.dry_run:
         from herdkern.recipes.plan import describe
 
@@ -147,8 +146,7 @@ def _pretrain(args: list[str]) -> int:
     options_type = make_dataclass("Options", fields, frozen=True, kw_only=True)
     options_type.__doc__ = "Train from packed tokens; the layout is that of torchrun's ranks."
     default = options_type(out=Path("runs") / name, tokens=None, parallel=ParallelConfig(), recipe=load_recipe(name))
-    config = (tyro.conf.FlagCreatePairsOff,)
-    options = tyro.cli(options_type, default=default, args=rest, prog=f"herdkern pretrain {name}", config=config)
+    options = read_options(options_type, default, rest, f"pretrain {name}")
     from herdkern.recipes.packed import pretrain_packed
 
     result = pretrain_packed(options.recipe, options.out, options.tokens or options.out, options.parallel)

@@ -2,7 +2,9 @@
 
 import difflib
 import re
+import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 
 class UsageError(Exception):
@@ -20,6 +22,28 @@ def parse(function: Callable[..., int], args: list[str], name: str) -> int:
     import tyro
 
     return tyro.cli(function, args=args, prog=f"herdkern {name}", config=(tyro.conf.FlagCreatePairsOff,))
+
+
+def read_options(options_type: type[Any], default: Any, args: list[str], name: str) -> Any:
+    """The options of `args`, an object of `options_type`; what is not given is as in `default`.
+
+    An unknown option ends with status 2, after the name nearest to it: tyro shows eight that contain it, by alphabet.
+    """
+    import tyro
+
+    config = (tyro.conf.FlagCreatePairsOff,)
+    try:
+        return tyro.cli(options_type, default=default, args=args, prog=f"herdkern {name}", config=config)
+    except SystemExit as end:
+        if end.code == 2:
+            parser = tyro.extras.get_parser(options_type, default=default, config=config)
+            known = list(parser._option_string_actions)
+            given = (arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--"))
+            for key in given:
+                hint = "" if key in known else near(key, known)
+                if hint:
+                    print(f"herdkern {name}: unknown option {key}{hint}", file=sys.stderr)
+        raise
 
 
 def to_bytes(size: str, command: str) -> int:
