@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from herdkern.ops.backend import Backend, choose, why_not_native
+from herdkern.ops.backend import Backend, choose, why_not_native, why_not_triton
 from herdkern.ops.linear_cross_entropy import Options, Reduction, check, run_kernel
 
 _NOWHERE = torch.iinfo(torch.int64).min  # ignore_index of the kernel: no row of any shard
@@ -43,7 +43,6 @@ def vocab_parallel_linear_cross_entropy(
     The gradient of hidden is summed over the ranks in float32; with reduce_dhidden=False it is this rank's part of it,
     for a caller that reduces or scatters it itself.
     The gradients are made in the backward pass, from logits that are computed again. Not differentiable twice.
-    On a GPU the plain formula runs, which holds the logits of the shard.
     Raises: ValueError on every rank if a target lies in no shard or in two; ValueError if the arguments do not fit each
     other, on the rank where they do not: the others then wait for it as long as the group lets them.
     """
@@ -52,11 +51,15 @@ def vocab_parallel_linear_cross_entropy(
     check(hidden, weight_shard, targets, options, op, may_be_empty=True)
     if vocab_start < 0:
         raise ValueError(f"{op}: vocab_start must be 0 or more, got {vocab_start}")
-    why_not = {"native": why_not_native(hidden, torch.float32, torch.bfloat16), "reference": None}
-    native = choose(op, backend, why_not) == "native"
+    why_not = {
+        "native": why_not_native(hidden, torch.float32, torch.bfloat16),
+        "triton": why_not_triton(hidden, backend, torch.float32, torch.bfloat16, torch.float16),
+        "reference": None,
+    }
+    chosen = choose(op, backend, why_not)
     shifted = torch.where(targets == ignore_index, _NOWHERE, targets - vocab_start)
     local = Options(_NOWHERE, reduction, label_smoothing, z_loss, softcap)
-    loss, logps = _VocabParallel.apply(hidden, weight_shard, shifted, local, group, reduce_dhidden, native)
+    loss, logps = _VocabParallel.apply(hidden, weight_shard, shifted, local, group, reduce_dhidden, chosen)
     return (loss, logps) if return_logps else loss
 
 
@@ -82,14 +85,13 @@ class _VocabParallel(torch.autograd.Function):
         options: Options,
         group: dist.ProcessGroup | None,
         reduce_dhidden: bool,
-        native: bool,
+        chosen: str,
     ) -> tuple[Tensor, Tensor]:
-        stats_of = _stats_of_no_rows if len(weight) == 0 else _stats_native if native else _stats_reference
-        stats = stats_of(hidden, weight, targets, options)
+        stats = (_STATS[chosen] if len(weight) else _stats_of_no_rows)(hidden, weight, targets, options)
         stats, total_vocab_size = _joined(stats, targets, weight.shape[0], group)
         losses, logps = _losses(stats, targets, options, total_vocab_size)
         ctx.save_for_backward(hidden, weight, targets, stats)
-        ctx.rest = options, total_vocab_size, group, reduce_dhidden, native
+        ctx.rest = options, total_vocab_size, group, reduce_dhidden, chosen
         ctx.set_materialize_grads(False)
         loss = losses if options.reduction == "none" else losses.sum()
         return loss / (targets != _NOWHERE).sum() if options.reduction == "mean" else loss, logps
@@ -98,14 +100,14 @@ class _VocabParallel(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor | None, dlogps: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, stats = ctx.saved_tensors
-        options, total_vocab_size, group, reduce_dhidden, native = ctx.rest
+        options, total_vocab_size, group, reduce_dhidden, chosen = ctx.rest
         given = _Given(hidden, weight, targets, stats, options, total_vocab_size)
         counts = targets != _NOWHERE
         dlosses = stats.new_zeros(targets.shape) if dloss is None else dloss.expand(targets.shape)
         if options.reduction == "mean":
             dlosses = dlosses / counts.sum()
         dlogps = torch.zeros_like(dlosses) if dlogps is None else dlogps
-        gradients = _gradients_native if native and len(weight) else _gradients_reference
+        gradients = _GRADIENTS[chosen] if len(weight) else _gradients_reference
         dhidden, dweight = gradients(given, dlosses, dlogps, ctx.needs_input_grad[:2])
         if dhidden is not None:
             if reduce_dhidden:
@@ -220,3 +222,31 @@ def _gradients_reference(
         dlogits @ wide if needs[0] else None,
         (dlogits.T @ given.hidden.to(wide.dtype)).to(weight.dtype) if needs[1] else None,
     )
+
+
+def _stats_triton(hidden: Tensor, weight: Tensor, targets: Tensor, options: Options) -> Tensor:
+    from herdkern.ops.triton.linear_cross_entropy_parallel import shard_stats
+
+    return shard_stats(hidden, weight, targets, options.softcap)
+
+
+def _gradients_triton(
+    given: _Given, dlosses: Tensor, dlogps: Tensor, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    from herdkern.ops.triton.linear_cross_entropy_parallel import shard_gradients
+
+    options, targets = given.options, given.targets
+    lse = given.stats[0] + given.stats[1].log()
+    factors = (
+        dlosses * (1 + 2 * options.z_loss * lse) - dlogps,
+        dlosses * (options.label_smoothing / given.total_vocab_size),
+        dlogps - (1 - options.label_smoothing) * dlosses,
+    )
+    kept = [torch.where(targets == _NOWHERE, 0.0, factor) for factor in factors]
+    return shard_gradients(
+        given.hidden, given.weight, targets, (kept[0], kept[1], kept[2], lse), options.softcap, needs
+    )
+
+
+_STATS = {"native": _stats_native, "triton": _stats_triton, "reference": _stats_reference}
+_GRADIENTS = {"native": _gradients_native, "triton": _gradients_triton, "reference": _gradients_reference}

@@ -5,6 +5,7 @@ the log of the sum of exponentials and once more to write the gradient over it, 
 that follow. Memory beyond that: the sum of a 16-bit weight's gradient in float32 while there are several chunks.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ def _loss_kernel(
             tl.store(dlogits_ptr + col, dlogits.to(dlogits_ptr.dtype.element_ty), mask=col < vocab_size)
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+def multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
     """out (float32) = a @ b, or += with accumulate; sums are float32."""
     if a.is_cuda and a.dtype != torch.float32:
         if accumulate:
@@ -120,11 +121,47 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> No
         torch.mm(a.float(), b.float(), out=out)
 
 
-def _parts(weight: Tensor, dtype: torch.dtype) -> list[slice]:
+def parts_of(weight: Tensor, dtype: torch.dtype) -> list[slice]:
     """The rows of `weight` that are held in `dtype` at once: all, if that is the weight's own."""
     vocab_size, dim = weight.shape
     step = vocab_size if weight.dtype == dtype else max(_PART_BYTES // (dim * dtype.itemsize), 1)
     return [slice(begin, min(begin + step, vocab_size)) for begin in range(0, vocab_size, step)]
+
+
+def chunks_of_logits(hidden: Tensor, weight: Tensor, parts: list[slice]) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield tokens, their float32 logits, and the place of their gradient in the dtype of hidden: over the logits."""
+    n, vocab_size = len(hidden), len(weight)
+    stride = triton.cdiv(vocab_size, 8) * 8  # rows begin at 16 bytes, whatever vocab_size is
+    chunk = min(max(_CHUNK_BYTES // (4 * stride), 1), n)
+    chunk = chunk // 128 * 128 if n > chunk > 128 else chunk
+    buffer = torch.empty((chunk, stride), dtype=torch.float32, device=hidden.device)
+    for begin in range(0, n, max(chunk, 1)):
+        tokens = slice(begin, min(begin + chunk, n))
+        x = hidden[tokens]
+        logits = buffer[: len(x), :vocab_size]
+        for part in parts:
+            multiply(x, weight[part].to(x.dtype).T, logits[:, part])
+        yield tokens, logits, buffer[: len(x)].view(hidden.dtype)[:, :vocab_size]
+
+
+def add_gradients(
+    x: Tensor,
+    weight: Tensor,
+    dlogits: Tensor,
+    parts: list[slice],
+    dhidden: Tensor | None,
+    dweight_sum: Tensor | None,
+    begin: int,
+) -> None:
+    """Write dhidden of the chunk of tokens from `begin` on, and add its part to the float32 sum of dweight."""
+    dhidden_sum = None if dhidden is None else torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    for part in parts:
+        if dhidden_sum is not None:
+            multiply(dlogits[:, part], weight[part].to(x.dtype), dhidden_sum, part.start > 0)
+        if dweight_sum is not None:
+            multiply(dlogits[:, part].T, x, dweight_sum[part], begin > 0)
+    if dhidden is not None and dhidden_sum is not None:
+        dhidden.copy_(dhidden_sum)
 
 
 def _run(
@@ -138,33 +175,19 @@ def _run(
     dweight: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Losses and log-probabilities of the tokens; writes the gradients that are given, scaled by dlosses and dlogps."""
-    n, (vocab_size, dim) = len(targets), weight.shape
+    n = len(hidden)
     losses, logps = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(2))
-    stride = triton.cdiv(vocab_size, 8) * 8  # rows begin at 16 bytes, whatever vocab_size is
-    chunk = min(max(_CHUNK_BYTES // (4 * stride), 1), n)
-    chunk = chunk // 128 * 128 if n > chunk > 128 else chunk
-    parts = _parts(weight, hidden.dtype)
-    logits_buffer = torch.empty((chunk, stride), dtype=torch.float32, device=hidden.device)
-    dhidden_sum = None if dhidden is None else torch.empty((chunk, dim), dtype=torch.float32, device=hidden.device)
+    parts = parts_of(weight, hidden.dtype)
     dweight_sum = dweight
     if dweight is not None and dweight.dtype != torch.float32:
         dweight_sum = torch.empty(dweight.shape, dtype=torch.float32, device=hidden.device)
-    for begin in range(0, n, max(chunk, 1)):
-        tokens = slice(begin, min(begin + chunk, n))
+    for tokens, logits, dlogits in chunks_of_logits(hidden, weight, parts):
         x = hidden[tokens]
-        logits = logits_buffer[: len(x), :vocab_size]
-        for part in parts:
-            _multiply(x, weight[part].to(x.dtype).T, logits[:, part])
-        dlogits = logits_buffer[: len(x)].view(hidden.dtype)[:, :vocab_size]
         given = [None if t is None else t[tokens] for t in (targets, losses, logps, dlosses, dlogps)]
         _softmax(logits, dlogits, given, numbers, dhidden is not None or dweight is not None)
-        for part in parts:
-            if dhidden_sum is not None:
-                _multiply(dlogits[:, part], weight[part].to(x.dtype), dhidden_sum[: len(x)], part.start > 0)
-            if dweight_sum is not None:
-                _multiply(dlogits[:, part].T, x, dweight_sum[part], begin > 0)
-        if dhidden is not None and dhidden_sum is not None:
-            dhidden[tokens] = dhidden_sum[: len(x)]
+        add_gradients(
+            x, weight, dlogits, parts, None if dhidden is None else dhidden[tokens], dweight_sum, tokens.start
+        )
     if dweight is not None and dweight_sum is not None:
         if n == 0:
             dweight.zero_()
