@@ -23,7 +23,7 @@ struct QueryGradientSizes {
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
   static constexpr int kRowTiles = ForwardSizes<kDim>::kRowTiles;
   static constexpr int kRows = ForwardSizes<kDim>::kRows;  // one list of tiles serves both passes
-  static constexpr int kKeys = kDim == 64 ? 64 : 32;
+  static constexpr int kKeys = kDim == 64 ? 64 : kDim == 256 ? 16 : 32;
   static constexpr int kQueryBytes = 4 * kRows * kDim + 8 * kRows;  // Q, dO, two numbers a row
   static constexpr int kSlotBytes = 4 * kKeys * kDim;               // K and V of a block of keys
   static constexpr int kMinSlots = 1, kMaxSlots = 3;

@@ -222,8 +222,9 @@ struct PagedBlock {
   }
 };
 
+// One block is enough: else ptxas aims at seven and spills four bytes on sm_100a.
 template <typename T, int kLanes, int kRows>
-__global__ void __launch_bounds__(kPagedThreads)
+__global__ void __launch_bounds__(kPagedThreads, 1)
     paged_attention_kernel(const PagedAttention a, const PagedSplits splits) {
   using Block = PagedBlock<T, kLanes, kRows>;
   __shared__ typename Block::Shared shared;

@@ -59,9 +59,10 @@ HK_DEVICE float rstd_of(float sum_of_squares, const RmsNormForward& a) {
   return rounded_to<T>(1.0f / sqrtf(rounded_to<T>(add(rounded_to<T>(mean), a.eps))));
 }
 
-// K packs of N elements a thread; K = 0: rows longer than the registers hold, which are read a second time.
+// K packs of N elements a thread; K = 0: rows longer than the registers hold, which are read a second time (for them
+// ptxas aims at two blocks of 1024 threads, and spills four bytes on sm_100a, unless one is said to be enough).
 template <typename T, int N, int K>
-__global__ void __launch_bounds__(row_threads(K)) rms_norm_forward_kernel(const RmsNormForward a) {
+__global__ void __launch_bounds__(row_threads(K), K == 0 ? 1 : 0) rms_norm_forward_kernel(const RmsNormForward a) {
   __shared__ float scratch[kWarp];  // rows of more than a warp have a block of their own
   const int64_t row = int64_t{blockIdx.x} * blockDim.y + threadIdx.y, dim = a.shape.dim;
   const int64_t begin = int64_t{threadIdx.x} * N, step = int64_t{blockDim.x} * N;
