@@ -222,9 +222,9 @@ struct PagedBlock {
   }
 };
 
-// One block is enough: else ptxas aims at seven and spills four bytes on sm_100a.
+// One row: one block is enough, else ptxas aims at seven and spills four bytes on sm_100a. More rows spill with it.
 template <typename T, int kLanes, int kRows>
-__global__ void __launch_bounds__(kPagedThreads, 1)
+__global__ void __launch_bounds__(kPagedThreads, kRows == 1 ? 1 : 0)
     paged_attention_kernel(const PagedAttention a, const PagedSplits splits) {
   using Block = PagedBlock<T, kLanes, kRows>;
   __shared__ typename Block::Shared shared;
