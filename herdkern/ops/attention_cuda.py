@@ -29,7 +29,7 @@ def forward(
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return (out, lse) by the kernels of csrc/cuda; options: window left, right, softcap, scale."""
-    q, k, v = _rows_of_16_bytes(q), _rows_of_16_bytes(k), _rows_of_16_bytes(v)
+    q, k, v = rows_of_16_bytes(q), rows_of_16_bytes(k), rows_of_16_bytes(v)
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     numbers, borders, softmax, kept = _shape(q, k, cu_seqlens, cu_seqlens_k, sinks, options)
@@ -54,7 +54,7 @@ def backward(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (dq, dk, dv, dsinks) by the kernels of csrc/cuda; dsinks is empty without sinks."""
-    operands = [_rows_of_16_bytes(x) for x in (q, k, v, out, dout)]
+    operands = [rows_of_16_bytes(x) for x in (q, k, v, out, dout)]
     q, k, lse = operands[0], operands[1], lse.contiguous()
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape)
     dsinks = q.new_empty((0,) if sinks is None else sinks.shape, dtype=torch.float32)
@@ -68,10 +68,10 @@ def backward(
     return dq, dk, dv, dsinks
 
 
-def _rows_of_16_bytes(x: Tensor) -> Tensor:
-    """Return `x`, copied if the rows of its heads are strided or do not begin at multiples of 16 bytes."""
-    dense = x.stride(-1) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0
-    if dense or x.numel() == 0:
+def rows_of_16_bytes(x: Tensor) -> Tensor:
+    """Return `x` (16-bit), copied unless each row is dense and begins at a multiple of 16 bytes."""
+    steps = [stride % 8 for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    if x.numel() == 0 or (x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and not any(steps)):
         return x
     return x.clone(memory_format=torch.contiguous_format)  # not contiguous(): that keeps an address that is odd
 

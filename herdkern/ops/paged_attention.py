@@ -17,6 +17,7 @@ from herdkern.ops.attention_checks import (
     check_softmax,
     check_tensor,
 )
+from herdkern.ops.attention_cuda import rows_of_16_bytes
 from herdkern.ops.backend import (
     call_cuda,
     choose,
@@ -177,12 +178,6 @@ def _why_not_native(q: Tensor) -> str | None:
     return why_not_native(q, torch.bfloat16, torch.float16, cuda="paged_attention_forward")
 
 
-def _rows_at_16_bytes(x: Tensor) -> Tensor:
-    """`x`, or a copy, with the numbers of a row side by side from a multiple of 16 bytes on."""
-    steps = [stride % 8 for stride, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
-    return x if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and not any(steps) else x.contiguous()
-
-
 def forward_cuda(
     q: Tensor,
     k_cache: Tensor,
@@ -200,7 +195,7 @@ def forward_cuda(
 
     The values of block_table, cu_seqlens and seqlens_k are not checked: a page that is none gives NaN.
     """
-    q, k_cache, v_cache = map(_rows_at_16_bytes, (q, k_cache, v_cache))
+    q, k_cache, v_cache = map(rows_of_16_bytes, (q, k_cache, v_cache))
     block_table, sinks = dense_last(block_table), None if sinks is None else sinks.contiguous()
     (num_pages, page_size, num_kv_heads, head_dim), max_pages = k_cache.shape, block_table.shape[1]
     total_q, num_heads, num_docs = q.shape[0], q.shape[1], seqlens_k.shape[0]

@@ -8,6 +8,7 @@ from gpu_or_emulator import ON_GPU
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from herdkern.ops import backend, rms_norm, rope_qk, rope_table, swiglu
+from herdkern.ops.attention_cuda import rows_of_16_bytes
 
 FUNCTIONS = ("rms_norm_backward", "swiglu_backward", "rope", "adamw_step")
 
@@ -60,3 +61,11 @@ def test_native_by_default_and_in_graphs():
             out = call()
         graph.replay()
         assert torch.equal(out, expected())
+
+
+def test_rows_that_begin_between_16_bytes_are_copied():
+    x = torch.zeros(4 * 2 * 16 + 1, dtype=torch.bfloat16)
+    aligned, odd = x[:-1].view(4, 2, 16), x[1:].view(4, 2, 16)  # both are contiguous
+    assert rows_of_16_bytes(aligned) is aligned
+    assert rows_of_16_bytes(odd).data_ptr() % 16 == 0
+    assert rows_of_16_bytes(aligned[..., ::2]).stride() == (16, 8, 1)
